@@ -1,0 +1,100 @@
+"""Ranks, devices and reductions: thin over torch.distributed, and the same calls work without it."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int               # this process among all of them
+    size: int               # how many processes there are
+    local_rank: int         # this process among those of its node
+    device: torch.device    # where it computes
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def join(device='auto', timeout_minutes=10):
+    """The World of this process: what torchrun says, or one process alone.
+
+    device is 'auto' (CUDA, else MPS, else CPU) or what torch.device takes. Raises ValueError when
+    the device is not there.
+    """
+    rank, size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    device = pick_device(device, local_rank, size)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    if 'RANK' in os.environ and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
+                                timeout=timedelta(minutes=timeout_minutes))
+    return World(rank, size, local_rank, device)
+
+
+def pick_device(name, local_rank=0, size=1):
+    if name == 'auto':
+        name = ('cuda' if torch.cuda.is_available() else
+                'mps' if torch.backends.mps.is_available() else 'cpu')
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: given {name!r}, expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
+    if device.type == 'cuda':
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: given {name!r}, but this torch ({torch.__version__}) sees no CUDA GPU; "
+                             f"--device=cpu runs anywhere")
+        device = torch.device('cuda', local_rank if size > 1 else device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f'device: {device} is asked for, this machine has {torch.cuda.device_count()} GPUs; '
+                             f'give torchrun that number as --nproc_per_node')
+    if device.type == 'mps' and not torch.backends.mps.is_available():
+        raise ValueError("device: given 'mps', which this machine does not have; --device=cpu runs anywhere")
+    return device
+
+
+def all_reduce(tensor, op='sum'):
+    """Sum (or max, min) `tensor` over all processes, in place; returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()))
+    return tensor
+
+
+def broadcast(value):
+    """Rank 0's `value` (plain types), on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def on_main(world, function, *args):
+    """function(*args) run on rank 0 alone: its result, or the error it raised, on every rank."""
+    result = error = None
+    if world.is_main:
+        try:
+            result = function(*args)
+        except (ValueError, OSError) as caught:
+            error = caught
+    result, error = broadcast((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def leave():
+    """End the process group, if there is one."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

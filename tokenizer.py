@@ -1,0 +1,188 @@
+"""
+Text to token ids and back, always by a tiktoken.Encoding:
+
+    gpt2        GPT-2's own 50,257 tokens
+    bpe:N       N tokens of byte-pair encoding trained on a corpus (GPT-2's algorithm, own merges)
+    bytes       256 bytes and <|endoftext|>
+    chars       the corpus' own characters, as nanoGPT's character data sets have them; no <|endoftext|>
+
+An encoding is kept as a Hugging Face tokenizer.json, so that transformers reads it too.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+EOT = '<|endoftext|>'
+GPT2_PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
+CHARS_PATTERN = r'[\s\S]'                   # every character by itself
+MAX_VOCAB_SIZE = 2 ** 16                    # ids are stored as uint16
+GPT2_FILES = ('6d1cbeee0f20b3d9449abfede4726ed8212e3aee', '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6')
+
+
+def build(name, texts):
+    """The Encoding called `name`; texts() gives the corpus' texts, read only by bpe:N and chars."""
+    kind, _, size = name.partition(':')
+    if name == 'gpt2':
+        return gpt2()
+    if name == 'bytes':
+        return byte_pairs('bytes', [])
+    if name == 'chars':
+        return characters(sorted(set().union(*map(set, texts()))))
+    if kind == 'bpe' and size.isdigit():
+        return train_byte_pairs(texts(), int(size))
+    raise ValueError(f"tokenizer: given {name!r}, expected 'gpt2', 'bpe:N' such as bpe:4096, 'bytes' or 'chars'")
+
+
+def gpt2():
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except Exception as error:      # requests has many ways to say that there is no network
+        raise ValueError(
+            f"tokenizer 'gpt2': its two files are not cached and could not be fetched ({type(error).__name__}). "
+            f"Put OpenAI's vocab.bpe as {GPT2_FILES[0]} and encoder.json as {GPT2_FILES[1]} into a folder and "
+            f"set TIKTOKEN_CACHE_DIR to it; --tokenizer=bpe:4096 needs no network") from None
+
+
+def characters(alphabet):
+    """One token for each character of `alphabet`, in order."""
+    check_vocab_size(len(alphabet))
+    return tiktoken.Encoding('chars', pat_str=CHARS_PATTERN, special_tokens={},
+                             mergeable_ranks={char.encode(): i for i, char in enumerate(alphabet)})
+
+
+def byte_pairs(name, merged):
+    """The 256 bytes, then the tokens `merged` (bytes, in the order they were learned), then <|endoftext|>."""
+    ranks = {bytes([i]): i for i in range(256)}
+    for token in merged:
+        ranks.setdefault(token, len(ranks))
+    return tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                             special_tokens={EOT: len(ranks)})
+
+
+def train_byte_pairs(texts, vocab_size):
+    """Byte-pair encoding of vocab_size tokens trained on an iterator of texts (Sennrich et al. 2016).
+
+    A small corpus may hold fewer pairs than asked for; then the vocabulary is smaller.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    check_vocab_size(vocab_size)
+    if vocab_size < 257:
+        raise ValueError(f'tokenizer: given bpe:{vocab_size}, expected at least bpe:257 '
+                         f'(256 bytes and {EOT}); --tokenizer=bytes has no more than these')
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    pairs = json.loads(trained.to_str())['model']['merges']
+    to_byte = {char: byte for byte, char in byte_characters().items()}
+    merged = [bytes(to_byte[char] for char in left + right) for left, right in pairs]
+    return byte_pairs(f'bpe:{vocab_size}', merged)
+
+
+def check_vocab_size(size):
+    if size > MAX_VOCAB_SIZE:
+        raise ValueError(f'tokenizer: {size:,} tokens do not fit the 16 bits that a token has on disk; '
+                         f'expected at most {MAX_VOCAB_SIZE:,}')
+
+
+def encode(enc, text):
+    """Ids of `text` as uint16; <|endoftext|> in it is text like any other.
+
+    Raises ValueError, naming it, for a character that a 'chars' encoding does not have.
+    """
+    if is_chars(enc):
+        known = set(enc.token_byte_values())
+        unknown = sorted(char for char in set(text) if char.encode() not in known)
+        if unknown:
+            raise ValueError(f'the character {unknown[0]!r} is not one of the {enc.n_vocab} of this tokenizer')
+    return enc.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+
+
+def is_chars(enc):
+    return enc._pat_str == CHARS_PATTERN
+
+
+def eot_id(enc):
+    """The id of <|endoftext|>, or None where the encoding has none."""
+    return enc.encode_single_token(EOT) if EOT in enc.special_tokens_set else None
+
+
+def token_bytes(enc):
+    """The bytes of every token in order of its id, the special ones left out."""
+    return [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - len(enc.special_tokens_set))]
+
+
+def fingerprint(enc):
+    """sha256 over all tokens and the kind of splitting: encodings with the same one encode alike."""
+    special = sorted((enc.encode_single_token(name), name) for name in enc.special_tokens_set)
+    facts = [is_chars(enc), special, [token.hex() for token in token_bytes(enc)]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def byte_characters():
+    """GPT-2's printable character for every byte: itself where printable, else from 256 upwards."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{byte: chr(byte) for byte in printable},
+            **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+
+
+def to_json(enc):
+    """The text of a Hugging Face tokenizer.json that encodes exactly as `enc` does."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    tokens = token_bytes(enc)
+    if is_chars(enc):
+        vocab = {token.decode(): i for i, token in enumerate(tokens)}
+        made = Tokenizer(models.WordLevel(vocab, unk_token=''))
+        made.pre_tokenizer = pre_tokenizers.Split(Regex(CHARS_PATTERN), behavior='isolated')
+        made.decoder = decoders.Fuse()
+        return made.to_str(pretty=True)
+    shown = byte_characters()
+    ranks = {token: i for i, token in enumerate(tokens)}
+    names = [''.join(shown[byte] for byte in token) for token in tokens]
+    merges = [tuple(names[ranks[part]] for part in last_pair(token, ranks))
+              for token in tokens if len(token) > 1]
+    made = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(EOT, normalized=False)])
+    return made.to_str(pretty=True)
+
+
+def last_pair(token, ranks):
+    """The two tokens that are merged last into `token`: its bytes merged by all lower ranks."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:])]
+        i = pairs.index(min(pairs))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def from_json(text, name=''):
+    """The Encoding in the text of a tokenizer.json: ours, or any with GPT-2's byte-level BPE."""
+    data = json.loads(text)
+    vocab, kind = data['model']['vocab'], data['model']['type']
+    if kind == 'WordLevel':
+        return characters(sorted(vocab, key=vocab.get))
+    added = {token['content']: token['id'] for token in data['added_tokens']}
+    to_byte = {char: byte for byte, char in byte_characters().items()}
+    if kind != 'BPE' or (data['pre_tokenizer'] or {}).get('type') != 'ByteLevel':
+        raise ValueError(f"this tokenizer ({kind}) is not GPT-2's byte-level BPE")
+    ranks = {bytes(to_byte[char] for char in token): i for token, i in vocab.items() if token not in added}
+    merged = [vocab[''.join(pair if isinstance(pair, list) else pair.split(' '))]
+              for pair in data['model']['merges']]
+    if merged != sorted(merged):
+        raise ValueError('the ids of this tokenizer do not follow the order of its merges')
+    return tiktoken.Encoding(name or f'bpe:{len(ranks) + len(added)}', pat_str=GPT2_PATTERN,
+                             mergeable_ranks=ranks, special_tokens=added)
+
+
+def load(path):
+    """The Encoding of the tokenizer.json at `path`."""
+    return from_json(Path(path).read_text(encoding='utf-8'))
