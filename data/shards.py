@@ -1,0 +1,230 @@
+"""
+The format of prepared text, both ways, and the order in which training reads it.
+
+A data set is a folder data/NAME:
+
+    manifest.json       what it was made from, its tokenizer, tokens and sha256 of every shard
+    tokenizer.json      the vocabulary, as Hugging Face keeps one
+    train_000000.bin    shards: 256 little-endian int32 (magic 20240520, version 1, number of tokens,
+    val_000000.bin      zeros), then that many uint16 token ids; the format of llm.c and its family
+
+nanoGPT's train.bin and val.bin, uint16 without a header, are read as well.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+DATA_DIR = Path(__file__).resolve().parent
+
+
+class ShardWriter:
+    """Writes one split into shards of shard_tokens tokens; memory does not grow with either."""
+
+    def __init__(self, folder, split, shard_tokens):
+        self.folder, self.split, self.shard_tokens = Path(folder), split, shard_tokens
+        self.shards, self.file, self.count = [], None, 0
+
+    def write(self, ids):
+        """Append ids (uint16 array), going on in a new shard whenever one is full."""
+        while len(ids):
+            if self.file is None:
+                self.path = self.folder / f'{self.split}_{len(self.shards):06d}.bin'
+                self.file, self.count = open(self.path, 'w+b'), 0
+                self.file.write(bytes(HEADER_BYTES))
+            part, ids = np.split(ids, [self.shard_tokens - self.count])
+            self.file.write(part.astype('<u2').tobytes())
+            self.count += len(part)
+            if self.count == self.shard_tokens:
+                self.close()
+
+    def close(self):
+        """Finish the shard that is open, if one is; its header says how many tokens it has."""
+        if self.file is None:
+            return
+        header = np.zeros(256, '<i4')
+        header[:3] = MAGIC, VERSION, self.count
+        with self.file as file:
+            file.seek(0)
+            file.write(header.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+        self.shards.append({'file': self.path.name, 'tokens': self.count, 'sha256': sha256})
+        self.file = None
+
+
+def count_tokens(path):
+    """(tokens in the shard at `path`, bytes before the first), its header checked."""
+    size = path.stat().st_size
+    if path.name in ('train.bin', 'val.bin'):                       # nanoGPT's: no header
+        if size % 2:
+            raise ValueError(f'{path}: {size:,} bytes are no whole number of 16-bit tokens')
+        return size // 2, 0
+    header = np.fromfile(path, '<i4', count=256)
+    if len(header) < 256 or header[0] != MAGIC:
+        raise ValueError(f'{path}: this is not a token shard (its first number is not {MAGIC}); '
+                         f'prepare the data set again')
+    if header[1] != VERSION:
+        raise ValueError(f'{path}: shard format {header[1]}, this program reads format {VERSION}')
+    count = int(header[2])
+    if size != HEADER_BYTES + 2 * count:
+        raise ValueError(f'{path}: the header promises {count:,} tokens, the file holds '
+                         f'{max(0, size - HEADER_BYTES) // 2:,}: truncated or still being copied; prepare it again')
+    return count, HEADER_BYTES
+
+
+def prepare_command(name):
+    """The command that makes data set `name`, for error messages."""
+    flags = {'shakespeare_char': 'shakespeare --tokenizer=chars'}.get(name, name)
+    return f'python data/prepare.py --dataset={flags}'
+
+
+class Tokens:
+    """The tokens of one split, all its shards read as one sequence."""
+
+    def __init__(self, name, split, vocab_size, data_dir=''):
+        folder = Path(data_dir or DATA_DIR) / name
+        paths = sorted(folder.glob(f'*{split}_*.bin')) or sorted(folder.glob(f'{split}.bin'))
+        if not paths:
+            raise ValueError(f'{folder}: the data set {name!r} is not prepared; run\n    {prepare_command(name)}')
+        self.paths, self.vocab_size = paths, vocab_size
+        counts, self.offsets = zip(*map(count_tokens, paths))
+        self.starts = np.cumsum([0, *counts])                       # shard i holds starts[i] .. starts[i+1] - 1
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def read(self, start, count):
+        """`count` ids (int64 array) from place `start` on; after the last token comes the first again.
+
+        Raises ValueError naming the shard when an id is outside of the vocabulary. The files are
+        read, not mapped: mapped pages would count as memory of the process.
+        """
+        parts, start = [], start % len(self)
+        while count:
+            i = int(np.searchsorted(self.starts, start, side='right')) - 1
+            n = min(count, int(self.starts[i + 1]) - start)
+            offset = self.offsets[i] + 2 * (start - int(self.starts[i]))
+            part = np.fromfile(self.paths[i], '<u2', count=n, offset=offset)
+            if len(part) < n or part.max() >= self.vocab_size:
+                raise ValueError(f'{self.paths[i]}: ' + (
+                    'has become shorter' if len(part) < n else
+                    f'holds token id {part.max()}, the vocabulary ends at {self.vocab_size - 1}: '
+                    f'another tokenizer made it, or it is damaged'))
+            parts.append(part)
+            count, start = count - n, (start + n) % len(self)
+        return np.concatenate(parts).astype(np.int64)
+
+
+class TokenBatches:
+    """Training sequences as a pure function of (seed, position), position counting sequences.
+
+    An epoch is every block of block_size tokens once, in a seeded order; the grid of the blocks is
+    shifted by a seeded offset each epoch, and the block that would cross the end goes on at the
+    beginning. Who asks decides the division of an update over ranks and micro-batches: the
+    sequences at positions p .. p + n - 1 are the same whoever reads them.
+    """
+
+    def __init__(self, tokens, block_size, seed):
+        self.tokens, self.block_size, self.seed = tokens, block_size, seed
+        self.blocks = len(tokens) // block_size                     # in one epoch
+        if self.blocks < 1:
+            raise ValueError(f'the train split has {len(tokens):,} tokens, fewer than one block: '
+                             f'given block_size={block_size}, expected at most {len(tokens):,}')
+
+    def starts(self, position, count):
+        """Where in the tokens each of the sequences position .. position + count - 1 begins."""
+        places = np.arange(position, position + count)
+        starts = np.empty(count, np.int64)
+        for epoch in range(position // self.blocks, (position + count - 1) // self.blocks + 1):
+            key = f'{self.seed}:{epoch}'
+            here = places // self.blocks == epoch
+            block = permuted(places[here] % self.blocks, self.blocks, key)
+            starts[here] = block * self.block_size + draw(key, 1)[0] % self.block_size
+        return starts
+
+    def read(self, position, count):
+        """Inputs and targets (count, block_size), int64: targets are the tokens that come next."""
+        rows = np.stack([self.tokens.read(int(start), self.block_size + 1)
+                         for start in self.starts(position, count)])
+        return torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+
+
+def draw(key, count):
+    """`count` 64-bit numbers that depend on the text `key` alone."""
+    return np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8 * count).digest(), '<u8')
+
+
+def permuted(index, size, key):
+    """Where each of index (int array, all < size) goes in a permutation of range(size) chosen by `key`.
+
+    A Feistel network (Luby & Rackoff 1988) permutes the numbers of an even number of bits; who lands
+    beyond size walks on until inside (Black & Rogaway 2002). It needs no memory, whatever the size.
+    """
+    half = max(1, (int(size - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    half, out = np.uint64(half), np.asarray(index).astype(np.uint64)
+    outside = np.ones(len(out), bool)
+    while outside.any():
+        left, right = out[outside] >> half, out[outside] & mask
+        for number in draw(key, 8)[1:]:
+            mixed = (right + number) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        out[outside] = left << half | right
+        outside = out >= np.uint64(size)
+    return out.astype(np.int64)
+
+
+def read_manifest(name, data_dir=''):
+    """The manifest of data set `name`, or {} for shards that came without one."""
+    folder = Path(data_dir or DATA_DIR) / name
+    try:
+        return json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        if (folder / 'meta.pkl').exists():
+            raise ValueError(f'{folder}: nanoGPT prepared this with a vocabulary of its own, kept as a pickle, which '
+                             f'is not read here; run\n    {prepare_command(name)}') from None
+        return {}
+
+
+def verify(name, data_dir=''):
+    """Re-read all of data set `name`; returns what is wrong with it, one line each."""
+    folder = Path(data_dir or DATA_DIR) / name
+    manifest = read_manifest(name, data_dir)
+    if not manifest:
+        return [f'{folder}: there is no manifest.json to verify against']
+    wrong = []
+    for split, facts in manifest['splits'].items():
+        eots = 0
+        for shard in facts['shards']:
+            path = folder / shard['file']
+            try:
+                count, offset = count_tokens(path)
+            except (OSError, ValueError) as error:
+                wrong.append(str(error))
+                continue
+            digest, largest = hashlib.sha256(), 0
+            with open(path, 'rb') as file:
+                digest.update(file.read(offset))
+                while chunk := file.read(2 ** 22):
+                    digest.update(chunk)
+                    ids = np.frombuffer(chunk, '<u2')
+                    largest = max(largest, int(ids.max()))
+                    eots += int((ids == manifest['tokenizer']['eot_id']).sum())
+            if digest.hexdigest() != shard['sha256']:
+                wrong.append(f'{path}: altered (its sha256 is not the one in the manifest)')
+            if largest >= manifest['tokenizer']['vocab_size']:
+                wrong.append(f"{path}: token id {largest} is outside of the vocabulary")
+            if count != shard['tokens']:
+                wrong.append(f"{path}: {count:,} tokens, the manifest has {shard['tokens']:,}")
+        if not wrong and manifest['tokenizer']['eot_id'] is not None and eots != facts['documents']:
+            wrong.append(f"{folder}: {eots:,} documents begin in {split}, the manifest has {facts['documents']:,}")
+    return wrong
