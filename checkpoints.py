@@ -1,0 +1,276 @@
+"""
+The only reader and writer of checkpoints. A checkpoint is a Hugging Face model folder:
+
+    out/NAME/step_0002000/config.json           GPT-2 as transformers knows it
+                          model.safetensors     weights under transformers' names and shapes
+                          tokenizer.json, tokenizer_config.json
+                          training.pt           what a resume needs besides: optimizer, step, settings
+                          manifest.json         size and sha256 of each; its presence is the commit mark
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import tokenizer
+from model import GPT, SIZES, GPTConfig
+
+HERE = Path(__file__).resolve().parent
+TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+HUB_FILES = ['config.json', '*.safetensors', 'tokenizer.json']
+
+
+# Names and shapes: transformers keeps these four matrices as (in, out), nn.Linear as (out, in).
+
+def to_hugging_face(model):
+    """{transformers' name: tensor}: rows of the true vocabulary only, zeros for biases we do not have."""
+    tensors = {}
+    for name, p in model.state_dict().items():
+        p = p[:model.config.vocab_size] if name == 'wte.weight' else p
+        p = p.t() if name.endswith(TRANSPOSED) else p
+        tensors[f'transformer.{name}'] = p.contiguous()
+        if not model.config.bias and name.startswith(('h.', 'ln_f')):
+            out_features = p.size(1) if p.dim() == 2 else p.size(0)
+            tensors[f'transformer.{name}'.replace('.weight', '.bias')] = p.new_zeros(out_features)
+    return tensors
+
+
+@torch.no_grad()
+def from_hugging_face(model, tensors):
+    """Fill `model` from an iterator of (transformers' name, tensor); every parameter must be there."""
+    missing = dict(model.named_parameters())
+    for name, tensor in tensors:
+        name = name.removeprefix('transformer.')
+        if name not in missing:
+            continue                                                # lm_head (tied), attention masks, unused biases
+        p = missing.pop(name)
+        tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+        rows = model.config.vocab_size if name == 'wte.weight' else len(p)
+        if tensor.shape != p[:rows].shape:
+            raise ValueError(f'{name}: the file holds {tuple(tensor.shape)}, config.json promises {tuple(p[:rows].shape)}')
+        p[:rows].copy_(tensor)
+    if missing:
+        raise ValueError(f"these weights are missing: {', '.join(list(missing)[:4])} ({len(missing)} in all)")
+
+
+def config_json(config, eot_id):
+    """The config.json of a GPTConfig, as a dict; `bias` is ours, transformers passes over it."""
+    return {
+        'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'activation_function': 'gelu_new',
+        'n_layer': config.n_layer, 'n_head': config.n_head, 'n_embd': config.n_embd,
+        'n_positions': config.block_size, 'n_ctx': config.block_size, 'vocab_size': config.vocab_size,
+        'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout,
+        'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True, 'bias': config.bias,
+        'bos_token_id': eot_id, 'eos_token_id': eot_id, 'dtype': 'float32'}
+
+
+def read_config(folder):
+    """The GPTConfig in the config.json of `folder`; ValueError when it is not a GPT-2 as we build one."""
+    facts = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8'))
+    expected = {'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
+                'n_inner': [None, 4 * facts.get('n_embd', 0)], 'tie_word_embeddings': [True],
+                'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
+                'scale_attn_by_inverse_layer_idx': [False]}
+    for key, allowed in expected.items():
+        if facts.get(key, allowed[0]) not in allowed:
+            raise ValueError(f'{folder}: not a GPT-2 that this program can run: {key} is {facts[key]!r}, '
+                             f'expected {allowed[-1]!r}')
+    return GPTConfig(block_size=facts['n_positions'], vocab_size=facts['vocab_size'], n_layer=facts['n_layer'],
+                     n_head=facts['n_head'], n_embd=facts['n_embd'], dropout=0.0, bias=facts.get('bias', True))
+
+
+def load_weights(model, folder):
+    """Fill `model` from the safetensors files in `folder`."""
+    files = sorted(Path(folder).glob('*.safetensors'))
+    if not files:
+        raise ValueError(f'{folder}: there are no weights here (*.safetensors)')
+
+    def tensors():
+        for file in files:
+            with safe_open(file, framework='pt') as opened:
+                for name in opened.keys():
+                    yield name, opened.get_tensor(name)
+    try:
+        from_hugging_face(model, tensors())
+    except ValueError as error:
+        raise ValueError(f'{folder}: {error}') from None
+
+
+def load_encoding(folder, vocab_size):
+    """The tiktoken.Encoding of the model in `folder`."""
+    path = Path(folder) / 'tokenizer.json'
+    if path.exists():
+        return tokenizer.load(path)
+    if vocab_size == SIZES['gpt2'].vocab_size:
+        return tokenizer.gpt2()
+    raise ValueError(f'{folder}: there is no tokenizer.json')
+
+
+def load_model(name, device='cpu', dropout=0.0):
+    """(model, encoding) of a run's folder, one of its steps, any Hugging Face folder of a GPT-2, or a
+    name such as 'gpt2'; the model is on `device`, in float32, in eval mode."""
+    folder = find(name)
+    model = GPT(replace(read_config(folder), dropout=dropout))
+    load_weights(model, folder)
+    return model.to(device).eval(), load_encoding(folder, model.config.vocab_size)
+
+
+def find(name):
+    """The folder that holds the model called `name` (see load_model); ValueError when there is none."""
+    folder = Path(name)
+    if (folder / 'config.json').exists():
+        return folder
+    if folder.is_dir():
+        newest, problems = newest_step(folder)
+        if newest is None:
+            raise ValueError(f'{folder}: there is no checkpoint in this folder')
+        return newest
+    if name in SIZES or name.count('/') == 1 and not name.startswith(('.', '/')):
+        return from_hub(f'openai-community/{name}' if name in SIZES else name)
+    raise ValueError(f"{name}: there is no such folder, and it is not one of {', '.join(SIZES)}")
+
+
+def from_hub(repo):
+    """The folder with the files of `repo` on the Hugging Face hub, downloaded into its cache if need be."""
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
+    except Exception as error:      # no network, no such model, not allowed: the client has a class for each
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f'{repo}: not a folder here, and it could not be had from the Hugging Face hub ({reason}). '
+                         f'HF_ENDPOINT names a mirror; a downloaded folder can be given instead') from None
+
+
+# Saving: into a temporary folder, synced to the disk, renamed. Nothing half-written bears the final name.
+
+def save(out_dir, step, model, encoding, training):
+    """Write step_NNNNNNN of the run in out_dir, and return its folder.
+
+    training: a dict of plain types and tensors. The state at a step is a function of the run's settings,
+    so that a step which is already there, whole, is left alone.
+    """
+    final = Path(out_dir) / f'step_{step:07d}'
+    if final.exists() and not problem(final):
+        return final
+    partial = final.with_name(f'.{final.name}.partial')
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    eot = tokenizer.eot_id(encoding)
+    write_json(partial / 'config.json', config_json(model.config, eot))
+    (partial / 'tokenizer.json').write_text(tokenizer.to_json(encoding), encoding='utf-8')
+    write_json(partial / 'tokenizer_config.json', {
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size,
+        'clean_up_tokenization_spaces': False,
+        **({} if eot is None else {'bos_token': tokenizer.EOT, 'eos_token': tokenizer.EOT})})
+    save_file(to_hugging_face(model), partial / 'model.safetensors', metadata={'format': 'pt'})
+    (partial / 'model.safetensors').chmod(0o644)                    # the library makes it readable to us alone
+    with open(partial / 'training.pt', 'wb') as file:
+        torch.save(training, file)
+    write_json(partial / 'manifest.json', {
+        file.name: {'bytes': file.stat().st_size, 'sha256': sha256(file)} for file in sorted(partial.iterdir())})
+    for path in [*partial.iterdir(), partial]:
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)                        # there only if it does not verify
+    partial.rename(final)
+    sync(final.parent)
+    return final
+
+
+def load_training(folder):
+    """The dict given to save(), its tensors on the CPU."""
+    return torch.load(Path(folder) / 'training.pt', map_location='cpu', mmap=True, weights_only=True)
+
+
+def steps(out_dir):
+    """{step: folder} of the checkpoints in out_dir, oldest first, whole or not."""
+    found = (path for path in Path(out_dir).glob('step_*') if path.name[5:].isdigit())
+    return dict(sorted((int(path.name[5:]), path) for path in found))
+
+
+def newest_step(out_dir):
+    """(folder of the newest whole checkpoint or None if there are none at all, what is wrong with newer ones).
+
+    Raises ValueError when there are checkpoints and not one is whole: that is no reason to start over.
+    """
+    problems = []
+    for folder in reversed(steps(out_dir).values()):
+        wrong = problem(folder)
+        if not wrong:
+            return folder, problems
+        problems.append(f'{folder}: {wrong}')
+    if problems:
+        raise ValueError('\n'.join(['there are checkpoints, and none of them is whole:', *problems,
+                                    'give another --out_dir to start a new run']))
+    return None, []
+
+
+def newest_of_all():
+    """The folder of the checkpoint that was saved last among all runs under out/, else checkpoint/, else None."""
+    manifests = [path for path in Path('out').rglob('step_*/manifest.json') if not problem(path.parent)]
+    if manifests:
+        return max(manifests, key=lambda path: path.stat().st_mtime).parent
+    return HERE / 'checkpoint' if (HERE / 'checkpoint' / 'config.json').exists() else None
+
+
+def problem(folder):
+    """What is wrong with a checkpoint, '' when it is whole: every byte is read and compared."""
+    try:
+        manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
+        for name, facts in manifest.items():
+            if (folder / name).stat().st_size != facts['bytes']:
+                return f'{name} is truncated'
+            if sha256(folder / name) != facts['sha256']:
+                return f'{name} is damaged'
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f'it is incomplete ({error})'
+    return ''
+
+
+def prune(out_dir, keep, best=None):
+    """Delete all checkpoints but the `keep` newest and the step `best`."""
+    folders = steps(out_dir)
+    for step in list(folders)[:-keep]:
+        if step != best:
+            (folders[step] / 'manifest.json').unlink(missing_ok=True)   # no longer whole from here on
+            shutil.rmtree(folders[step])
+
+
+def lock(out_dir):
+    """Take the run's folder for this process, which holds it until the returned file is closed."""
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    file = open(Path(out_dir) / '.lock', 'a')
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass                                                        # Windows: no lock
+    except OSError:
+        raise ValueError(f'{out_dir}: another process is training in this folder; give another --out_dir, '
+                         f'or end that process') from None
+    for leftover in Path(out_dir).glob('.step_*.partial'):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return file
+
+
+def write_json(path, data):
+    path.write_text(json.dumps(data, indent=1), encoding='utf-8')
+
+
+def sha256(path):
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
