@@ -132,7 +132,8 @@ def read_config_file(path, values, defaults):
             raise ValueError(f'{where}: {name}: {error}') from None
         values[name] = value
         if not name.startswith('_'):                                # _names are the file's own
-            assigned[known(name, defaults, where)] = typed(value, defaults[name], f'{where}: {name}')
+            default = defaults[known(name, defaults, where)]
+            assigned[name] = typed(value, default, f'{where}: {name}')
     return assigned
 
 

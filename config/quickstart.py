@@ -1,0 +1,15 @@
+out_dir = 'out/quickstart'
+optimizer = 'muon'
+schedule = 'wsd'
+batch_size = 16
+block_size = 256
+n_layer = 4
+n_head = 4
+n_embd = 256
+max_iters = 500
+warmup_iters = 20
+cooldown_iters = 250
+learning_rate = 3e-3
+min_lr = 0.0
+eval_interval = 100
+log_interval = 20

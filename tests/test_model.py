@@ -1,0 +1,189 @@
+"""The model against transformers' GPT-2, and the properties that make it a causal language model."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import checkpoints
+import model as model_module
+from model import GPT, SIZES, GPTConfig, crop_block, sample
+
+TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
+
+
+def random_ids(config, *shape, seed=0):
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(config, std):
+    """Our model and transformers', with the same random weights of standard deviation `std`."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**checkpoints.config_json(config, 0)))
+    for name, p in theirs.named_parameters():
+        torch.nn.init.normal_(p, std=std)
+        if 'ln_' in name and name.endswith('weight'):
+            p.data += 1
+    ours = GPT(config)
+    checkpoints.from_hugging_face(ours, theirs.state_dict().items())
+    return ours.eval(), theirs.eval()
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_logits_loss_and_gradients_are_those_of_transformers(name):
+    config = replace(SIZES[name], n_layer=2, block_size=32, vocab_size=4200)       # padded to 4224 inside
+    ours, theirs = pair(config, std=0.08)
+    ids = random_ids(config, 2, 32)
+    logits, their_logits = ours(ids), theirs(ids).logits
+    assert logits.shape == (2, 32, 4200) and their_logits.std() > 1
+    torch.testing.assert_close(logits, their_logits, rtol=1e-4, atol=1e-3)
+    targets = torch.roll(ids, -1, dims=1)
+    loss = ours(ids, targets)
+    their_loss = torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, their_loss, rtol=1e-5, atol=0)
+    loss.backward()
+    their_loss.backward()
+    their_gradients = dict(theirs.named_parameters())
+    for key, p in ours.named_parameters():
+        expected = their_gradients[f'transformer.{key}'].grad
+        expected = expected.t() if key.endswith(checkpoints.TRANSPOSED) else expected
+        found = p.grad[:config.vocab_size] if key == 'wte.weight' else p.grad
+        assert (found - expected).norm() <= 1e-4 * expected.norm(), key
+    assert not ours.wte.weight.grad[config.vocab_size:].any(), 'the padding takes part in the softmax'
+
+
+def test_without_biases_it_is_transformers_with_zero_biases():
+    transformers = pytest.importorskip('transformers')
+    ours = GPT(replace(TINY, bias=False)).eval()
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**checkpoints.config_json(TINY, 0))).eval()
+    theirs.load_state_dict(checkpoints.to_hugging_face(ours), strict=False)
+    ids = random_ids(TINY, 2, 16)
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name, parameters', [('gpt2', 124_439_808), ('gpt2-xl', 1_557_611_200)])
+def test_the_sizes_have_as_many_parameters_as_openai_s_files(name, parameters):
+    with torch.device('meta'):
+        net = GPT(SIZES[name])
+    padding = (net.config.padded_vocab_size - net.config.vocab_size) * net.config.n_embd
+    assert sum(p.numel() for p in net.parameters()) - padding == parameters
+
+
+def test_the_loss_starts_at_ln_v_and_residual_projections_are_scaled():
+    torch.manual_seed(0)
+    config = replace(TINY, n_layer=8, n_embd=64, vocab_size=4200)
+    net = GPT(config)
+    ids = random_ids(config, 4, 17)
+    assert abs(net(ids[:, :-1], ids[:, 1:]).item() - math.log(4200)) < 0.1
+    assert net.h[3].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert net.h[3].attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_no_token_sees_the_future():
+    """Changing token t leaves every output before t as it was; changes after it prove the test can fail."""
+    net = GPT(TINY).eval()
+    ids = random_ids(TINY, 1, 16)
+    changed = ids.clone()
+    changed[0, 9] = (ids[0, 9] + 1) % TINY.vocab_size
+    a, b = net(ids), net(changed)
+    assert torch.equal(a[:, :9], b[:, :9]) and not torch.allclose(a[:, 9:], b[:, 9:])
+
+
+def test_positions_and_mask_score_two_branches_in_one_row():
+    """A prefix and two endings in one row give what each gives alone: what evaluations build on."""
+    net = GPT(TINY).eval()
+    ids = random_ids(TINY, 1, 9)                                    # prefix 0-4, branches 5-6 and 7-8
+    mask = torch.ones(9, 9).tril().bool()
+    mask[7:, 5:7] = False
+    both = net(ids, positions=torch.tensor([0, 1, 2, 3, 4, 5, 6, 5, 6]), mask=mask)
+    alone = net(torch.cat([ids[:, :5], ids[:, 7:]], dim=1))
+    torch.testing.assert_close(both[:, 7:], alone[:, 5:])
+    torch.testing.assert_close(both[:, :7], net(ids[:, :7]))
+
+
+def test_the_sliced_loss_is_the_loss(monkeypatch):
+    """Slices of tokens give the loss and the gradients of all logits at once."""
+    net, ids = GPT(TINY), random_ids(TINY, 4, 16)
+    whole = net(ids, ids)
+    whole.backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    monkeypatch.setattr(model_module, 'LOGITS_AT_ONCE', 7 * TINY.vocab_size)       # 7 tokens a slice
+    sliced = net(ids, ids)
+    sliced.backward()
+    torch.testing.assert_close(sliced, whole)
+    for p, gradient in zip(net.parameters(), expected):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_one_batch_can_be_learned_by_heart():
+    torch.manual_seed(0)
+    net, ids = GPT(TINY), random_ids(TINY, 4, 17)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = net(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.2
+
+
+def test_greedy_generation_is_that_of_transformers():
+    ours, theirs = pair(TINY, std=0.3)
+    ids = random_ids(TINY, 3, 5)
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=11, do_sample=False,
+                               eos_token_id=None, pad_token_id=0)
+    assert torch.equal(ours.generate(ids, 11, temperature=0), expected)
+
+
+def test_generation_goes_on_past_the_block_and_repeats_with_its_seed():
+    net, ids = GPT(TINY).eval(), random_ids(TINY, 2, 3)
+    draw = [net.generate(ids, 30, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert draw[0].shape == (2, 33) and torch.equal(draw[0][:, :3], ids)
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+
+
+@pytest.mark.parametrize('top_k, top_p, kept', [(0, 1.0, [0, 1, 2, 3]), (2, 1.0, [0, 1]), (0, 0.75, [0, 1]),
+                                                (0, 0.85, [0, 1, 2]), (3, 0.5, [0]), (0, 0.01, [0])])
+def test_samples_follow_the_distribution_that_is_left(top_k, top_p, kept):
+    """Frequencies of 20,000 draws against the renormalised probabilities, within five standard errors."""
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    n = 20_000
+    ids = sample(probs.log().expand(n, 4), 1.0, top_k, top_p, torch.Generator().manual_seed(0))
+    left = torch.zeros(4)
+    left[kept] = probs[kept] / probs[kept].sum()
+    frequency = torch.bincount(ids, minlength=4) / n
+    assert ((frequency - left).abs() <= 5 * (left * (1 - left) / n).sqrt()).all()
+
+
+def test_temperature():
+    logits = torch.tensor([[0.0, 1.0, 3.0]])
+    assert sample(logits, temperature=0).tolist() == [2]
+    n = 20_000
+    cold = sample(logits.expand(n, 3), 0.5, generator=torch.Generator().manual_seed(0))
+    expected = (logits / 0.5).softmax(-1)[0, 2].item()
+    assert (cold == 2).float().mean().item() == pytest.approx(expected, abs=0.01)
+
+
+def test_padding_is_never_sampled():
+    config = replace(TINY, vocab_size=4097, n_layer=1)
+    net = GPT(config)
+    assert net.wte.weight.shape[0] == 4224 and net(random_ids(config, 1, 4)).shape[-1] == 4097
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match='multiple of n_head'):
+        GPT(replace(TINY, n_head=5))
+    with pytest.raises(ValueError, match='17 tokens are more than the block of 16'):
+        GPT(TINY)(random_ids(TINY, 1, 17))
+    with pytest.raises(ValueError, match='block_size=32 is more than'):
+        crop_block(GPT(TINY), 32)
+
+
+def test_a_shorter_block_gives_the_same_logits():
+    net, ids = GPT(TINY).eval(), random_ids(TINY, 1, 8)
+    before = net(ids)
+    crop_block(net, 8)
+    assert net.config.block_size == 8 and torch.equal(net(ids), before)

@@ -1,0 +1,97 @@
+"""Encodings against GPT-2's real one, against transformers' reading of our tokenizer.json, and round trips."""
+
+import random
+
+import numpy as np
+import pytest
+
+import tokenizer
+from tokenizer import EOT, build, encode, eot_id, fingerprint, from_json, to_json
+
+TEXT = ("The import statement's two forms.\n\n    x = 1\t# don't, we'll see\n"
+        "naïve café 世界 😀😀 12,345 <|endoftext|> \x00 end  \n") * 3
+
+
+def gpt2_or_skip():
+    try:
+        return tokenizer.gpt2()
+    except ValueError as error:
+        pytest.skip(f"GPT-2's vocabulary cannot be had: {error}")
+
+
+def every_kind():
+    return [build('bpe:400', lambda: [TEXT]), build('bytes', None), build('chars', lambda: [TEXT])]
+
+
+@pytest.mark.parametrize('enc', every_kind(), ids=lambda enc: enc.name)
+def test_round_trip_and_the_same_ids_in_transformers(enc):
+    tokenizers = pytest.importorskip('tokenizers')
+    ids = encode(enc, TEXT)
+    assert ids.dtype == np.uint16 and enc.decode(ids.tolist()) == TEXT
+    theirs = tokenizers.Tokenizer.from_str(to_json(enc))
+    plain = TEXT.replace(EOT, '')                                   # transformers takes it for the special token
+    assert theirs.encode(plain).ids == encode(enc, plain).tolist() and theirs.decode(encode(enc, plain)) == plain
+    again = from_json(to_json(enc))
+    assert fingerprint(again) == fingerprint(enc) and eot_id(again) == eot_id(enc)
+    assert encode(again, TEXT).tolist() == ids.tolist()
+
+
+def test_random_text_encodes_alike_in_transformers():
+    """The merges of tokenizer.json are recovered from the ranks; 2,000 random texts find no difference."""
+    tokenizers = pytest.importorskip('tokenizers')
+    enc = build('bpe:700', lambda: [TEXT, 'abcabdabeabf ' * 40, 'the there then them these other ' * 20])
+    theirs, draw = tokenizers.Tokenizer.from_str(to_json(enc)), random.Random(0)
+    for _ in range(2000):
+        text = ''.join(draw.choice("abcdefhtmorsn \n'.é世") for _ in range(draw.randint(1, 40)))
+        assert theirs.encode(text).ids == encode(enc, text).tolist(), text
+
+
+def test_gpt2_gives_the_ids_of_gpt2():
+    enc = gpt2_or_skip()
+    assert encode(enc, "Hello, I'm a language model,").tolist() == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert eot_id(enc) == 50256 and enc.n_vocab == 50257
+    again = from_json(to_json(enc))
+    assert fingerprint(again) == fingerprint(enc) and (encode(again, TEXT) == encode(enc, TEXT)).all()
+
+
+def test_training_is_repeatable_and_vocabulary_has_the_size_asked_for():
+    a, b = (build('bpe:300', lambda: [TEXT, 'more text']) for _ in range(2))
+    assert fingerprint(a) == fingerprint(b) and a.n_vocab == 300 and eot_id(a) == 299
+    assert fingerprint(a) != fingerprint(build('bpe:301', lambda: [TEXT, 'more text']))
+
+
+def test_end_of_text_in_a_text_is_text():
+    enc = build('bytes', None)
+    assert eot_id(enc) not in encode(enc, f'a{EOT}b')
+
+
+def test_chars_are_the_sorted_characters_and_have_no_end_of_text():
+    enc = build('chars', lambda: ['cab', 'é\n'])
+    assert encode(enc, '\nabcé').tolist() == [0, 1, 2, 3, 4] and eot_id(enc) is None
+
+
+@pytest.mark.parametrize('name, words', [
+    ('gpt3', "given 'gpt3', expected"), ('bpe:x', "given 'bpe:x', expected"), ('bpe:70000', '65,536'),
+    ('bpe:100', 'at least bpe:257')])
+def test_refusals(name, words):
+    with pytest.raises(ValueError, match=words):
+        build(name, lambda: [TEXT])
+
+
+def test_an_unknown_character_is_named():
+    with pytest.raises(ValueError, match="the character 'ß' is not one of the 3"):
+        encode(build('chars', lambda: ['abc']), 'aß')
+
+
+def test_without_network_and_cache_the_error_says_which_files_go_where(tmp_path, monkeypatch):
+    tiktoken = pytest.importorskip('tiktoken')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
+    monkeypatch.setattr('tiktoken.load.read_file', lambda *_: (_ for _ in ()).throw(ConnectionError('no network')))
+    with pytest.raises(ValueError, match='vocab.bpe as 6d1cbeee.*TIKTOKEN_CACHE_DIR.*bpe:4096 needs no network'):
+        tokenizer.gpt2()
+
+
+def test_a_foreign_tokenizer_is_refused():
+    with pytest.raises(ValueError, match='Unigram'):
+        from_json('{"model": {"type": "Unigram", "vocab": []}, "added_tokens": [], "pre_tokenizer": null}')
