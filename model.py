@@ -93,7 +93,9 @@ class GPT(nn.Module):
         return self.loss(x.flatten(0, 1), targets.flatten())
 
     def head(self, x):
-        return F.linear(x, self.wte.weight)[..., :self.config.vocab_size]   # (..., V), padding cut off
+        logits = F.linear(x, self.wte.weight)
+        padded = logits.size(-1) > self.config.vocab_size
+        return logits[..., :self.config.vocab_size] if padded else logits   # (..., V)
 
     def loss(self, x, targets):
         """Mean cross-entropy of hidden states x (N, C) against targets (N,).

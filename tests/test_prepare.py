@@ -1,0 +1,276 @@
+"""Preparing text: every reader, the split, what a kill or a full disk leaves behind, and refusals."""
+
+import gzip
+import hashlib
+import http.server
+import json
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT, script
+
+import tokenizer
+from data import fetch, prepare, shards
+from data.shards import Tokens
+
+TEXTS = [f'Document {i}: {"word " * (i % 7 + 1)}é 世界\n' for i in range(60)]
+
+
+def run(tmp_path, *inputs, **options):
+    options = {'tokenizer': 'bytes', 'data_dir': str(tmp_path), 'name': 'd', **options}
+    prepare.main(prepare.Config(input=tuple(map(str, inputs)), **options))
+    return json.loads((tmp_path / (options['name'] or 'shakespeare_char') / 'manifest.json').read_text())
+
+
+def decoded(tmp_path, name='d'):
+    """All documents of a prepared data set, decoded, in both splits."""
+    enc = tokenizer.load(tmp_path / name / 'tokenizer.json')
+    found = {}
+    for split in ('train', 'val'):
+        tokens = Tokens(name, split, enc.n_vocab, tmp_path)
+        text = enc.decode(tokens.read(0, len(tokens)).tolist())
+        found[split] = text.split('<|endoftext|>')[1:] if tokenizer.eot_id(enc) is not None else [text]
+    return found
+
+
+def write_jsonl(path, texts=TEXTS, opener=open):
+    with opener(path, 'wt', encoding='utf-8') as file:
+        file.writelines(json.dumps({'text': text, 'id': 1}) + '\n' for text in texts)
+    return path
+
+
+def write_parquet(path, texts=TEXTS, column='text'):
+    pyarrow = pytest.importorskip('pyarrow')
+    from pyarrow import parquet
+    parquet.write_table(pyarrow.table({column: texts}), path, row_group_size=7)
+    return path
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path):
+    folder = tmp_path / 'texts'
+    (folder / 'deep').mkdir(parents=True)
+    for i, text in enumerate(TEXTS):
+        (folder / ('deep' if i % 2 else '.') / f'{i:03d}.{"md" if i % 3 else "txt"}').write_text(text)
+    (folder / '.hidden.txt').write_text('not this')
+    (folder / 'image.png').write_text('nor this')
+    inputs = [folder, write_jsonl(tmp_path / 'a.jsonl'), write_jsonl(tmp_path / 'b.jsonl.gz', opener=gzip.open),
+              write_parquet(tmp_path / 'c.parquet')]
+    splits = []
+    for path in inputs:
+        manifest = run(tmp_path, path)
+        found = decoded(tmp_path)
+        assert sorted(found['train'] + found['val']) == sorted(TEXTS)
+        assert manifest['splits']['val']['documents'] == len(found['val']) >= 1
+        assert sum(len(text.encode()) for text in found['val']) == manifest['splits']['val']['bytes']
+        splits.append({split: sorted(texts) for split, texts in found.items()})
+    assert all(split == splits[0] for split in splits), 'the split depends on the texts alone'
+
+
+def test_adding_documents_moves_none(tmp_path):
+    run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', TEXTS[:40]), val_fraction=0.3)
+    before = decoded(tmp_path)
+    run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', TEXTS), val_fraction=0.3)
+    after = decoded(tmp_path)
+    assert set(before['val']) <= set(after['val']) and set(before['train']) <= set(after['train'])
+    assert 0.1 < len(after['val']) / 60 < 0.5
+
+
+@pytest.mark.parametrize('n', [2, 3])
+def test_neither_side_is_ever_empty(tmp_path, n):
+    for fraction in (0.01, 0.99):
+        run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', TEXTS[:n]), val_fraction=fraction)
+        found = decoded(tmp_path)
+        assert min(len(found['val']), len(found['train'])) == 1
+
+
+def test_one_document_is_split_by_position_as_nanogpt_does(tmp_path):
+    text = ''.join(TEXTS)
+    (tmp_path / 'input.txt').write_text(text)
+    manifest = run(tmp_path, tmp_path / 'input.txt', dataset='shakespeare', tokenizer='chars', name='')
+    assert manifest['name'] == 'shakespeare_char' and manifest['tokenizer']['eot_id'] is None
+    cut = int(len(text) * 0.9)
+    assert decoded(tmp_path, 'shakespeare_char') == {'train': [text[:cut]], 'val': [text[cut:]]}
+
+
+def test_shakespeare_char_is_nanogpt_s(tmp_path, real):
+    """65 characters, 1,003,854 and 111,540 tokens (nanoGPT, data/shakespeare_char/readme.md)."""
+    source = real('tinyshakespeare/input.txt')
+    manifest = run(tmp_path, source, dataset='shakespeare', tokenizer='chars', name='')
+    assert manifest['name'] == 'shakespeare_char' and manifest['tokenizer']['vocab_size'] == 65
+    assert [manifest['splits'][split]['tokens'] for split in ('train', 'val')] == [1_003_854, 111_540]
+    text = source.read_text()
+    stoi = {char: i for i, char in enumerate(sorted(set(text)))}
+    tokens = Tokens('shakespeare_char', 'val', 65, tmp_path)
+    assert tokens.read(0, 500).tolist() == [stoi[char] for char in text[1_003_854:][:500]]
+
+
+def test_the_same_settings_again_do_nothing_and_others_replace(tmp_path, capsys):
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    run(tmp_path, source)
+    shard = tmp_path / 'd/train_000000.bin'
+    made = shard.stat().st_mtime_ns
+    run(tmp_path, source)
+    assert 'is there already' in capsys.readouterr().out and shard.stat().st_mtime_ns == made
+    run(tmp_path, source, seed=4)
+    assert shard.stat().st_mtime_ns != made
+
+
+def test_a_tokenizer_is_not_trained_on_validation_text(tmp_path):
+    """The validation documents alone repeat a word, and it is in no token."""
+    texts = TEXTS
+    run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', texts), val_fraction=0.3)
+    val = set(decoded(tmp_path)['val'])
+    threshold = prepare.val_threshold(lambda: iter(texts), 1337, 0.3)
+    marked = []
+    for i in range(4000):
+        text = f'zqzqzq {i} zqzqzq'
+        if prepare.document_hash(text, 1337) < threshold:
+            marked.append(text)
+    run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', texts + marked), val_fraction=0.3, tokenizer='bpe:400')
+    enc = tokenizer.load(tmp_path / 'd/tokenizer.json')
+    assert val and marked and not any(b'zq' in token for token in tokenizer.token_bytes(enc))
+
+
+@pytest.mark.parametrize('delay', [0.0, 0.15, 0.4])
+def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, delay):
+    source = write_jsonl(tmp_path / 'a.jsonl', [f'{i} ' + 'lorem ipsum dolor ' * 50 for i in range(3000)])
+    flags = [f'--data_dir={tmp_path}/x', '--name=d', '--tokenizer=bytes', '--shard_tokens=100000', source]
+    running = subprocess.Popen([sys.executable, 'data/prepare.py', *map(str, flags)], cwd=ROOT)
+    deadline = time.time() + 60
+    while not list((tmp_path / 'x').glob('.d.partial/*.bin')) and time.time() < deadline and running.poll() is None:
+        time.sleep(0.01)
+    time.sleep(delay)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    if not (tmp_path / 'x/d').exists():
+        with pytest.raises(ValueError, match='not prepared'):       # what is half written is no data set
+            Tokens('d', 'train', 257, tmp_path / 'x')
+    script('data/prepare.py', *flags)
+    script('data/prepare.py', f'--data_dir={tmp_path}/y', *flags[1:])
+    files = {path.name: path.read_bytes() for path in (tmp_path / 'y/d').iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'x/d').iterdir()} == files and len(files) > 20
+    assert not list((tmp_path / 'x').glob('.d*'))
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    """A limit on file sizes stands in for the disk: writing fails in the middle of a shard."""
+    source = write_jsonl(tmp_path / 'a.jsonl', ['x' * 1000] * 20 + ['y' * 1000])
+    run(tmp_path, source, val_fraction=0.5)
+    before = (tmp_path / 'd/train_000000.bin').read_bytes()
+    write_jsonl(source, ['x' * 9000] * 200 + ['y' * 9000])
+    done = script('data/prepare.py', f'--data_dir={tmp_path}', '--name=d', '--tokenizer=bytes', source, check=False,
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)))
+    assert done.returncode == 2 and 'nothing was changed' in done.stderr and 'Traceback' not in done.stderr
+    assert (tmp_path / 'd/train_000000.bin').read_bytes() == before and not (tmp_path / '.d.partial').exists()
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('a.txt', b'', 'no text to prepare'), ('a.txt', b'caf\xe9', 'a.txt: byte 0xe9 at 3 is not UTF-8'),
+    ('a.jsonl', b'{"text": "a"}\n{"text"', 'a.jsonl:2: not JSON'), ('a.jsonl', b'{"body": "a"}', "no field 'text'"),
+    ('a.jsonl', b'{"text": 3}', 'text is int, expected a text'), ('a.parquet', b'PAR', 'not a parquet file'),
+    ('a.png', b'', 'expected .txt')])
+def test_bad_files_are_refused_by_name_and_place(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, tmp_path / name)
+    assert not (tmp_path / 'd').exists()
+
+
+@pytest.mark.parametrize('options, words', [
+    ({'tokenizer': 'bpe:70000'}, '65,536'), ({'tokenizer': 'gpt5'}, "'bpe:N'"), ({'val_fraction': 1.5}, 'less than 1'),
+    ({'name': '../x'}, 'name of a folder')])
+def test_bad_settings_are_refused(tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, write_jsonl(tmp_path / 'a.jsonl'), **options)
+
+
+def test_missing_inputs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="given 'shakespear', expected 'pydocs'"):
+        run(tmp_path, dataset='shakespear')
+    with pytest.raises(ValueError, match='no such file'):
+        run(tmp_path, tmp_path / 'nowhere.txt')
+    with pytest.raises(ValueError, match="no column 'text' among body"):
+        run(tmp_path, write_parquet(tmp_path / 'c.parquet', column='body'))
+
+
+def test_lone_surrogates_and_nulls_in_json_are_met(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "a\\ud800b"}\n{"text": null}\n{"text": "c\\u0000d"}\n')
+    run(tmp_path, tmp_path / 'a.jsonl')
+    found = decoded(tmp_path)
+    assert sorted(found['train'] + found['val']) == ['a\ufffdb', 'c\0d']
+
+
+def test_pydocs_is_read_without_importing_and_is_the_same_again(tmp_path):
+    (tmp_path / 'm.py').write_text('"""Top."""\nraise SystemExit\nclass A:\n    """Of A."""\n    def f(self):\n'
+                                   '        """Of f.\n\n        More.\n        """\n')
+    assert list(prepare.python_documents(tmp_path / 'm.py')) == ['Top.\n\nOf A.\n\nOf f.\n\nMore.']
+    files = prepare.python_files()
+    assert files == prepare.python_files() and not any('site-packages' in str(file) for file in files)
+    topics = [file for file in files if file.parent.name == 'pydoc_data' and file.name == 'topics.py']
+    assert topics and len(list(prepare.python_documents(topics[0]))) > 50
+
+
+@pytest.fixture
+def server():
+    """A loopback web server: /whole gives a file, /cut less than it announces, everything else 404."""
+    body = b'To be, or not to be.\n' * 500
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = self.path in ('/whole', '/cut')
+            self.send_response(200 if found else 404)
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body if self.path == '/whole' else body[:100])
+
+        def log_message(self, *_):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{httpd.server_port}', body, hashlib.sha256(body).hexdigest()
+    httpd.shutdown()
+
+
+def test_a_download_is_checked_and_renamed(tmp_path, server, monkeypatch):
+    url, body, sha256 = server
+    monkeypatch.setattr(prepare, 'SHAKESPEARE', (f'{url}/whole', sha256))
+    manifest = run(tmp_path, dataset='shakespeare', tokenizer='chars', name='')
+    assert manifest['name'] == 'shakespeare_char' and manifest['splits']['train']['tokens'] == int(len(body) * 0.9)
+
+
+@pytest.mark.parametrize('path, sha256, words', [
+    ('/cut', None, 'IncompleteRead|its sha256 is'), ('/nothing', None, '404'), ('/whole', 'ab' * 32, 'its sha256 is')])
+def test_a_bad_download_leaves_no_file(tmp_path, server, monkeypatch, path, sha256, words):
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+    url, _, right = server
+    with pytest.raises(ValueError, match=f'could not download.*({words}).*put it at'):
+        fetch.fetch(url + path, tmp_path / 'file.txt', sha256 or right)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Peak memory of preparing 5 and 50 MB of documents of the same size differs by less than 10 MB."""
+    peaks = []
+    for n in (500, 5000):
+        source = write_jsonl(tmp_path / f'{n}.jsonl', (f'{i} ' + 'lorem ipsum dolor ' * 600 for i in range(n)))
+        done = script('-c', 'import resource, runpy, sys\nsys.argv = sys.argv[1:]\n'
+                      'import os; exit = os._exit\n'
+                      'os._exit = lambda status: (print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss), exit(status))\n'
+                      'runpy.run_path(sys.argv[0], run_name="__main__")', ROOT / 'data/prepare.py',
+                      f'--data_dir={tmp_path}', '--tokenizer=bytes', source)
+        peaks.append(int(done.stdout.splitlines()[-1]))
+    assert peaks[1] - peaks[0] < 10_000, peaks
+
+
+def test_verify_from_the_command_line(stories):
+    assert 'tiny is whole' in script('data/prepare.py', '--verify=tiny', f'--data_dir={stories}').stdout
+    done = script('data/prepare.py', '--verify=nothing', f'--data_dir={stories}', check=False)
+    assert done.returncode == 2 and 'no manifest.json' in done.stderr
+    assert shards.verify('tiny', stories) == []
