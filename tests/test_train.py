@@ -1,0 +1,362 @@
+"""Runs in this process: the loop, exact resumes, what it leaves on disk, and what it refuses."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, script
+
+import checkpoints
+import train
+from configurator import configure
+from data.shards import Tokens
+from distributed import World
+
+TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4, total_batch_size=16 * 16,
+            max_iters=12, eval_interval=4, log_interval=1, save_minutes=0.0, warmup_iters=3, learning_rate=3e-3,
+            dropout=0.1, device='cpu', dtype='float32', compile=False)
+
+
+@pytest.fixture
+def config(stories, tmp_path):
+    """A function from settings to the Config of a tiny run in tmp_path/run (12 updates of 256 tokens)."""
+    return lambda **changes: train.Config(**{**TINY, 'data_dir': str(stories), 'out_dir': str(tmp_path / 'run'), **changes})
+
+
+def curve(folder):
+    """{step: (loss, grad_norm, lr, val_loss)} of a log, what was said last of each step, floats to the last bit."""
+    steps = {}
+    for line in (folder / 'log.jsonl').read_text().splitlines():
+        record = json.loads(line)
+        steps.setdefault(record['step'], {}).update(record)
+    return {step: tuple(float(record[key]).hex() if key in record else None
+                        for key in ('loss', 'grad_norm', 'lr', 'val_loss')) for step, record in steps.items()}
+
+
+def losses(folder, key='loss'):
+    return [record[key] for record in map(json.loads, (folder / 'log.jsonl').read_text().splitlines()) if key in record]
+
+
+# What a run does.
+
+def test_a_run_learns_and_logs(config, tmp_path):
+    assert train.main(config(max_iters=60, eval_interval=30, dropout=0.0)) == 0
+    found = losses(tmp_path / 'run')
+    assert abs(found[0] - math.log(300)) < 0.3 and found[-1] < 0.75 * found[0]
+    record = json.loads((tmp_path / 'run/log.jsonl').read_text().splitlines()[5])
+    assert set(record) == {'step', 'tokens', 'loss', 'lr', 'grad_norm', 'step_ms', 'tokens_per_second', 'mfu'}
+    assert record['tokens'] == 256 * record['step']
+    val = losses(tmp_path / 'run', 'val_loss')
+    assert len(val) == 3 and val[-1] < val[0]
+
+
+def test_a_checkpoint_is_a_hugging_face_model(config, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    train.main(config(max_iters=4))
+    folder = tmp_path / 'run/step_0000004'
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model, encoding = checkpoints.load_model(folder)
+    text = 'The fox counted 12 apples and went home'
+    ids = encoding.encode_ordinary(text)
+    assert their_tokenizer(text)['input_ids'] == ids and their_tokenizer.decode(ids) == text
+    assert their_tokenizer.eos_token_id == encoding.eot_token == theirs.config.eos_token_id
+    x = torch.tensor([ids[:16]])
+    torch.testing.assert_close(model(x), theirs(x).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_transformers_goes_on_with_our_run_and_we_with_theirs(config, tmp_path):
+    """Trained by us, then by transformers, then by us again: the loss falls each time."""
+    transformers = pytest.importorskip('transformers')
+    train.main(config(max_iters=30, eval_interval=30, dropout=0.0))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'run/step_0000030')
+    tokens = Tokens('tiny', 'train', 300, config().data_dir)
+    x = torch.from_numpy(tokens.read(0, 64 * 16)).view(64, 16)
+    before = theirs(x, labels=x).loss.item()
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3)
+    for _ in range(20):
+        loss = theirs(x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < before
+    theirs.save_pretrained(tmp_path / 'theirs')
+    shutil.copy(tmp_path / 'run/step_0000030/tokenizer.json', tmp_path / 'theirs')
+    train.main(config(init_from=str(tmp_path / 'theirs'), out_dir=str(tmp_path / 'ours'), max_iters=30,
+                      eval_interval=10, dropout=0.0))
+    val = losses(tmp_path / 'ours', 'val_loss')
+    assert val[0] < losses(tmp_path / 'run', 'val_loss')[0] - 0.5 and val[-1] < val[0]
+
+
+def test_the_resolved_settings_repeat_the_run(config, tmp_path):
+    train.main(config(max_iters=5))
+    again = configure(train.Config, [str(tmp_path / 'run/config.py'), f'--out_dir={tmp_path}/again'])
+    train.main(again)
+    assert curve(tmp_path / 'again') == curve(tmp_path / 'run')
+
+
+def test_samples_are_kept(config, tmp_path):
+    train.main(config(sample_interval=6))
+    records = [json.loads(line) for line in (tmp_path / 'run/samples.jsonl').read_text().splitlines()]
+    assert [record['step'] for record in records] == [0, 6, 12] and all(record['text'] for record in records)
+
+
+def test_eval_only_writes_nothing(config, tmp_path, capsys):
+    train.main(config(max_iters=4))
+    before = sorted(path.name for path in (tmp_path / 'run').rglob('*'))
+    log = (tmp_path / 'run/log.jsonl').read_bytes()
+    train.main(config(eval_only=True))
+    assert f"val_loss {losses(tmp_path / 'run', 'val_loss')[-1]:.4f}" in capsys.readouterr().out
+    assert before == sorted(path.name for path in (tmp_path / 'run').rglob('*'))
+    assert log == (tmp_path / 'run/log.jsonl').read_bytes()
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(config, tmp_path):
+    """A learning rate that ruins what was learned makes an early step the best; it stays, others go."""
+    train.main(config(max_iters=12, eval_interval=2, keep=2, warmup_iters=0, decay_lr=False, learning_rate=0.3))
+    val = {record['step']: record['val_loss'] for record in map(
+        json.loads, (tmp_path / 'run/log.jsonl').read_text().splitlines()) if 'val_loss' in record and record['step']}
+    assert set(checkpoints.steps(tmp_path / 'run')) == {10, 12, min(val, key=val.get)}
+    train.main(config(max_iters=8, eval_interval=2, always_save_checkpoint=False, out_dir=str(tmp_path / 'b')))
+    assert len(checkpoints.steps(tmp_path / 'b')) <= 2 and 8 in checkpoints.steps(tmp_path / 'b')
+
+
+def test_validation_is_the_mean_over_every_token_of_the_split(config, stories):
+    """The last, shorter block counts by its tokens; asking for more than there is takes all there is."""
+    cfg = config(eval_tokens=10 ** 9)
+    tokens = Tokens('tiny', 'val', 300, stories)
+    torch.manual_seed(0)
+    model = train.GPT(train.GPTConfig(16, 300, 1, 2, 32))
+    found, count = train.evaluate(model, tokens, cfg, World(0, 1, 0, torch.device('cpu')), torch.enable_grad)
+    ids = torch.from_numpy(tokens.read(0, len(tokens)))
+    assert count == len(ids) - 1 and count % 16 and count > 64
+    total = 0.0
+    for start in range(0, count, 16):
+        x, y = ids[start:min(start + 16, count)], ids[start + 1:min(start + 16, count) + 1]
+        total += torch.nn.functional.cross_entropy(model(x[None])[0], y, reduction='sum').item()
+    assert found == pytest.approx(total / count, rel=1e-6)
+
+
+# Where it goes on.
+
+@pytest.mark.parametrize('changes', [
+    {}, {'optimizer': 'muon'}, {'dtype': 'bfloat16'}, {'dtype': 'float16'}, {'schedule': 'wsd', 'cooldown_iters': 4}],
+    ids=str)
+def test_a_resumed_run_equals_one_that_never_stopped_to_the_last_bit(config, tmp_path, stories, changes):
+    """Dropout on; 12 updates of 64 sequences pass the end of the epoch several times."""
+    tokens = Tokens('tiny', 'train', 300, stories)
+    cfg = config(total_batch_size=64 * 16, **changes)
+    assert len(tokens) // 16 < 12 * cfg.total_batch_size // 16, 'no epoch ends in this test'
+    train.main(cfg)
+    stopped = replace(cfg, out_dir=str(tmp_path / 'stopped'))
+    train.main(replace(stopped, max_iters=5, lr_decay_iters=12))    # the schedule of the whole run
+    train.main(stopped)
+    whole, resumed = curve(tmp_path / 'run'), curve(tmp_path / 'stopped')
+    resumed[5] = resumed[5][:3] + whole[5][3:]                      # it validated where it stopped
+    assert resumed == whole and len(whole) == 13
+
+
+def test_micro_batches_and_their_number_change_nothing_but_rounding(config, tmp_path):
+    """4 x 4 sequences against 1 x 16 without dropout (whose masks belong to a micro-batch)."""
+    train.main(config(dropout=0.0))
+    train.main(config(dropout=0.0, batch_size=16, out_dir=str(tmp_path / 'b')))
+    assert losses(tmp_path / 'b') == pytest.approx(losses(tmp_path / 'run'), rel=1e-5)
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'flipped', 'no manifest', 'manifest is not json', 'half written'])
+def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(config, tmp_path, damage, capsys):
+    train.main(config())
+    whole = curve(tmp_path / 'run')
+    newest = tmp_path / 'run/step_0000012'
+    weights = newest / 'model.safetensors'
+    raw = bytearray(weights.read_bytes())
+    if damage == 'truncated':
+        weights.write_bytes(raw[:-4])
+    elif damage == 'flipped':
+        raw[-100] ^= 4
+        weights.write_bytes(raw)
+    elif damage == 'no manifest':
+        (newest / 'manifest.json').unlink()
+    elif damage == 'manifest is not json':
+        (newest / 'manifest.json').write_text('{"config')
+    else:
+        newest.rename(tmp_path / 'run/.step_0000012.partial')
+    (tmp_path / 'run/log.jsonl').write_bytes((tmp_path / 'run/log.jsonl').read_bytes()[:-20])   # and a torn line
+    train.main(config())
+    assert ('passing over' in capsys.readouterr().out) == (damage != 'half written')
+    assert curve(tmp_path / 'run') == whole and not checkpoints.problem(newest)
+    assert not list((tmp_path / 'run').glob('.*.partial'))
+
+
+def test_when_no_checkpoint_is_whole_it_does_not_start_over(config, tmp_path):
+    train.main(config())
+    for folder in checkpoints.steps(tmp_path / 'run').values():
+        (folder / 'training.pt').write_bytes(b'')
+    with pytest.raises(ValueError, match='none of them is whole:(.|\n)*training.pt is truncated'):
+        train.main(config())
+
+
+def test_changed_settings_win_and_are_named(config, tmp_path, capsys):
+    train.main(config(max_iters=4))
+    train.main(config(max_iters=6, learning_rate=1e-4, decay_lr=False))
+    assert 'changed: max_iters 4 -> 6' in (words := capsys.readouterr().out) and 'learning_rate 0.003 -> 0.0001' in words
+    assert losses(tmp_path / 'run', 'lr')[-1] == 1e-4
+
+
+def test_fine_tuning_starts_from_the_weights_and_resumes_itself(config, tmp_path):
+    train.main(config(dropout=0.0))
+    best = losses(tmp_path / 'run', 'val_loss')[-1]
+    tune = config(init_from=str(tmp_path / 'run'), out_dir=str(tmp_path / 'tuned'), block_size=8, total_batch_size=0,
+                  max_iters=4, dropout=0.0)
+    train.main(tune)
+    assert losses(tmp_path / 'tuned', 'val_loss')[0] < best + 0.5
+    train.main(replace(tune, max_iters=6))
+    assert len(losses(tmp_path / 'tuned')) == 6
+
+
+def test_diverging_ends_with_status_3_and_keeps_what_was_good(config, tmp_path, capsys):
+    train.main(config(max_iters=4))
+    assert train.main(config(learning_rate=1e20, decay_lr=False, grad_clip=0.0, max_iters=100, eval_interval=1000,
+                             max_skipped=3)) == 3
+    assert 'not finite' in capsys.readouterr().out
+    assert list(checkpoints.steps(tmp_path / 'run')) == [4] and not checkpoints.problem(tmp_path / 'run/step_0000004')
+
+
+def test_a_second_process_in_the_same_folder_is_refused(config, tmp_path):
+    held = checkpoints.lock(tmp_path / 'run')
+    with pytest.raises(ValueError, match='another process is training in this folder'):
+        train.main(config())
+    held.close()
+    assert train.main(config(max_iters=1)) == 0
+
+
+def test_a_compiler_that_fails_leaves_an_eager_run_and_one_line(config, tmp_path, monkeypatch, capsys):
+    def broken(model):
+        def call(*_):
+            raise RuntimeError('no compiler\nand a long story')
+        return call
+    monkeypatch.setattr(torch, 'compile', broken)
+    train.main(config(compile=True, max_iters=2))
+    assert 'compiling failed, going on without (RuntimeError: no compiler)' in capsys.readouterr().out
+    assert len(losses(tmp_path / 'run')) == 2
+
+
+@pytest.mark.slow
+def test_wandb_offline_keeps_its_id_over_a_resume(config, tmp_path):
+    pytest.importorskip('wandb')
+    train.main(config(max_iters=3, wandb_log=True))
+    name = (tmp_path / 'run/wandb_id.txt').read_text()
+    train.main(config(max_iters=5, wandb_log=True))
+    files = list((tmp_path / 'run/wandb').glob(f'offline-run-*-{name}/run-{name}.wandb'))
+    assert len(files) == 2 and all(file.stat().st_size > 0 for file in files)
+
+
+def test_wandb_that_fails_stops_nothing(config, tmp_path, monkeypatch, capsys):
+    wandb = pytest.importorskip('wandb')
+    monkeypatch.setattr(wandb, 'init', lambda **_: (_ for _ in ()).throw(ConnectionError('down')))
+    assert train.main(config(max_iters=3, wandb_log=True)) == 0
+    assert 'wandb: ConnectionError: down; going on without it' in capsys.readouterr().out
+    assert len(losses(tmp_path / 'run')) == 3
+
+
+# What it refuses.
+
+@pytest.mark.parametrize('changes, words', [
+    ({'dataset': 'nowhere'}, 'is not prepared; run\n    python data/prepare.py --dataset=nowhere'),
+    ({'dataset': 'pydocs'}, 'is not prepared; run\n    python data/prepare.py --dataset=pydocs'),
+    ({'total_batch_size': 1000}, 'the nearest that can: --total_batch_size=1024'),
+    ({'gradient_accumulation_steps': 2}, 'expected one of them'), ({'optimizer': 'sgd'}, "'adamw' or 'muon'"),
+    ({'schedule': 'linear'}, "'cosine' or 'wsd'"), ({'dtype': 'int8'}, "'float32', 'bfloat16' or 'float16'"),
+    ({'device': 'tpu'}, "device: given 'tpu'"), ({'n_head': 5}, 'multiple of n_head=5'),
+    ({'init_from': 'resume'}, 'there is no checkpoint in'), ({'init_from': 'nowhere'}, 'there is no such folder'),
+    ({'block_size': 100_000, 'total_batch_size': 0}, 'fewer than one block')])
+def test_bad_settings(config, changes, words):
+    with pytest.raises(ValueError, match=words):
+        train.main(config(**changes))
+
+
+def test_scratch_over_an_existing_run(config):
+    train.main(config(max_iters=4))
+    with pytest.raises(ValueError, match="init_from='scratch', but .*step_0000004 holds a run"):
+        train.main(config(init_from='scratch'))
+
+
+def test_a_checkpoint_of_another_shape(config):
+    train.main(config(max_iters=4))
+    with pytest.raises(ValueError, match='step_0000004 has n_layer=2, given n_layer=3'):
+        train.main(config(n_layer=3))
+
+
+def test_a_checkpoint_of_another_tokenizer(config, stories, tmp_path):
+    from data import prepare
+    train.main(config(max_iters=4))
+    prepare.main(prepare.Config(input=(str(stories / 'tiny.jsonl'),), tokenizer='bytes', name='tiny', val_fraction=0.2,
+                                data_dir=str(tmp_path / 'data')))
+    with pytest.raises(ValueError, match=r'was trained on tokens of bpe:300.*holds those of another tokenizer, bpe:257'):
+        train.main(config(data_dir=str(tmp_path / 'data')))
+
+
+def test_a_checkpoint_of_another_optimizer(config):
+    train.main(config(max_iters=4))
+    with pytest.raises(ValueError, match='no matching optimizer state for h.0.attn.c_attn.weight'):
+        train.main(config(optimizer='muon'))
+
+
+def test_a_shard_with_a_token_beyond_the_vocabulary(config, stories, tmp_path):
+    shutil.copytree(stories / 'tiny', tmp_path / 'data/tiny')
+    shard = tmp_path / 'data/tiny/train_000000.bin'
+    raw = bytearray(shard.read_bytes())
+    raw[1024:] = b'\xff\x7f' * ((len(raw) - 1024) // 2)
+    shard.write_bytes(raw)
+    with pytest.raises(ValueError, match='train_000000.bin: holds token id 32767, the vocabulary ends at 299'):
+        train.main(config(data_dir=str(tmp_path / 'data')))
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--max_itres=3'], "did you mean 'max_iters'"), (['--max_iters=many'], 'expected a whole number'),
+    (['--dataset=nowhere'], 'python data/prepare.py --dataset=nowhere')])
+def test_a_user_sees_one_line_and_status_2(flags, words):
+    done = script('train.py', '--device=cpu', *flags, check=False)
+    assert done.returncode == 2 and words in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_a_failure_of_ours_shows_its_traceback_and_status_1():
+    code = ('import configurator\nclass C: __module__ = "__main__"\n'
+            'configurator.configure = lambda *a: None\nconfigurator.run(lambda cfg: {}["x"], C)')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and 'KeyError' in done.stderr and 'Traceback' in done.stderr
+
+
+# Pure functions.
+
+def test_the_cosine_schedule_is_nanogpt_s():
+    """Values of nanoGPT's get_lr (train.py) for the same settings."""
+    cfg = train.Config(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000, lr_decay_iters=600_000, max_iters=600_000)
+    expected = {0: 2.998500749625187e-07, 1000: 3.0014992503748125e-04, 2000: 6e-4, 301_000: 3.3e-4, 600_001: 6e-5}
+    for step, lr in expected.items():
+        assert train.learning_rate_at(step, cfg) == pytest.approx(lr, rel=1e-9)
+    assert train.learning_rate_at(5, replace(cfg, decay_lr=False)) == 6e-4
+
+
+def test_warmup_stable_decay():
+    cfg = train.Config(schedule='wsd', learning_rate=1.0, min_lr=0.1, warmup_iters=9, max_iters=100, cooldown_iters=20)
+    rates = [train.learning_rate_at(step, cfg) for step in range(101)]
+    assert rates[0] == 0.1 and rates[9:81] == [1.0] * 72 and rates[90] == pytest.approx(0.55) and rates[100] == 0.1
+
+
+@pytest.mark.parametrize('changes, world, expected', [
+    ({}, 1, (16, 4, 4)), ({}, 2, (16, 4, 2)), ({}, 4, (16, 4, 1)), ({}, 8, (16, 2, 1)),
+    ({'total_batch_size': 0, 'gradient_accumulation_steps': 40, 'batch_size': 12}, 8, (480, 12, 5)),    # nanoGPT's
+    ({'total_batch_size': 0}, 2, (4, 2, 1))])
+def test_the_batch_is_the_same_on_any_number_of_processes(changes, world, expected):
+    assert train.divide_batch(train.Config(**{**TINY, **changes}), world) == expected
+
+
+def test_eval_iters_is_nanogpt_s_spelling():
+    cfg = train.with_eval_tokens(train.Config(eval_iters=200, batch_size=12, block_size=64))
+    assert cfg.eval_tokens == 200 * 12 * 64
