@@ -17,6 +17,8 @@ smooth = 0.9        # how much of the running mean a new training loss leaves, 0
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
+COLLECT = 'runs'    # takes the arguments without a flag
+
 REFERENCES = {      # validation loss (nats per token) that others reached on the same data set
     'shakespeare_char': [("nanoGPT's CPU run", 1.88), ("nanoGPT's GPU run", 1.4697)],
     'openwebtext': [('GPT-2 124M', 3.12)],                          # nanoGPT's README
@@ -104,4 +106,4 @@ def summary(records):
 
 
 if __name__ == '__main__':
-    run(main, Config, collect='runs')
+    run(main, Config, collect=COLLECT)

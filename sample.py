@@ -33,6 +33,8 @@ device = 'auto'
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
+SHORT = {'-p': 'prompt', '-m': 'max_new_tokens'}
+
 
 def main(cfg):
     check(cfg)
@@ -105,4 +107,4 @@ def as_text(new_ids, encoding):
 
 
 if __name__ == '__main__':
-    run(main, Config, short={'-p': 'prompt', '-m': 'max_new_tokens'})
+    run(main, Config, short=SHORT)

@@ -1,15 +1,19 @@
+# python train.py config/quickstart.py
+#
+# A small GPT (4.3M parameters) on the English that comes with Python, as `make quickstart` runs it.
+# 2 CPU cores (AVX-512 bf16): RESULT
 out_dir = 'out/quickstart'
-optimizer = 'muon'
-schedule = 'wsd'
-batch_size = 16
-block_size = 256
 n_layer = 4
 n_head = 4
 n_embd = 256
-max_iters = 500
-warmup_iters = 20
-cooldown_iters = 250
+block_size = 256
+batch_size = 16         # x 256 = 4,096 tokens an update
+max_iters = 250         # 1.0M tokens, 1.7 epochs
+eval_interval = 50
+log_interval = 10
+optimizer = 'muon'      # Muon needs about half the updates that AdamW does here
 learning_rate = 3e-3
 min_lr = 0.0
-eval_interval = 100
-log_interval = 20
+schedule = 'wsd'
+warmup_iters = 20
+cooldown_iters = 125

@@ -42,6 +42,7 @@ data_dir = ''               # where prepared data lies; '': data/ beside this sc
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
+COLLECT = 'input'           # takes the arguments without a flag
 SUFFIXES = ('.txt', '.md', '.jsonl', '.jsonl.gz', '.parquet')
 SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
                '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
@@ -305,4 +306,4 @@ def report(name, data_dir):
 
 
 if __name__ == '__main__':
-    run(main, Config, collect='input')
+    run(main, Config, collect=COLLECT)

@@ -1,0 +1,43 @@
+# make quickstart | test | test-all. `make PYTHON=python3.12 VENV=~/env …` uses another Python or environment.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: help install quickstart test test-all clean
+
+help:
+	@echo 'make quickstart   prepare text, train a small GPT, let it write: about 5 minutes on 2 CPU cores'
+	@echo 'make test         the tests, under 3 minutes; no network'
+	@echo 'make test-all     and the slow ones: several processes, kills, real runs'
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or newer is needed; make PYTHON=python3.12 names another one'; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo 'this Python cannot make environments; on Debian and Ubuntu: apt-get install python3-venv'; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+quickstart: install
+	$(RUN) data/prepare.py
+	$(RUN) train.py config/quickstart.py
+	$(RUN) sample.py --model=out/quickstart -p 'The import statement' -m 120
+	$(RUN) plot.py out/quickstart
+	@echo
+	@echo 'The loss curve is in out/quickstart/loss.png. What next?  (source $(VENV)/bin/activate first)'
+	@echo '  python sample.py -p "Return the" -m 200                        # let it write more'
+	@echo '  python train.py config/quickstart.py --max_iters=1000          # train on from here'
+	@echo '  python data/prepare.py --name=mine FOLDER_OR_FILE.txt && python train.py --dataset=mine --out_dir=out/mine'
+
+test: install
+	$(RUN) -m pytest -q
+
+test-all: install
+	$(RUN) -m pytest -q --slow
+
+clean:
+	rm -rf $(VENV) .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,18 @@
+# python data/prepare.py --dataset=shakespeare
+# python train.py config/finetune.py --init_from=gpt2
+#
+# Fine-tune GPT-2 on Shakespeare: 32,768 tokens an update, so 9 updates are an epoch. --init_from takes gpt2 to
+# gpt2-xl, a Hugging Face name or folder, or a run of ours; the data set must have that model's tokenizer.
+# Not yet measured.
+out_dir = 'out/finetune'
+init_from = 'gpt2'
+dataset = 'shakespeare'
+total_batch_size = 32_768
+batch_size = 1          # x 1024 tokens: GPT-2 fits a card of 8 GB
+block_size = 1024
+dropout = 0.1
+max_iters = 60
+eval_interval = 5       # it overfits: watch the validation loss
+always_save_checkpoint = False  # the best checkpoint and the last are kept
+learning_rate = 3e-5
+decay_lr = False

@@ -1,0 +1,113 @@
+"""Weights both ways, what is refused as a GPT-2, and that nothing in a checkpoint is executed."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+import checkpoints
+import tokenizer
+from model import GPT, GPTConfig
+
+CONFIG = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
+BYTES = tokenizer.byte_pairs('bytes', [])
+
+
+def save(folder, step=1, config=CONFIG):
+    torch.manual_seed(step)
+    model = GPT(config)
+    return model, checkpoints.save(folder, step, model, BYTES, {'step': step})
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('vocab_size', [257, 4200])
+def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path, bias, vocab_size):
+    """4,200 tokens are padded to 4,224 inside; the file holds 4,200 rows."""
+    config = GPTConfig(16, vocab_size, 2, 2, 32, bias=bias)
+    model, folder = save(tmp_path, config=config)
+    again = GPT(checkpoints.read_config(folder))
+    checkpoints.load_weights(again, folder)
+    assert again.config == config
+    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    stored = dict(checkpoints.to_hugging_face(model))
+    assert stored['transformer.wte.weight'].shape == (vocab_size, 32)
+    assert stored['transformer.h.1.mlp.c_fc.weight'].shape == (32, 128)             # transformers' (in, out)
+
+
+def test_files_of_transformers_are_read_with_and_without_prefix(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    from safetensors.torch import save_file
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**checkpoints.config_json(CONFIG, 0))).eval()
+    theirs.save_pretrained(tmp_path / 'a')
+    (tmp_path / 'b').mkdir()
+    bare = {name.removeprefix('transformer.'): p.contiguous() for name, p in theirs.state_dict().items() if 'lm_head' not in name}
+    bare['h.0.attn.bias'] = torch.ones(1, 1, 16, 16)                # OpenAI's files hold the causal masks
+    save_file(bare, tmp_path / 'b/model.safetensors')
+    (tmp_path / 'b/config.json').write_text((tmp_path / 'a/config.json').read_text())
+    for name in 'ab':
+        (tmp_path / name / 'tokenizer.json').write_text(tokenizer.to_json(BYTES))
+        model, encoding = checkpoints.load_model(tmp_path / name)
+        ids = torch.arange(16)[None]
+        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+        assert tokenizer.fingerprint(encoding) == tokenizer.fingerprint(BYTES)
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'model_type': 'llama'}, 'model_type is'), ({'activation_function': 'relu'}, 'activation_function is'),
+    ({'n_inner': 7}, 'n_inner is 7'), ({'n_embd': 64, 'n_inner': None}, r'h.0.attn.c_attn.bias: the file holds \(96,\), config.json promises \(192,\)'),
+    ({'n_layer': 3}, 'these weights are missing: h.2')])
+def test_what_is_not_this_gpt2_is_refused(tmp_path, change, words):
+    _, folder = save(tmp_path)
+    facts = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(facts | change))
+    with pytest.raises(ValueError, match=words):
+        checkpoints.load_model(folder)
+
+
+def test_the_newest_whole_step_wins(tmp_path):
+    for step in (1, 2, 10):
+        save(tmp_path, step)
+    (tmp_path / 'step_0000010/model.safetensors').write_bytes(b'x')
+    folder, problems = checkpoints.newest_step(tmp_path)
+    assert folder.name == 'step_0000002' and 'step_0000010: model.safetensors is truncated' in problems[0]
+    assert checkpoints.newest_step(tmp_path / 'none') == (None, [])
+
+
+def test_a_step_that_is_there_whole_is_left_alone_and_a_damaged_one_replaced(tmp_path):
+    _, folder = save(tmp_path)
+    made = (folder / 'model.safetensors').stat().st_mtime_ns
+    save(tmp_path)
+    assert (folder / 'model.safetensors').stat().st_mtime_ns == made
+    (folder / 'training.pt').write_bytes(b'')
+    save(tmp_path)
+    assert not checkpoints.problem(folder) and checkpoints.load_training(folder) == {'step': 1}
+
+
+def test_a_save_that_fails_leaves_no_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoints.torch, 'save', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left')))
+    with pytest.raises(OSError):
+        save(tmp_path, 2)
+    assert list(checkpoints.steps(tmp_path)) == [1]
+    checkpoints.lock(tmp_path).close()
+    assert not list(tmp_path.glob('.*.partial'))
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    checkpoints.prune(tmp_path, keep=2, best=1)
+    assert list(checkpoints.steps(tmp_path)) == [1, 3, 4]
+
+
+def test_a_pickled_payload_is_not_run(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return open, (str(tmp_path / 'ran'), 'w')
+    _, folder = save(tmp_path)
+    (folder / 'training.pt').write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(Exception):
+        checkpoints.load_training(folder)
+    assert not (tmp_path / 'ran').exists()
