@@ -188,6 +188,26 @@ def load_training(folder):
     return torch.load(Path(folder) / 'training.pt', map_location='cpu', mmap=True, weights_only=True)
 
 
+def optimizer_state(model, optimizers):
+    """{parameter name: {key: tensor}} of all optimizers: step counts and moments, no learning rates."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: dict(state) for optimizer in optimizers for p, state in optimizer.state.items()}
+
+
+def restore_optimizers(model, optimizers, saved):
+    """Put an optimizer_state back; the learning rates and weight decay of `optimizers` stay theirs."""
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        is_muon = isinstance(optimizer, torch.optim.Muon)
+        expected = {'momentum_buffer'} if is_muon else {'step', 'exp_avg', 'exp_avg_sq'}
+        for p in (p for group in optimizer.param_groups for p in group['params']):
+            state = saved.get(names[p], {})
+            if set(state) != expected:
+                raise ValueError(f'the checkpoint has no matching optimizer state for {names[p]}; '
+                                 f'was it trained with another --optimizer?')
+            optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
+
+
 def steps(out_dir):
     """{step: folder} of the checkpoints in out_dir, oldest first, whole or not."""
     found = (path for path in Path(out_dir).glob('step_*') if path.name[5:].isdigit())

@@ -1,11 +1,17 @@
 """Ranks, devices and reductions: thin over torch.distributed, and the same calls work without it."""
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+PEAK_FLOPS = {              # dense bfloat16 (V100, T4: float16) of the makers' data sheets
+    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
+    'RTX 6000 Ada': 364e12, 'A6000': 155e12, 'A10G': 70e12, 'L4': 121e12, 'RTX 5090': 209e12, 'RTX 4090': 165e12,
+    'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,40 @@ def pick_device(name, local_rank=0, size=1):
     if device.type == 'mps' and not torch.backends.mps.is_available():
         raise ValueError("device: given 'mps', which this machine does not have; --device=cpu runs anywhere")
     return device
+
+
+def pick_dtype(name, device):
+    """(torch dtype, why): bfloat16 where the hardware computes in it, else float16 on CUDA, else float32."""
+    if name != 'auto':
+        if name not in ('float32', 'bfloat16', 'float16'):
+            raise ValueError(f"dtype: given {name!r}, expected 'auto', 'float32', 'bfloat16' or 'float16'")
+        return getattr(torch, name), 'as set'
+    if device.type == 'cuda':
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, 'this GPU has it'
+        return torch.float16, 'this GPU has no bfloat16'
+    if device.type == 'cpu':
+        found = getattr(torch.cpu, 'get_capabilities', dict)()
+        for feature in ('amx_bf16', 'avx512_bf16', 'sve_bf16', 'bf16'):
+            if found.get(feature):
+                return torch.bfloat16, f'this CPU has {feature}'
+        return torch.float32, 'this CPU has no bfloat16'
+    return torch.float32, 'the safe choice on this device'
+
+
+def measure_peak(device, dtype):
+    """Operations per second one process could do at best: of the data sheet, or measured on a CPU; None if unknown."""
+    if device.type == 'cuda' and dtype != torch.float32:
+        found = [peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(device)]
+        return found[0] if found else None
+    if device.type == 'cpu' and dtype != torch.float16:             # which CPUs compute very slowly
+        a, times = torch.randn(1024, 1024).to(dtype), []
+        for _ in range(30):
+            started = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - started)
+        return 2 * 1024 ** 3 / min(times)
+    return None
 
 
 def all_reduce(tensor, op='sum'):

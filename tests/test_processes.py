@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, script
@@ -41,17 +42,21 @@ def wait_for_step(process, folder, step):
     raise AssertionError(process.stdout.read())
 
 
-def workers(process):
-    """The processes that torchrun started."""
-    found = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(process.pid)], capture_output=True, text=True).stdout
-    return [int(pid) for pid in found.split()]
+def pids(folder):
+    """The processes with `folder` on their command line: torchrun first, then its workers."""
+    found = []
+    for path in Path('/proc').glob('[0-9]*/cmdline'):
+        try:
+            if str(folder).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            pass                                                    # it has just ended
+    return sorted(found)
 
 
-def end(process):
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def kill_all(process, folder):
+    for pid in pids(folder):
+        os.kill(pid, signal.SIGKILL)
     process.communicate()
 
 
@@ -101,7 +106,7 @@ def test_a_signal_ends_in_a_checkpoint(flags, tmp_path, world, number):
         process.send_signal(number)
         words = process.communicate(timeout=60)[0]
     finally:
-        end(process)
+        kill_all(process, tmp_path)
     assert 'the same command goes on' in words and (world > 1 or process.returncode == 0), words
     step = max(checkpoints.steps(tmp_path / 'run'))
     assert 20 <= step < 400 and not checkpoints.problem(tmp_path / f'run/step_{step:07d}')
@@ -117,10 +122,10 @@ def test_kill_9_costs_the_steps_since_the_last_save(flags, tmp_path, victim):
     try:
         wait_for_step(process, tmp_path / 'run', 25)
         if victim == 'worker':
-            os.kill(workers(process)[-1], signal.SIGKILL)
+            os.kill(pids(tmp_path)[-1], signal.SIGKILL)
             assert process.wait(timeout=90) != 0
     finally:
-        end(process)
+        kill_all(process, tmp_path)
     assert 120 not in checkpoints.steps(tmp_path / 'run')
     script(*flags('run', **options), torchrun=2)
     assert curve(tmp_path / 'run') == curve(tmp_path / 'whole')
@@ -134,7 +139,7 @@ def test_killed_inside_a_save_the_checkpoint_before_is_used(flags, tmp_path):
         process = start(flags('run', **options), 1)
         while process.poll() is None and not (tmp_path / 'run/.step_0000040.partial').exists():
             time.sleep(0.0005)
-        end(process)
+        kill_all(process, tmp_path)
         if not (tmp_path / 'run/step_0000040').exists():
             break
         subprocess.run(['rm', '-rf', tmp_path / 'run'])
@@ -151,7 +156,7 @@ def test_orphans_of_a_killed_torchrun_keep_others_out(flags, tmp_path):
         refused = script(*flags('run'), check=False)
         assert refused.returncode == 2 and 'another process is training in this folder' in refused.stderr
     finally:
-        end(process)
+        kill_all(process, tmp_path)
 
 
 def test_processes_end_cleanly(flags, tmp_path):

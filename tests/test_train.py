@@ -272,7 +272,8 @@ def test_wandb_that_fails_stops_nothing(config, tmp_path, monkeypatch, capsys):
     ({'total_batch_size': 1000}, 'the nearest that can: --total_batch_size=1024'),
     ({'gradient_accumulation_steps': 2}, 'expected one of them'), ({'optimizer': 'sgd'}, "'adamw' or 'muon'"),
     ({'schedule': 'linear'}, "'cosine' or 'wsd'"), ({'dtype': 'int8'}, "'float32', 'bfloat16' or 'float16'"),
-    ({'device': 'tpu'}, "device: given 'tpu'"), ({'n_head': 5}, 'multiple of n_head=5'),
+    ({'batch_size': 0}, 'batch_size: given 0, expected 1 or more'), ({'dropout': 1.0}, 'dropout: given 1.0'),
+    ({'learning_rate': 0.0}, 'learning_rate: given 0.0'), ({'device': 'tpu'}, "device: given 'tpu'"), ({'n_head': 5}, 'multiple of n_head=5'),
     ({'init_from': 'resume'}, 'there is no checkpoint in'), ({'init_from': 'nowhere'}, 'there is no such folder'),
     ({'block_size': 100_000, 'total_batch_size': 0}, 'fewer than one block')])
 def test_bad_settings(config, changes, words):
@@ -357,6 +358,9 @@ def test_the_batch_is_the_same_on_any_number_of_processes(changes, world, expect
     assert train.divide_batch(train.Config(**{**TINY, **changes}), world) == expected
 
 
-def test_eval_iters_is_nanogpt_s_spelling():
-    cfg = train.with_eval_tokens(train.Config(eval_iters=200, batch_size=12, block_size=64))
-    assert cfg.eval_tokens == 200 * 12 * 64
+def test_eval_iters_is_nanogpt_s_spelling(config, stories):
+    tokens = Tokens('tiny', 'val', 300, stories)
+    model = train.GPT(train.GPTConfig(16, 300, 1, 2, 32))
+    alone = World(0, 1, 0, torch.device('cpu'))
+    _, count = train.evaluate(model, tokens, config(eval_iters=3), alone, torch.enable_grad)
+    assert count == 3 * 4 * 16
