@@ -1,11 +1,12 @@
 """
 The only reader and writer of checkpoints. A checkpoint is a Hugging Face model folder:
 
-    out/NAME/step_0002000/config.json           GPT-2 as transformers knows it
-                          model.safetensors     weights under transformers' names and shapes
-                          tokenizer.json, tokenizer_config.json
-                          training.pt           what a resume needs besides: optimizer, step, settings
-                          manifest.json         size and sha256 of each; its presence is the commit mark
+    out/NAME/step_0002000/
+        config.json         GPT-2 as transformers knows it
+        model.safetensors   weights under transformers' names and shapes
+        tokenizer.json, tokenizer_config.json
+        training.pt         what a resume needs besides: optimizer, step, settings
+        manifest.json       size and sha256 of each; its presence is the commit mark
 """
 
 import hashlib
@@ -30,7 +31,8 @@ HUB_FILES = ['config.json', '*.safetensors', 'tokenizer.json']
 # Names and shapes: transformers keeps these four matrices as (in, out), nn.Linear as (out, in).
 
 def to_hugging_face(model):
-    """{transformers' name: tensor}: rows of the true vocabulary only, zeros for biases we do not have."""
+    """{transformers' name: tensor}: rows of the true vocabulary only,
+    zeros for biases we do not have."""
     tensors = {}
     for name, p in model.state_dict().items():
         p = p[:model.config.vocab_size] if name == 'wte.weight' else p
@@ -44,35 +46,41 @@ def to_hugging_face(model):
 
 @torch.no_grad()
 def from_hugging_face(model, tensors):
-    """Fill `model` from an iterator of (transformers' name, tensor); every parameter must be there."""
+    """Fill `model` from an iterator of (transformers' name, tensor);
+    every parameter must be there."""
     missing = dict(model.named_parameters())
     for name, tensor in tensors:
         name = name.removeprefix('transformer.')
         if name not in missing:
-            continue                                                # lm_head (tied), attention masks, unused biases
+            continue                                # lm_head (tied), attention masks, unused biases
         p = missing.pop(name)
         tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
         rows = model.config.vocab_size if name == 'wte.weight' else len(p)
         if tensor.shape != p[:rows].shape:
-            raise ValueError(f'{name}: the file holds {tuple(tensor.shape)}, config.json promises {tuple(p[:rows].shape)}')
+            raise ValueError(f'{name}: the file holds {tuple(tensor.shape)}, '
+                             f'config.json promises {tuple(p[:rows].shape)}')
         p[:rows].copy_(tensor)
     if missing:
-        raise ValueError(f"these weights are missing: {', '.join(list(missing)[:4])} ({len(missing)} in all)")
+        raise ValueError(f"these weights are missing: {', '.join(list(missing)[:4])} "
+                         f"({len(missing)} in all)")
 
 
 def config_json(config, eot_id):
     """The config.json of a GPTConfig, as a dict; `bias` is ours, transformers passes over it."""
     return {
-        'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'activation_function': 'gelu_new',
+        'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2',
+        'activation_function': 'gelu_new',
         'n_layer': config.n_layer, 'n_head': config.n_head, 'n_embd': config.n_embd,
-        'n_positions': config.block_size, 'n_ctx': config.block_size, 'vocab_size': config.vocab_size,
+        'n_positions': config.block_size, 'n_ctx': config.block_size,
+        'vocab_size': config.vocab_size,
         'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout,
         'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True, 'bias': config.bias,
         'bos_token_id': eot_id, 'eos_token_id': eot_id, 'dtype': 'float32'}
 
 
 def read_config(folder):
-    """The GPTConfig in the config.json of `folder`; ValueError when it is not a GPT-2 as we build one."""
+    """The GPTConfig in the config.json of `folder`;
+    ValueError when it is not a GPT-2 as we build one."""
     facts = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8'))
     expected = {'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
                 'n_inner': [None, 4 * facts.get('n_embd', 0)], 'tie_word_embeddings': [True],
@@ -80,10 +88,11 @@ def read_config(folder):
                 'scale_attn_by_inverse_layer_idx': [False]}
     for key, allowed in expected.items():
         if facts.get(key, allowed[0]) not in allowed:
-            raise ValueError(f'{folder}: not a GPT-2 that this program can run: {key} is {facts[key]!r}, '
-                             f'expected {allowed[-1]!r}')
-    return GPTConfig(block_size=facts['n_positions'], vocab_size=facts['vocab_size'], n_layer=facts['n_layer'],
-                     n_head=facts['n_head'], n_embd=facts['n_embd'], dropout=0.0, bias=facts.get('bias', True))
+            raise ValueError(f'{folder}: not a GPT-2 that this program can run: '
+                             f'{key} is {facts[key]!r}, expected {allowed[-1]!r}')
+    return GPTConfig(block_size=facts['n_positions'], vocab_size=facts['vocab_size'],
+                     n_layer=facts['n_layer'], n_head=facts['n_head'], n_embd=facts['n_embd'],
+                     dropout=0.0, bias=facts.get('bias', True))
 
 
 def load_weights(model, folder):
@@ -114,8 +123,8 @@ def load_encoding(folder, vocab_size):
 
 
 def load_model(name, device='cpu', dropout=0.0):
-    """(model, encoding) of a run's folder, one of its steps, any Hugging Face folder of a GPT-2, or a
-    name such as 'gpt2'; the model is on `device`, in float32, in eval mode."""
+    """(model, encoding) of a run's folder, one of its steps, any Hugging Face folder of a GPT-2,
+    or a name such as 'gpt2'; the model is on `device`, in float32, in eval mode."""
     folder = find(name)
     model = GPT(replace(read_config(folder), dropout=dropout))
     load_weights(model, folder)
@@ -123,7 +132,8 @@ def load_model(name, device='cpu', dropout=0.0):
 
 
 def find(name):
-    """The folder that holds the model called `name` (see load_model); ValueError when there is none."""
+    """The folder that holds the model called `name` (see load_model);
+    ValueError when there is none."""
     folder = Path(name)
     if (folder / 'config.json').exists():
         return folder
@@ -138,23 +148,26 @@ def find(name):
 
 
 def from_hub(repo):
-    """The folder with the files of `repo` on the Hugging Face hub, downloaded into its cache if need be."""
+    """The folder with the files of `repo` on the Hugging Face hub,
+    downloaded into its cache if need be."""
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
-    except Exception as error:      # no network, no such model, not allowed: the client has a class for each
+    except Exception as error:      # no network, no such model, not allowed: a class for each
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f'{repo}: not a folder here, and it could not be had from the Hugging Face hub ({reason}). '
-                         f'HF_ENDPOINT names a mirror; a downloaded folder can be given instead') from None
+        raise ValueError(f'{repo}: not a folder here, and it could not be had '
+                         f'from the Hugging Face hub ({reason}). HF_ENDPOINT names a mirror; '
+                         f'a downloaded folder can be given instead') from None
 
 
-# Saving: into a temporary folder, synced to the disk, renamed. Nothing half-written bears the final name.
+# Saving: into a temporary folder, synced to the disk, renamed.
+# Nothing half-written bears the final name.
 
 def save(out_dir, step, model, encoding, training):
     """Write step_NNNNNNN of the run in out_dir, and return its folder.
 
-    training: a dict of plain types and tensors. The state at a step is a function of the run's settings,
-    so that a step which is already there, whole, is left alone.
+    training: a dict of plain types and tensors. The state at a step is a function of the run's
+    settings, so that a step which is already there, whole, is left alone.
     """
     final = Path(out_dir) / f'step_{step:07d}'
     if final.exists() and not problem(final):
@@ -170,14 +183,15 @@ def save(out_dir, step, model, encoding, training):
         'clean_up_tokenization_spaces': False,
         **({} if eot is None else {'bos_token': tokenizer.EOT, 'eos_token': tokenizer.EOT})})
     save_file(to_hugging_face(model), partial / 'model.safetensors', metadata={'format': 'pt'})
-    (partial / 'model.safetensors').chmod(0o644)                    # the library makes it readable to us alone
+    (partial / 'model.safetensors').chmod(0o644)        # the library makes it readable to us alone
     with open(partial / 'training.pt', 'wb') as file:
         torch.save(training, file)
     write_json(partial / 'manifest.json', {
-        file.name: {'bytes': file.stat().st_size, 'sha256': sha256(file)} for file in sorted(partial.iterdir())})
+        file.name: {'bytes': file.stat().st_size, 'sha256': sha256(file)}
+        for file in sorted(partial.iterdir())})
     for path in [*partial.iterdir(), partial]:
         sync(path)
-    shutil.rmtree(final, ignore_errors=True)                        # there only if it does not verify
+    shutil.rmtree(final, ignore_errors=True)                    # there only if it does not verify
     partial.rename(final)
     sync(final.parent)
     return final
@@ -185,17 +199,21 @@ def save(out_dir, step, model, encoding, training):
 
 def load_training(folder):
     """The dict given to save(), its tensors on the CPU."""
-    return torch.load(Path(folder) / 'training.pt', map_location='cpu', mmap=True, weights_only=True)
+    return torch.load(Path(folder) / 'training.pt', map_location='cpu', mmap=True,
+                      weights_only=True)
 
 
 def optimizer_state(model, optimizers):
-    """{parameter name: {key: tensor}} of all optimizers: step counts and moments, no learning rates."""
+    """{parameter name: {key: tensor}} of all optimizers: step counts and moments,
+    no learning rates."""
     names = {p: name for name, p in model.named_parameters()}
-    return {names[p]: dict(state) for optimizer in optimizers for p, state in optimizer.state.items()}
+    return {names[p]: dict(state) for optimizer in optimizers
+            for p, state in optimizer.state.items()}
 
 
 def restore_optimizers(model, optimizers, saved):
-    """Put an optimizer_state back; the learning rates and weight decay of `optimizers` stay theirs."""
+    """Put an optimizer_state back; the learning rates and weight decay of `optimizers`
+    stay theirs."""
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         is_muon = isinstance(optimizer, torch.optim.Muon)
@@ -205,7 +223,8 @@ def restore_optimizers(model, optimizers, saved):
             if set(state) != expected:
                 raise ValueError(f'the checkpoint has no matching optimizer state for {names[p]}; '
                                  f'was it trained with another --optimizer?')
-            optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
+            optimizer.state[p] = {key: value.to(p.device, copy=True)
+                                  for key, value in state.items()}
 
 
 def steps(out_dir):
@@ -215,9 +234,11 @@ def steps(out_dir):
 
 
 def newest_step(out_dir):
-    """(folder of the newest whole checkpoint or None if there are none at all, what is wrong with newer ones).
+    """(folder of the newest whole checkpoint or None if there are none at all,
+    what is wrong with newer ones).
 
-    Raises ValueError when there are checkpoints and not one is whole: that is no reason to start over.
+    Raises ValueError when there are checkpoints and not one is whole:
+    that is no reason to start over.
     """
     problems = []
     for folder in reversed(steps(out_dir).values()):
@@ -232,8 +253,10 @@ def newest_step(out_dir):
 
 
 def newest_of_all():
-    """The folder of the checkpoint that was saved last among all runs under out/, else checkpoint/, else None."""
-    manifests = [path for path in Path('out').rglob('step_*/manifest.json') if not problem(path.parent)]
+    """The folder of the checkpoint that was saved last among all runs under out/,
+    else checkpoint/, else None."""
+    manifests = [path for path in Path('out').rglob('step_*/manifest.json')
+                 if not problem(path.parent)]
     if manifests:
         return max(manifests, key=lambda path: path.stat().st_mtime).parent
     return HERE / 'checkpoint' if (HERE / 'checkpoint' / 'config.json').exists() else None
@@ -258,7 +281,7 @@ def prune(out_dir, keep, best=None):
     folders = steps(out_dir)
     for step in list(folders)[:-keep]:
         if step != best:
-            (folders[step] / 'manifest.json').unlink(missing_ok=True)   # no longer whole from here on
+            (folders[step] / 'manifest.json').unlink(missing_ok=True)   # no longer whole from here
             shutil.rmtree(folders[step])
 
 
@@ -272,8 +295,8 @@ def lock(out_dir):
     except ImportError:
         pass                                                        # Windows: no lock
     except OSError:
-        raise ValueError(f'{out_dir}: another process is training in this folder; give another --out_dir, '
-                         f'or end that process') from None
+        raise ValueError(f'{out_dir}: another process is training in this folder; '
+                         f'give another --out_dir, or end that process') from None
     for leftover in Path(out_dir).glob('.step_*.partial'):
         shutil.rmtree(leftover, ignore_errors=True)
     return file
@@ -289,6 +312,8 @@ def sha256(path):
 
 
 def sync(path):
+    if os.name == 'nt':
+        return                                                      # Windows syncs no folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -40,7 +40,8 @@ def settings(script):
     names = [key for key, value in script.items()
              if key.islower() and not key.startswith('_') and type(value) in TYPES]
     taken = [(key, type(script[key]), script.pop(key)) for key in names]
-    return make_dataclass('Config', taken, frozen=True, namespace={'__module__': script['__name__']})
+    return make_dataclass('Config', taken, frozen=True,
+                          namespace={'__module__': script['__name__']})
 
 
 def configure(Config, argv, short=None, collect=''):
@@ -101,8 +102,8 @@ def typed(value, default, where):
         return float(value)
     if want is int and type(value) is float and value.is_integer():
         return int(value)
-    example = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text in quotes',
-               tuple: 'a list of texts'}[want]
+    example = {bool: 'True or False', int: 'a whole number', float: 'a number',
+               str: 'a text in quotes', tuple: 'a list of texts'}[want]
     raise ValueError(f'{where}: given {value!r}, expected {example} (the default is {default!r})')
 
 
@@ -123,8 +124,9 @@ def read_config_file(path, values, defaults):
             continue                                                # a docstring
         if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1
                 and isinstance(statement.targets[0], ast.Name)):
-            raise ValueError(f'{where}: given `{ast.unparse(statement).splitlines()[0]}`; a config file '
-                             f'holds assignments such as batch_size = 8 and nothing else')
+            raise ValueError(f'{where}: given `{ast.unparse(statement).splitlines()[0]}`; '
+                             f'a config file holds assignments such as batch_size = 8 '
+                             f'and nothing else')
         name = statement.targets[0].id
         try:
             value = evaluate(statement.value, values)
@@ -153,7 +155,8 @@ def evaluate(node, names):
             if isinstance(op, ast.Pow) and abs(right) > 64:
                 raise ValueError(f'{right} is too large an exponent')
             return OPERATORS[type(op)](left, right)
-    raise ValueError(f'given `{ast.unparse(node)}`, expected a literal, arithmetic, or an earlier setting')
+    raise ValueError(f'given `{ast.unparse(node)}`, '
+                     f'expected a literal, arithmetic, or an earlier setting')
 
 
 def as_config_file(cfg, header):

@@ -1,4 +1,6 @@
-"""Ranks, devices and reductions: thin over torch.distributed, and the same calls work without it."""
+"""
+Ranks, devices and reductions: thin over torch.distributed, and the same calls work without it.
+"""
 
 import os
 import time
@@ -9,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 PEAK_FLOPS = {              # dense bfloat16 (V100, T4: float16) of the makers' data sheets
-    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
-    'RTX 6000 Ada': 364e12, 'A6000': 155e12, 'A10G': 70e12, 'L4': 121e12, 'RTX 5090': 209e12, 'RTX 4090': 165e12,
-    'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
+    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12,
+    'L40S': 362e12, 'RTX 6000 Ada': 364e12, 'A6000': 155e12, 'A10G': 70e12, 'L4': 121e12,
+    'RTX 5090': 209e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
 
 
 @dataclass(frozen=True)
@@ -50,25 +52,30 @@ def pick_device(name, local_rank=0, size=1):
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise ValueError(f"device: given {name!r}, expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
+        raise ValueError(f"device: given {name!r}, "
+                         f"expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
     if device.type == 'cuda':
         if not torch.cuda.is_available():
-            raise ValueError(f"device: given {name!r}, but this torch ({torch.__version__}) sees no CUDA GPU; "
-                             f"--device=cpu runs anywhere")
+            raise ValueError(f"device: given {name!r}, but this torch ({torch.__version__}) "
+                             f"sees no CUDA GPU; --device=cpu runs anywhere")
         device = torch.device('cuda', local_rank if size > 1 else device.index or 0)
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f'device: {device} is asked for, this machine has {torch.cuda.device_count()} GPUs; '
+            raise ValueError(f'device: {device} is asked for, '
+                             f'this machine has {torch.cuda.device_count()} GPUs; '
                              f'give torchrun that number as --nproc_per_node')
     if device.type == 'mps' and not torch.backends.mps.is_available():
-        raise ValueError("device: given 'mps', which this machine does not have; --device=cpu runs anywhere")
+        raise ValueError("device: given 'mps', which this machine does not have; "
+                         "--device=cpu runs anywhere")
     return device
 
 
 def pick_dtype(name, device):
-    """(torch dtype, why): bfloat16 where the hardware computes in it, else float16 on CUDA, else float32."""
+    """(torch dtype, why): bfloat16 where the hardware computes in it, else float16 on CUDA,
+    else float32."""
     if name != 'auto':
         if name not in ('float32', 'bfloat16', 'float16'):
-            raise ValueError(f"dtype: given {name!r}, expected 'auto', 'float32', 'bfloat16' or 'float16'")
+            raise ValueError(f"dtype: given {name!r}, "
+                             f"expected 'auto', 'float32', 'bfloat16' or 'float16'")
         return getattr(torch, name), 'as set'
     if device.type == 'cuda':
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -84,9 +91,11 @@ def pick_dtype(name, device):
 
 
 def measure_peak(device, dtype):
-    """Operations per second one process could do at best: of the data sheet, or measured on a CPU; None if unknown."""
+    """Operations per second one process could do at best: of the data sheet,
+    or measured on a CPU; None if unknown."""
     if device.type == 'cuda' and dtype != torch.float32:
-        found = [peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(device)]
+        found = [peak for name, peak in PEAK_FLOPS.items()
+                 if name in torch.cuda.get_device_name(device)]
         return found[0] if found else None
     if device.type == 'cpu' and dtype != torch.float16:             # which CPUs compute very slowly
         a, times = torch.randn(1024, 1024).to(dtype), []

@@ -39,7 +39,7 @@ SIZES = {
     'gpt2-large': GPTConfig(n_layer=36, n_head=20, n_embd=1280),    # 774M
     'gpt2-xl': GPTConfig(n_layer=48, n_head=25, n_embd=1600),       # 1558M
 }
-LOGITS_AT_ONCE = 2 ** 26    # the loss makes float32 logits for this many (token, id) pairs at a time
+LOGITS_AT_ONCE = 2 ** 26    # the loss makes float32 logits for this many (token, id) pairs at once
 
 
 class GPT(nn.Module):
@@ -57,21 +57,23 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Normal(0, 0.02), biases zero; the projections into the residual stream, of which there are
-        2 n_layer, are scaled by 1 / sqrt(2 n_layer) (GPT-2 paper, section 2.3)."""
+        """Normal(0, 0.02), biases zero; the projections into the residual stream, of which there
+        are 2 n_layer, are scaled by 1 / sqrt(2 n_layer) (GPT-2 paper, section 2.3)."""
         for name, p in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
                 residual = name.endswith('c_proj.weight')
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                nn.init.normal_(p, std=std)
         self.wte.weight[self.config.vocab_size:] = 0    # padding: no gradient ever reaches it
 
     def hidden(self, ids, *, positions=None, mask=None, cache=None):
         """Final hidden states (B, T, C) of ids (B, T), after ln_f.
 
         positions (T,) or (B, T): places in the block, 0 .. T-1 if not given.
-        mask: bool, broadcast to (B, nh, T, T), True where a query (row) may see a key; causal if not given.
+        mask: bool, broadcast to (B, nh, T, T), True where a query (row) may see a key;
+            causal if not given.
         cache: the place of a KV cache, which this version does not have.
         """
         assert cache is None, 'there is no KV cache yet'
@@ -100,15 +102,17 @@ class GPT(nn.Module):
     def loss(self, x, targets):
         """Mean cross-entropy of hidden states x (N, C) against targets (N,).
 
-        In slices of tokens whose logits the backward pass computes again, so that those of the whole
-        batch never exist. (torch's F.linear_cross_entropy computes in float32 under autocast, and
-        returns a loss rounded to bfloat16 when it is given bfloat16.)
+        In slices of tokens whose logits the backward pass computes again, so that those of the
+        whole batch never exist. (torch's F.linear_cross_entropy computes in float32 under
+        autocast, and returns a loss rounded to bfloat16 when it is given bfloat16.)
         """
         slice_size = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         if len(x) <= slice_size or not torch.is_grad_enabled():
-            losses = [self.slice_loss(*both) for both in zip(x.split(slice_size), targets.split(slice_size))]
+            losses = [self.slice_loss(*both)
+                      for both in zip(x.split(slice_size), targets.split(slice_size))]
         else:
-            losses = [checkpoint(self.slice_loss, *both, use_reentrant=False, preserve_rng_state=False)
+            losses = [checkpoint(self.slice_loss, *both, use_reentrant=False,
+                                 preserve_rng_state=False)
                       for both in zip(x.split(slice_size), targets.split(slice_size))]
         return torch.stack(losses).sum() / len(targets)
 
@@ -116,8 +120,9 @@ class GPT(nn.Module):
         return F.cross_entropy(self.head(x).float(), targets, reduction='sum')
 
     def flops_per_token(self):
-        """Floating-point operations of training on one token: 6 for each weight of a matrix product
-        and 12 for each (layer, channel, position) of attention (Chowdhery et al. 2022, appendix B)."""
+        """Floating-point operations of training on one token: 6 for each weight of a matrix
+        product and 12 for each (layer, channel, position) of attention
+        (Chowdhery et al. 2022, appendix B)."""
         c = self.config
         weights = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
@@ -165,7 +170,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)     # query, key, value
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)     # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -175,7 +180,7 @@ class CausalSelfAttention(nn.Module):
                    for part in self.c_attn(x).split(C, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)                              # heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C)                              # heads side by side
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -205,7 +210,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(dim=-1)
-        cut = probs.cumsum(dim=-1) - probs >= top_p                         # what stands before suffices
+        cut = probs.cumsum(dim=-1) - probs >= top_p                 # what stands before suffices
         logits = logits.scatter(1, order, ordered.masked_fill(cut, -math.inf))
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
@@ -213,6 +218,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 def crop_block(model, block_size):
     """Shorten the block of `model`, in place, by cutting off its last positions."""
     if block_size > model.config.block_size:
-        raise ValueError(f'block_size={block_size} is more than the {model.config.block_size} of this model')
+        raise ValueError(f'block_size={block_size} is more than '
+                         f'the {model.config.block_size} of this model')
     model.config = replace(model.config, block_size=block_size)
     model.wpe.weight = nn.Parameter(model.wpe.weight[:block_size].detach().clone())

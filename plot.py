@@ -13,7 +13,7 @@ from configurator import run, settings
 # -----------------------------------------------------------------------------
 runs = ()           # folders of runs, given bare: plot.py out/a out/b
 out = ''            # the picture to write, '': loss.png in the folder of the first run
-smooth = 0.9        # how much of the running mean a new training loss leaves, 0: every loss as it is
+smooth = 0.9        # how much of the running mean a new training loss leaves, 0: each loss as it is
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
@@ -38,14 +38,16 @@ def main(cfg):
     for folder in map(Path, cfg.runs):
         records = read_log(folder / 'log.jsonl')
         train, val = points(records, 'loss'), points(records, 'val_loss')
-        drawn = axes.plot(*smoothed(train, cfg.smooth), linewidth=1, alpha=0.6, label=f'{folder.name}, training')
-        axes.plot(*val, 'o-', markersize=3, color=drawn[0].get_color(), label=f'{folder.name}, validation')
+        drawn = axes.plot(*smoothed(train, cfg.smooth), linewidth=1, alpha=0.6,
+                          label=f'{folder.name}, training')
+        axes.plot(*val, 'o-', markersize=3, color=drawn[0].get_color(),
+                  label=f'{folder.name}, validation')
         references.update(REFERENCES.get(dataset_of(folder), []))
         print(f'{folder}: {summary(records)}')
     for name, loss in references.items():
         axes.axhline(loss, color='gray', linestyle='--', linewidth=1)
-        axes.annotate(f'{name} {loss}', (0.99, loss), xycoords=('axes fraction', 'data'), ha='right', va='bottom',
-                      color='gray', fontsize=9)
+        axes.annotate(f'{name} {loss}', (0.99, loss), xycoords=('axes fraction', 'data'),
+                      ha='right', va='bottom', color='gray', fontsize=9)
     axes.set(xlabel='tokens', ylabel='loss (nats per token)')
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.3)
@@ -56,7 +58,8 @@ def main(cfg):
 
 
 def read_log(path):
-    """The records of a log.jsonl in order of their steps; what a later one says of a step counts."""
+    """The records of a log.jsonl in order of their steps;
+    what a later one says of a step counts."""
     if not path.exists():
         raise ValueError(f'{path}: there is no log here; expected the folder of a run of train.py')
     steps = {}
@@ -64,7 +67,7 @@ def read_log(path):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            continue                                                # the line at which a run was killed
+            continue                                            # the line at which a run was killed
         steps.setdefault(record['step'], {}).update(record)
     if not steps:
         raise ValueError(f'{path}: this log is empty')
@@ -90,11 +93,13 @@ def dataset_of(folder):
     """The data set named in the config.py of a run."""
     path = folder / 'config.py'
     lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
-    return next((line.partition('= ')[2].strip("'") for line in lines if line.startswith('dataset = ')), '')
+    return next((line.partition('= ')[2].strip("'") for line in lines
+                 if line.startswith('dataset = ')), '')
 
 
 def summary(records):
-    best = min((record for record in records if 'val_loss' in record), key=lambda record: record['val_loss'], default=None)
+    best = min((record for record in records if 'val_loss' in record),
+               key=lambda record: record['val_loss'], default=None)
     words = f"{records[-1]['step']} updates, {records[-1]['tokens']:,} tokens"
     if best:
         words += f"; best val_loss {best['val_loss']:.4f} at update {best['step']}"

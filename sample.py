@@ -1,7 +1,7 @@
 """
 Text from a trained GPT.
 
-    python sample.py                                        # from nothing, by the newest run under out/
+    python sample.py                                # from nothing, by the newest run under out/
     python sample.py -p "The import statement" -m 200
     python sample.py -p FILE:prompt.txt --model=out/pydocs --temperature=0
     echo "To be" | python sample.py -p - --model=gpt2 --num_samples=3
@@ -20,7 +20,8 @@ from distributed import pick_device
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
-prompt = ''             # also -p; FILE:name.txt reads a file, - reads standard input; '': from <|endoftext|>
+prompt = ''             # also -p; FILE:name.txt reads a file, - reads standard input;
+                        # '': from <|endoftext|>
 max_new_tokens = 100    # also -m
 model = ''              # a run's folder, one of its steps, a Hugging Face folder or name, 'gpt2';
                         # '': the newest checkpoint under out/, else checkpoint/, else untrained
@@ -48,8 +49,9 @@ def main(cfg):
             print(f'--- sample {k + 1}', flush=True)
         print(encoding.decode(ids) if cfg.prompt else '', end='', flush=True)
         generator = torch.Generator(device).manual_seed(cfg.seed + k)
-        new_ids = gpt.stream(torch.tensor([ids], device=device), cfg.max_new_tokens, temperature=cfg.temperature,
-                             top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
+        new_ids = gpt.stream(torch.tensor([ids], device=device), cfg.max_new_tokens,
+                             temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+                             generator=generator)
         for text in as_text(new_ids, encoding):
             print(text, end='', flush=True)
         print(flush=True)
@@ -57,8 +59,10 @@ def main(cfg):
 
 def check(cfg):
     for key, right, expected in (
-            ('temperature', cfg.temperature >= 0, '0 or more'), ('top_k', cfg.top_k >= 0, '0 or more'),
-            ('top_p', 0 < cfg.top_p <= 1, 'more than 0, at most 1'), ('num_samples', cfg.num_samples >= 1, '1 or more'),
+            ('temperature', cfg.temperature >= 0, '0 or more'),
+            ('top_k', cfg.top_k >= 0, '0 or more'),
+            ('top_p', 0 < cfg.top_p <= 1, 'more than 0, at most 1'),
+            ('num_samples', cfg.num_samples >= 1, '1 or more'),
             ('max_new_tokens', cfg.max_new_tokens >= 0, '0 or more')):
         if not right:
             raise ValueError(f'{key}: given {getattr(cfg, key)}, expected {expected}')
@@ -74,7 +78,9 @@ def load(name):
     torch.manual_seed(0)
     encoding = tokenizer.byte_pairs('bytes', [])
     config = GPTConfig(block_size=256, vocab_size=encoding.n_vocab, n_layer=2, n_head=2, n_embd=64)
-    return GPT(config), encoding, 'untrained, since there is no checkpoint under out/: expect noise (`make quickstart` trains one)'
+    where = ('untrained, since there is no checkpoint under out/: '
+             'expect noise (`make quickstart` trains one)')
+    return GPT(config), encoding, where
 
 
 def read_prompt(prompt):
@@ -90,13 +96,14 @@ def prompt_ids(text, encoding, block_size):
     eot = tokenizer.eot_id(encoding)
     ids = tokenizer.encode(encoding, text).tolist() or [0 if eot is None else eot]
     if len(ids) > block_size:
-        raise ValueError(f'prompt: given {len(ids):,} tokens, expected at most {block_size:,}, the block of this model; '
-                         f'shorten it')
+        raise ValueError(f'prompt: given {len(ids):,} tokens, expected at most {block_size:,}, '
+                         f'the block of this model; shorten it')
     return ids
 
 
 def as_text(new_ids, encoding):
-    """Pieces of text of an iterator of ids (1,), each ending in a whole character; <|endoftext|> ends it."""
+    """Pieces of text of an iterator of ids (1,), each ending in a whole character;
+    <|endoftext|> ends it."""
     decode = codecs.getincrementaldecoder('utf-8')('replace').decode
     eot = tokenizer.eot_id(encoding)
     for next_id in new_ids:

@@ -1,10 +1,10 @@
 """
 Text to token ids and back, always by a tiktoken.Encoding:
 
-    gpt2        GPT-2's own 50,257 tokens
-    bpe:N       N tokens of byte-pair encoding trained on a corpus (GPT-2's algorithm, own merges)
-    bytes       256 bytes and <|endoftext|>
-    chars       the corpus' own characters, as nanoGPT's character data sets have them; no <|endoftext|>
+    gpt2    GPT-2's own 50,257 tokens
+    bpe:N   N tokens of byte-pair encoding trained on a corpus (GPT-2's algorithm, own merges)
+    bytes   256 bytes and <|endoftext|>
+    chars   the corpus' own characters, as nanoGPT's character data sets have them; no <|endoftext|>
 
 An encoding is kept as a Hugging Face tokenizer.json, so that transformers reads it too.
 """
@@ -20,7 +20,8 @@ EOT = '<|endoftext|>'
 GPT2_PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
 CHARS_PATTERN = r'[\s\S]'                   # every character by itself
 MAX_VOCAB_SIZE = 2 ** 16                    # ids are stored as uint16
-GPT2_FILES = ('6d1cbeee0f20b3d9449abfede4726ed8212e3aee', '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6')
+GPT2_FILES = ('6d1cbeee0f20b3d9449abfede4726ed8212e3aee',
+              '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6')
 
 
 def build(name, texts):
@@ -34,7 +35,8 @@ def build(name, texts):
         return characters(sorted(set().union(*map(set, texts()))))
     if kind == 'bpe' and size.isdigit():
         return train_byte_pairs(texts(), int(size))
-    raise ValueError(f"tokenizer: given {name!r}, expected 'gpt2', 'bpe:N' such as bpe:4096, 'bytes' or 'chars'")
+    raise ValueError(f"tokenizer: given {name!r}, "
+                     f"expected 'gpt2', 'bpe:N' such as bpe:4096, 'bytes' or 'chars'")
 
 
 def gpt2():
@@ -42,9 +44,10 @@ def gpt2():
         return tiktoken.get_encoding('gpt2')
     except Exception as error:      # requests has many ways to say that there is no network
         raise ValueError(
-            f"tokenizer 'gpt2': its two files are not cached and could not be fetched ({type(error).__name__}). "
-            f"Put OpenAI's vocab.bpe as {GPT2_FILES[0]} and encoder.json as {GPT2_FILES[1]} into a folder and "
-            f"set TIKTOKEN_CACHE_DIR to it; --tokenizer=bpe:4096 needs no network") from None
+            f"tokenizer 'gpt2': its two files are not cached and could not be fetched "
+            f"({type(error).__name__}). Put OpenAI's vocab.bpe as {GPT2_FILES[0]} and "
+            f"encoder.json as {GPT2_FILES[1]} into a folder and set TIKTOKEN_CACHE_DIR to it; "
+            f"--tokenizer=bpe:4096 needs no network") from None
 
 
 def characters(alphabet):
@@ -55,7 +58,8 @@ def characters(alphabet):
 
 
 def byte_pairs(name, merged):
-    """The 256 bytes, then the tokens `merged` (bytes, in the order they were learned), then <|endoftext|>."""
+    """The 256 bytes, then the tokens `merged` (bytes, in the order they were learned),
+    then <|endoftext|>."""
     ranks = {bytes([i]): i for i in range(256)}
     for token in merged:
         ranks.setdefault(token, len(ranks))
@@ -64,7 +68,8 @@ def byte_pairs(name, merged):
 
 
 def train_byte_pairs(texts, vocab_size):
-    """Byte-pair encoding of vocab_size tokens trained on an iterator of texts (Sennrich et al. 2016).
+    """Byte-pair encoding of vocab_size tokens trained on an iterator of texts
+    (Sennrich et al. 2016).
 
     A small corpus may hold fewer pairs than asked for; then the vocabulary is smaller.
     """
@@ -86,8 +91,8 @@ def train_byte_pairs(texts, vocab_size):
 
 def check_vocab_size(size):
     if size > MAX_VOCAB_SIZE:
-        raise ValueError(f'tokenizer: {size:,} tokens do not fit the 16 bits that a token has on disk; '
-                         f'expected at most {MAX_VOCAB_SIZE:,}')
+        raise ValueError(f'tokenizer: {size:,} tokens do not fit the 16 bits that a token has '
+                         f'on disk; expected at most {MAX_VOCAB_SIZE:,}')
 
 
 def encode(enc, text):
@@ -99,7 +104,8 @@ def encode(enc, text):
         known = set(enc.token_byte_values())
         unknown = sorted(char for char in set(text) if char.encode() not in known)
         if unknown:
-            raise ValueError(f'the character {unknown[0]!r} is not one of the {enc.n_vocab} of this tokenizer')
+            raise ValueError(f'the character {unknown[0]!r} is not one of '
+                             f'the {enc.n_vocab} of this tokenizer')
     return enc.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
 
@@ -114,11 +120,13 @@ def eot_id(enc):
 
 def token_bytes(enc):
     """The bytes of every token in order of its id, the special ones left out."""
-    return [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - len(enc.special_tokens_set))]
+    return [enc.decode_single_token_bytes(i)
+            for i in range(enc.n_vocab - len(enc.special_tokens_set))]
 
 
 def fingerprint(enc):
-    """sha256 over all tokens and the kind of splitting: encodings with the same one encode alike."""
+    """sha256 over all tokens and the kind of splitting:
+    encodings with the same one encode alike."""
     special = sorted((enc.encode_single_token(name), name) for name in enc.special_tokens_set)
     facts = [is_chars(enc), special, [token.hex() for token in token_bytes(enc)]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -174,7 +182,8 @@ def from_json(text, name=''):
     to_byte = {char: byte for byte, char in byte_characters().items()}
     if kind != 'BPE' or (data['pre_tokenizer'] or {}).get('type') != 'ByteLevel':
         raise ValueError(f"this tokenizer ({kind}) is not GPT-2's byte-level BPE")
-    ranks = {bytes(to_byte[char] for char in token): i for token, i in vocab.items() if token not in added}
+    ranks = {bytes(to_byte[char] for char in token): i
+             for token, i in vocab.items() if token not in added}
     merged = [vocab[''.join(pair if isinstance(pair, list) else pair.split(' '))]
               for pair in data['model']['merges']]
     if merged != sorted(merged):

@@ -1,9 +1,9 @@
 # python data/prepare.py --dataset=shakespeare --tokenizer=chars
 # python train.py config/shakespeare_char.py
 #
-# nanoGPT's GPU run on character Shakespeare, its settings unchanged: 10.7M parameters, 5000 updates of
-# 16,384 characters. nanoGPT reports a best validation loss of 1.4697 after 3 minutes of an A100; expected here,
-# not yet measured.
+# nanoGPT's GPU run on character Shakespeare, its settings unchanged: 10.7M parameters, 5000 updates
+# of 16,384 characters. nanoGPT reports a best validation loss of 1.4697 after 3 minutes of an A100;
+# expected here, not yet measured.
 out_dir = 'out/shakespeare_char'
 dataset = 'shakespeare_char'
 n_layer = 6

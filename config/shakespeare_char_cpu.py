@@ -1,8 +1,8 @@
 # python data/prepare.py --dataset=shakespeare --tokenizer=chars
 # python train.py config/shakespeare_char_cpu.py
 #
-# nanoGPT's documented CPU run on character Shakespeare, its settings unchanged: 0.8M parameters, 2000 updates of
-# 768 characters. nanoGPT reports 1.88.
+# nanoGPT's documented CPU run on character Shakespeare, its settings unchanged: 0.8M parameters,
+# 2000 updates of 768 characters. nanoGPT reports 1.88.
 # 2 CPU cores: RESULT
 out_dir = 'out/shakespeare_char_cpu'
 dataset = 'shakespeare_char'

@@ -9,9 +9,11 @@ from pathlib import Path
 
 
 def fetch(url, path, sha256, tries=3):
-    """The Path `path`, holding what `url` gives; nothing is fetched when it is already there and right.
+    """The Path `path`, holding what `url` gives;
+    nothing is fetched when it is already there and right.
 
-    Raises ValueError naming url, checksum and place when it cannot be had or is not what was expected.
+    Raises ValueError naming url, checksum and place when it cannot be had
+    or is not what was expected.
     """
     path = Path(path)
     if path.exists() and digest(path) == sha256:
@@ -36,7 +38,8 @@ def fetch(url, path, sha256, tries=3):
             why = str(getattr(error, 'reason', error))
         finally:
             partial.unlink(missing_ok=True)
-    raise ValueError(f'could not download {url} ({why}). Get it by other means (sha256 {sha256}) and put it at {path}')
+    raise ValueError(f'could not download {url} ({why}). '
+                     f'Get it by other means (sha256 {sha256}) and put it at {path}')
 
 
 def digest(path):

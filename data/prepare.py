@@ -30,24 +30,26 @@ from tokenizer import build, encode, eot_id, fingerprint, to_json
 
 # -----------------------------------------------------------------------------
 dataset = 'pydocs'          # pydocs, shakespeare, or a file or folder of text
-input = ()                  # files and folders instead; also given bare: prepare.py --name=mine a.txt b/
-name = ''                   # data/NAME is written; '' takes the data set's name, or the first input's
+input = ()                  # files and folders instead; also given bare:
+                            # prepare.py --name=mine a.txt b/
+name = ''                   # data/NAME is written; '': the data set's name, or the first input's
 tokenizer = 'auto'          # gpt2, bpe:N, bytes or chars; auto: gpt2, but for pydocs bpe:4096
 text_key = 'text'           # the field or column of .jsonl and .parquet that holds the text
-val_fraction = 0.0          # share of documents for validation; 0: 0.05, for shakespeare nanoGPT's 0.1
+val_fraction = 0.0          # share of validation documents; 0: 0.05, for shakespeare nanoGPT's 0.1
 shard_tokens = 100_000_000  # tokens in a shard
 seed = 1337                 # of the split into train and val
-verify = ''                 # a prepared data set to check against its manifest, instead of preparing one
+verify = ''                 # a data set to check against its manifest, instead of preparing one
 data_dir = ''               # where prepared data lies; '': data/ beside this script
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
 COLLECT = 'input'           # takes the arguments without a flag
 SUFFIXES = ('.txt', '.md', '.jsonl', '.jsonl.gz', '.parquet')
-SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
-               '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
+SHAKESPEARE = (
+    'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
+    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
 XZ_BYTES = 2 ** 24          # validation text is compressed for comparison up to this size
-BPE_BYTES = 2 ** 28         # a tokenizer is trained on the first so many characters of the training text
+BPE_BYTES = 2 ** 28         # so many characters at the head of the training text train a tokenizer
 
 
 def main(cfg):
@@ -58,9 +60,10 @@ def main(cfg):
     if (folder / 'manifest.json').exists():
         made = shards.read_manifest(plan['name'], cfg.data_dir)
         if made['settings'] == plan['settings'] and made['source'] == plan['source']:
-            print(f"{folder} is there already, made with these settings; --verify={plan['name']} re-reads it")
+            print(f"{folder} is there already, made with these settings; "
+                  f"--verify={plan['name']} re-reads it")
             return
-    partial = folder.with_name(f'.{folder.name}.partial')           # a whole data set appears by one rename
+    partial = folder.with_name(f'.{folder.name}.partial')   # a whole data set appears by one rename
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -73,23 +76,26 @@ def main(cfg):
         folder.rename(old)
         shutil.rmtree(old)
     partial.rename(folder)
-    train, val, vocab = manifest['splits']['train'], manifest['splits']['val'], manifest['tokenizer']
-    print(f"{folder}: {train['tokens']:,} tokens of {train['documents']:,} documents to train on, {val['tokens']:,} of "
-          f"{val['documents']:,} to validate; {vocab['name']}, {vocab['vocab_size']:,} tokens, "
+    train, val = manifest['splits']['train'], manifest['splits']['val']
+    vocab = manifest['tokenizer']
+    print(f"{folder}: {train['tokens']:,} tokens of {train['documents']:,} documents to train on, "
+          f"{val['tokens']:,} of {val['documents']:,} to validate; "
+          f"{vocab['name']}, {vocab['vocab_size']:,} tokens, "
           f"{train['bytes'] / train['tokens']:.2f} bytes a token")
 
 
 def make_plan(cfg):
-    """Where the text comes from and under which settings: equal plans give byte-identical data sets."""
+    """Where the text comes from and under which settings:
+    equal plans give byte-identical data sets."""
     inputs, source = [Path(path) for path in cfg.input], cfg.dataset
     if not inputs and source not in ('pydocs', 'shakespeare'):
         if not Path(source).exists():
-            raise ValueError(f"dataset: given {source!r}, expected 'pydocs', 'shakespeare', or a file or folder "
-                             f"({', '.join(SUFFIXES)})")
+            raise ValueError(f"dataset: given {source!r}, expected 'pydocs', 'shakespeare', "
+                             f"or a file or folder ({', '.join(SUFFIXES)})")
         inputs = [Path(source)]
     if source == 'shakespeare' and not inputs:
-        inputs = [fetch(SHAKESPEARE[0], Path(cfg.data_dir or shards.DATA_DIR) / '.downloads/shakespeare.txt',
-                        SHAKESPEARE[1])]
+        path = Path(cfg.data_dir or shards.DATA_DIR) / '.downloads/shakespeare.txt'
+        inputs = [fetch(SHAKESPEARE[0], path, SHAKESPEARE[1])]
     if source == 'pydocs' and not inputs:
         files, facts = python_files(), {'pydocs': f'Python {sys.version.split()[0]}'}
     else:
@@ -120,7 +126,8 @@ def write_dataset(cfg, plan, folder):
 
     def texts(wanted=('train', 'val')):
         for document in documents():
-            yield from (text for split, text in divide(document, threshold, options) if split in wanted)
+            yield from (text for split, text in divide(document, threshold, options)
+                        if split in wanted)
 
     def train_texts():                                              # the head of the training text
         room = BPE_BYTES
@@ -132,11 +139,13 @@ def write_dataset(cfg, plan, folder):
 
     enc = build(options['tokenizer'], texts if options['tokenizer'] == 'chars' else train_texts)
     eot = eot_id(enc)
-    writers = {split: shards.ShardWriter(folder, split, options['shard_tokens']) for split in ('train', 'val')}
+    writers = {split: shards.ShardWriter(folder, split, options['shard_tokens'])
+               for split in ('train', 'val')}
     facts = {split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in writers}
     xz, xz_bytes = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME), 0
     size = sum(file.stat().st_size for file in plan['files'])
-    with tqdm(total=size, unit='B', unit_scale=True, desc=plan['name'], disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=size, unit='B', unit_scale=True, desc=plan['name'],
+              disable=not sys.stderr.isatty()) as bar:
         for document in documents():
             for split, text in divide(document, threshold, options):
                 ids = encode(enc, text)
@@ -154,7 +163,7 @@ def write_dataset(cfg, plan, folder):
         writer.close()
         facts[split]['shards'] = writer.shards
     if facts['val']['bytes'] <= XZ_BYTES:
-        facts['val']['xz_bytes'] = xz_bytes + len(xz.flush())       # what `xz -9e` makes of the same text
+        facts['val']['xz_bytes'] = xz_bytes + len(xz.flush())       # what `xz -9e` makes of it
     manifest = {
         'format': 1, 'name': plan['name'], 'source': plan['source'], 'settings': options,
         'tokenizer': {'name': enc.name, 'vocab_size': enc.n_vocab, 'eot_id': eot,
@@ -172,14 +181,16 @@ def write_dataset(cfg, plan, folder):
 
 def document_hash(text, seed):
     """A number from 0 to 1 that depends on (seed, text) alone."""
-    return int.from_bytes(hashlib.blake2b(f'{seed}:{text}'.encode(), digest_size=8).digest()) / 2 ** 64
+    digest = hashlib.blake2b(f'{seed}:{text}'.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2 ** 64
 
 
 def val_threshold(documents, seed, val_fraction):
-    """Documents with a hash below it are validation: val_fraction, unless one side would be empty then.
+    """Documents with a hash below it are validation: val_fraction,
+    unless one side would be empty then.
 
-    0 for a corpus of one (distinct) document, which is split by position. Reads until a document of each
-    side was seen. Raises ValueError for a corpus without text.
+    0 for a corpus of one (distinct) document, which is split by position. Reads until a document
+    of each side was seen. Raises ValueError for a corpus without text.
     """
     hashes = set()
     for text in documents():
@@ -210,7 +221,8 @@ def text_files(path):
         if not path.name.endswith(SUFFIXES):
             raise ValueError(f"{path}: expected {', '.join(SUFFIXES)} or a folder of these")
         return [path]
-    files = sorted(file for file in path.rglob('*') if file.is_file() and file.name.endswith(SUFFIXES)
+    files = sorted(file for file in path.rglob('*')
+                   if file.is_file() and file.name.endswith(SUFFIXES)
                    and not any(part.startswith('.') for part in file.relative_to(path).parts))
     if not files:
         raise ValueError(f"{path}: no {', '.join(SUFFIXES)} in this folder")
@@ -247,7 +259,8 @@ def jsonl_documents(file, text_key):
             except json.JSONDecodeError as error:
                 raise ValueError(f'{file}:{number}: not JSON: {error}') from None
             except (KeyError, TypeError):
-                raise ValueError(f'{file}:{number}: no field {text_key!r} here; --text_key names another') from None
+                raise ValueError(f'{file}:{number}: no field {text_key!r} here; '
+                                 f'--text_key names another') from None
             yield checked(text, f'{file}:{number}', text_key)
 
 
@@ -258,8 +271,8 @@ def parquet_documents(file, text_key):
     except ArrowInvalid as error:
         raise ValueError(f'{file}: not a parquet file ({error})') from None
     if text_key not in table.schema_arrow.names:
-        raise ValueError(f"{file}: no column {text_key!r} among {', '.join(table.schema_arrow.names)}; "
-                         f"--text_key names another")
+        raise ValueError(f"{file}: no column {text_key!r} among "
+                         f"{', '.join(table.schema_arrow.names)}; --text_key names another")
     for batch in table.iter_batches(batch_size=256, columns=[text_key]):
         for text in batch.column(0).to_pylist():
             yield checked(text, file, text_key)
@@ -276,12 +289,14 @@ def python_files():
     """The modules of the standard library, without its tests and what others installed."""
     library = Path(sysconfig.get_paths()['stdlib'])
     left_out = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
-    return sorted(file for file in library.rglob('*.py') if not left_out & set(file.relative_to(library).parts)
+    return sorted(file for file in library.rglob('*.py')
+                  if not left_out & set(file.relative_to(library).parts)
                   and not file.relative_to(library).parts[0].startswith('config-'))
 
 
 def python_documents(file):
-    """The docstrings of the module `file`, joined, or each topic of pydoc_data.topics; nothing is imported."""
+    """The docstrings of the module `file`, joined, or each topic of pydoc_data.topics;
+    nothing is imported."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
@@ -292,7 +307,8 @@ def python_documents(file):
                 yield from ast.literal_eval(node.value).values()
         return
     with_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = (ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, with_docstring))
+    texts = (ast.get_docstring(node, clean=False) for node in ast.walk(tree)
+             if isinstance(node, with_docstring))
     yield '\n\n'.join(inspect.cleandoc(text) for text in texts if text)
 
 
@@ -301,8 +317,9 @@ def report(name, data_dir):
     if wrong:
         raise ValueError('\n'.join([f'{name} is damaged:', *wrong]))
     splits = shards.read_manifest(name, data_dir)['splits']
-    print(f'{name} is whole:', ', '.join(f"{split} {facts['tokens']:,} tokens in {len(facts['shards'])} shards"
-                                         for split, facts in splits.items()))
+    print(f'{name} is whole:',
+          ', '.join(f"{split} {facts['tokens']:,} tokens in {len(facts['shards'])} shards"
+                    for split, facts in splits.items()))
 
 
 if __name__ == '__main__':

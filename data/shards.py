@@ -3,10 +3,10 @@ The format of prepared text, both ways, and the order in which training reads it
 
 A data set is a folder data/NAME:
 
-    manifest.json       what it was made from, its tokenizer, tokens and sha256 of every shard
-    tokenizer.json      the vocabulary, as Hugging Face keeps one
-    train_000000.bin    shards: 256 little-endian int32 (magic 20240520, version 1, number of tokens,
-    val_000000.bin      zeros), then that many uint16 token ids; the format of llm.c and its family
+    manifest.json     what it was made from, its tokenizer, tokens and sha256 of every shard
+    tokenizer.json    the vocabulary, as Hugging Face keeps one
+    train_000000.bin  shards: 256 little-endian int32 (magic 20240520, version 1, number of tokens,
+    val_000000.bin    zeros), then that many uint16 token ids; the format of llm.c and its family
 
 nanoGPT's train.bin and val.bin, uint16 without a header, are read as well.
 """
@@ -76,7 +76,8 @@ def count_tokens(path):
     count = int(header[2])
     if size != HEADER_BYTES + 2 * count:
         raise ValueError(f'{path}: the header promises {count:,} tokens, the file holds '
-                         f'{max(0, size - HEADER_BYTES) // 2:,}: truncated or still being copied; prepare it again')
+                         f'{max(0, size - HEADER_BYTES) // 2:,}: truncated or still being copied; '
+                         f'prepare it again')
     return count, HEADER_BYTES
 
 
@@ -93,16 +94,18 @@ class Tokens:
         folder = Path(data_dir or DATA_DIR) / name
         paths = sorted(folder.glob(f'*{split}_*.bin')) or sorted(folder.glob(f'{split}.bin'))
         if not paths:
-            raise ValueError(f'{folder}: the data set {name!r} is not prepared; run\n    {prepare_command(name)}')
+            raise ValueError(f'{folder}: the data set {name!r} is not prepared; run\n'
+                             f'    {prepare_command(name)}')
         self.paths, self.vocab_size = paths, vocab_size
         counts, self.offsets = zip(*map(count_tokens, paths))
-        self.starts = np.cumsum([0, *counts])                       # shard i holds starts[i] .. starts[i+1] - 1
+        self.starts = np.cumsum([0, *counts])           # shard i holds starts[i] .. starts[i+1] - 1
 
     def __len__(self):
         return int(self.starts[-1])
 
     def read(self, start, count):
-        """`count` ids (int64 array) from place `start` on; after the last token comes the first again.
+        """`count` ids (int64 array) from place `start` on;
+        after the last token comes the first again.
 
         Raises ValueError naming the shard when an id is outside of the vocabulary. The files are
         read, not mapped: mapped pages would count as memory of the process.
@@ -163,10 +166,12 @@ def draw(key, count):
 
 
 def permuted(index, size, key):
-    """Where each of index (int array, all < size) goes in a permutation of range(size) chosen by `key`.
+    """Where each of index (int array, all < size) goes in a permutation of range(size)
+    chosen by `key`.
 
-    A Feistel network (Luby & Rackoff 1988) permutes the numbers of an even number of bits; who lands
-    beyond size walks on until inside (Black & Rogaway 2002). It needs no memory, whatever the size.
+    A Feistel network (Luby & Rackoff 1988) permutes the numbers of an even number of bits; who
+    lands beyond size walks on until inside (Black & Rogaway 2002). It needs no memory, whatever
+    the size.
     """
     half = max(1, (int(size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -190,8 +195,9 @@ def read_manifest(name, data_dir=''):
         return json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
     except FileNotFoundError:
         if (folder / 'meta.pkl').exists():
-            raise ValueError(f'{folder}: nanoGPT prepared this with a vocabulary of its own, kept as a pickle, which '
-                             f'is not read here; run\n    {prepare_command(name)}') from None
+            raise ValueError(f'{folder}: nanoGPT prepared this with a vocabulary of its own, '
+                             f'kept as a pickle, which is not read here; run\n'
+                             f'    {prepare_command(name)}') from None
         return {}
 
 
@@ -226,5 +232,6 @@ def verify(name, data_dir=''):
             if count != shard['tokens']:
                 wrong.append(f"{path}: {count:,} tokens, the manifest has {shard['tokens']:,}")
         if not wrong and manifest['tokenizer']['eot_id'] is not None and eots != facts['documents']:
-            wrong.append(f"{folder}: {eots:,} documents begin in {split}, the manifest has {facts['documents']:,}")
+            wrong.append(f"{folder}: {eots:,} documents begin in {split}, "
+                         f"the manifest has {facts['documents']:,}")
     return wrong

@@ -29,21 +29,24 @@ def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path, bias, vocab_size):
     again = GPT(checkpoints.read_config(folder))
     checkpoints.load_weights(again, folder)
     assert again.config == config
-    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+    pairs = zip(model.state_dict().items(), again.state_dict().items(), strict=True)
+    for (name, a), (_, b) in pairs:
         assert torch.equal(a, b), name
     stored = dict(checkpoints.to_hugging_face(model))
     assert stored['transformer.wte.weight'].shape == (vocab_size, 32)
-    assert stored['transformer.h.1.mlp.c_fc.weight'].shape == (32, 128)             # transformers' (in, out)
+    assert stored['transformer.h.1.mlp.c_fc.weight'].shape == (32, 128)    # transformers' (in, out)
 
 
 def test_files_of_transformers_are_read_with_and_without_prefix(tmp_path):
     transformers = pytest.importorskip('transformers')
     from safetensors.torch import save_file
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**checkpoints.config_json(CONFIG, 0))).eval()
+    config = transformers.GPT2Config(**checkpoints.config_json(CONFIG, 0))
+    theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path / 'a')
     (tmp_path / 'b').mkdir()
-    bare = {name.removeprefix('transformer.'): p.contiguous() for name, p in theirs.state_dict().items() if 'lm_head' not in name}
-    bare['h.0.attn.bias'] = torch.ones(1, 1, 16, 16)                # OpenAI's files hold the causal masks
+    bare = {name.removeprefix('transformer.'): p.contiguous()
+            for name, p in theirs.state_dict().items() if 'lm_head' not in name}
+    bare['h.0.attn.bias'] = torch.ones(1, 1, 16, 16)        # OpenAI's files hold the causal masks
     save_file(bare, tmp_path / 'b/model.safetensors')
     (tmp_path / 'b/config.json').write_text((tmp_path / 'a/config.json').read_text())
     for name in 'ab':
@@ -55,8 +58,11 @@ def test_files_of_transformers_are_read_with_and_without_prefix(tmp_path):
 
 
 @pytest.mark.parametrize('change, words', [
-    ({'model_type': 'llama'}, 'model_type is'), ({'activation_function': 'relu'}, 'activation_function is'),
-    ({'n_inner': 7}, 'n_inner is 7'), ({'n_embd': 64, 'n_inner': None}, r'h.0.attn.c_attn.bias: the file holds \(96,\), config.json promises \(192,\)'),
+    ({'model_type': 'llama'}, 'model_type is'),
+    ({'activation_function': 'relu'}, 'activation_function is'),
+    ({'n_inner': 7}, 'n_inner is 7'),
+    ({'n_embd': 64, 'n_inner': None},
+     r'h.0.attn.c_attn.bias: the file holds \(96,\), config.json promises \(192,\)'),
     ({'n_layer': 3}, 'these weights are missing: h.2')])
 def test_what_is_not_this_gpt2_is_refused(tmp_path, change, words):
     _, folder = save(tmp_path)
@@ -71,7 +77,8 @@ def test_the_newest_whole_step_wins(tmp_path):
         save(tmp_path, step)
     (tmp_path / 'step_0000010/model.safetensors').write_bytes(b'x')
     folder, problems = checkpoints.newest_step(tmp_path)
-    assert folder.name == 'step_0000002' and 'step_0000010: model.safetensors is truncated' in problems[0]
+    assert (folder.name == 'step_0000002'
+            and 'step_0000010: model.safetensors is truncated' in problems[0])
     assert checkpoints.newest_step(tmp_path / 'none') == (None, [])
 
 
@@ -87,7 +94,8 @@ def test_a_step_that_is_there_whole_is_left_alone_and_a_damaged_one_replaced(tmp
 
 def test_a_save_that_fails_leaves_no_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoints.torch, 'save', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left')))
+    monkeypatch.setattr(checkpoints.torch, 'save',
+                        lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left')))
     with pytest.raises(OSError):
         save(tmp_path, 2)
     assert list(checkpoints.steps(tmp_path)) == [1]

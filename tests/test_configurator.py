@@ -6,8 +6,8 @@ import pytest
 
 from configurator import as_config_file, configure, read_config_file, settings
 
-HEADER = {'__name__': 'script', 'batch_size': 12, 'learning_rate': 6e-4, 'eval_only': False, 'prompt': '',
-          'compile': 'auto', 'runs': (), 'MAGIC': 7}
+HEADER = {'__name__': 'script', 'batch_size': 12, 'learning_rate': 6e-4, 'eval_only': False,
+          'prompt': '', 'compile': 'auto', 'runs': (), 'MAGIC': 7}
 
 
 def make(*argv, **options):
@@ -24,7 +24,8 @@ def test_settings_leave_the_script_and_become_frozen():
 
 def test_files_and_flags_apply_from_left_to_right(tmp_path):
     file = tmp_path / 'c.py'
-    file.write_text('"""A docstring."""\nbatch_size = 2 * 4  # why\nlearning_rate = batch_size / 2**3\n_own = 5\n')
+    file.write_text('"""A docstring."""\nbatch_size = 2 * 4  # why\n'
+                    'learning_rate = batch_size / 2**3\n_own = 5\n')
     assert make(str(file), '--batch_size=4').batch_size == 4
     assert make('--batch_size=4', str(file)).batch_size == 8
     assert make(str(file)).learning_rate == 1.0
@@ -34,7 +35,8 @@ def test_files_and_flags_apply_from_left_to_right(tmp_path):
     (['--learning_rate=1'], 'learning_rate', 1.0),                  # nanoGPT dies on a bare assert
     (['--batch_size=1e2'], 'batch_size', 100),
     (['--batch-size', '4'], 'batch_size', 4),
-    (['--prompt=a=b'], 'prompt', 'a=b'), (['--prompt', '- x'], 'prompt', '- x'), (['-p', '123'], 'prompt', '123'),
+    (['--prompt=a=b'], 'prompt', 'a=b'), (['--prompt', '- x'], 'prompt', '- x'),
+    (['-p', '123'], 'prompt', '123'),
     (['--eval_only'], 'eval_only', True), (['--eval_only', 'False'], 'eval_only', False),
     (['--compile=False'], 'compile', False), (['--compile', 'auto'], 'compile', 'auto'),
     (['out/a', 'out/b'], 'runs', ('out/a', 'out/b')), (['--runs=a,b'], 'runs', ('a', 'b'))])
@@ -44,9 +46,11 @@ def test_command_line(argv, key, value):
 
 
 @pytest.mark.parametrize('argv, words', [
-    (['--batchsize=4'], "did you mean 'batch_size'"), (['--batch_size=x'], "given 'x', expected a whole number"),
-    (['--batch_size=1.5'], 'given 1.5'), (['--eval_only=yes'], 'True or False'), (['--batch_size'], 'expected a value'),
-    (['--batch_size=True'], 'given True'), (['nowhere.py'], 'nowhere.py: cannot read')])
+    (['--batchsize=4'], "did you mean 'batch_size'"),
+    (['--batch_size=x'], "given 'x', expected a whole number"),
+    (['--batch_size=1.5'], 'given 1.5'), (['--eval_only=yes'], 'True or False'),
+    (['--batch_size'], 'expected a value'), (['--batch_size=True'], 'given True'),
+    (['nowhere.py'], 'nowhere.py: cannot read')])
 def test_refusals_name_the_flag_and_what_was_expected(argv, words):
     with pytest.raises(ValueError, match=words):
         make(*argv)
@@ -55,10 +59,13 @@ def test_refusals_name_the_flag_and_what_was_expected(argv, words):
 @pytest.mark.parametrize('source, words', [
     ('batchsize = 4', "c.py:1: there is no setting 'batchsize', did you mean 'batch_size'"),
     ("learning_rate = '3e-4'", "c.py:1: learning_rate: given '3e-4', expected a number"),
-    ('import os', 'assignments such as'), ('batch_size = __import__("os").system("true")', 'expected a literal'),
+    ('import os', 'assignments such as'),
+    ('batch_size = __import__("os").system("true")', 'expected a literal'),
     ('prompt = f"{1}"', 'expected a literal'), ('batch_size: int = 4', 'assignments such as'),
-    ('if True:\n    batch_size = 4', 'assignments such as'), ('prompt = "".__class__', 'expected a literal'),
-    ('batch_size = 9 ** 9 ** 9', 'exponent'), ('batch_size = 1 / 0', 'division by zero'), ('a b', 'not a config file')])
+    ('if True:\n    batch_size = 4', 'assignments such as'),
+    ('prompt = "".__class__', 'expected a literal'),
+    ('batch_size = 9 ** 9 ** 9', 'exponent'), ('batch_size = 1 / 0', 'division by zero'),
+    ('a b', 'not a config file')])
 def test_a_config_file_holds_assignments_and_nothing_else(tmp_path, source, words):
     file = tmp_path / 'c.py'
     file.write_text(source)
@@ -76,4 +83,5 @@ def test_resolved_settings_make_a_config_file_that_gives_them_again(tmp_path):
 def test_a_config_may_use_settings_made_before(tmp_path):
     file = tmp_path / 'c.py'
     file.write_text('learning_rate = batch_size * 1e-4')
-    assert read_config_file(str(file), {'batch_size': 5}, {'learning_rate': 0.0}) == {'learning_rate': 5e-4}
+    found = read_config_file(str(file), {'batch_size': 5}, {'learning_rate': 0.0})
+    assert found == {'learning_rate': 5e-4}

@@ -9,7 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-GROUND = {'model': set(), 'configurator': set(), 'tokenizer': set(), 'distributed': set(), 'data.fetch': set()}
+GROUND = {'model': set(), 'configurator': set(), 'tokenizer': set(), 'distributed': set(),
+          'data.fetch': set()}
 MIDDLE = {'checkpoints': {'model', 'tokenizer', 'distributed'}, 'data.shards': set()}
 SCRIPTS = {name: {*GROUND, *MIDDLE} for name in ('train', 'sample', 'plot', 'data.prepare')}
 HOUSE = {**GROUND, **MIDDLE, **SCRIPTS}
@@ -27,7 +28,8 @@ def imports(tree):
 
 
 def test_every_program_file_is_in_the_house():
-    found = {str(path.relative_to(ROOT))[:-3].replace('/', '.') for path in [*ROOT.glob('*.py'), *(ROOT / 'data').glob('*.py')]}
+    paths = [*ROOT.glob('*.py'), *(ROOT / 'data').glob('*.py')]
+    found = {str(path.relative_to(ROOT))[:-3].replace('/', '.') for path in paths}
     assert found - {'data.__init__'} == set(HOUSE)
 
 
@@ -45,9 +47,11 @@ def test_what_is_never_written(name):
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in ('eval', 'exec', 'builtins.eval', 'os.system', '__import__'), f'{name}:{node.lineno}'
+            forbidden = ('eval', 'exec', 'builtins.eval', 'os.system', '__import__')
+            assert called not in forbidden, f'{name}:{node.lineno}'
             arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert arguments.get('weights_only', 'True') == 'True' and arguments.get('shell', 'False') == 'False'
+            assert (arguments.get('weights_only', 'True') == 'True'
+                    and arguments.get('shell', 'False') == 'False')
             assert 'trust_remote_code' not in arguments
             assert called != 'torch.load' or arguments['weights_only'] == 'True'
 
@@ -55,36 +59,44 @@ def test_what_is_never_written(name):
 @pytest.mark.parametrize('name', HOUSE)
 def test_one_owner_for_each_duty(name):
     text = SOURCES[name].read_text()
-    for words, owner in ((r'torch\.(load|save)\(|safe_open|save_file', 'checkpoints'), (r'20240520', 'data.shards'),
-                         (r'sys\.argv', 'configurator'), (r'os\.environ', ('distributed', 'configurator'))):
+    for words, owner in ((r'torch\.(load|save)\(|safe_open|save_file', 'checkpoints'),
+                         (r'20240520', 'data.shards'), (r'sys\.argv', 'configurator'),
+                         (r'os\.environ', ('distributed', 'configurator'))):
         assert name in owner or not re.search(words, text), f'{words} belongs to {owner}'
 
 
 def test_model_is_pure():
     """No file, environment, setting, print, optimizer, tokenizer or process in model.py."""
-    assert set(imports(TREES['model'])) <= {'math', 'dataclasses', 'dataclasses.dataclass', 'dataclasses.replace', 'torch',
-                                            'torch.nn', 'torch.nn.functional', 'torch.utils.checkpoint',
-                                            'torch.utils.checkpoint.checkpoint'}
+    assert set(imports(TREES['model'])) <= {
+        'math', 'dataclasses', 'dataclasses.dataclass', 'dataclasses.replace',
+        'torch', 'torch.nn', 'torch.nn.functional',
+        'torch.utils.checkpoint', 'torch.utils.checkpoint.checkpoint'}
     names = {node.id for node in ast.walk(TREES['model']) if isinstance(node, ast.Name)}
     assert not names & {'print', 'open', 'input'}
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_settings_are_read_from_cfg_alone(name):
-    """A bare setting name inside a function would be Python's own `compile` or `input`, or a NameError."""
+    """A bare setting name inside a function would be Python's own `compile` or `input`,
+    or a NameError."""
     module = __import__(name, fromlist=['Config'])
     settings = set(module.Config.__dataclass_fields__)
-    imported = {alias.asname or alias.name for node in TREES[name].body if isinstance(node, ast.Import | ast.ImportFrom)
-                for alias in node.names}
+    imported = {alias.asname or alias.name for node in TREES[name].body
+                if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
     for function in (node for node in ast.walk(TREES[name]) if isinstance(node, ast.FunctionDef)):
         arguments = function.args
         known = {argument.arg for argument in [*arguments.args, *arguments.kwonlyargs]}
         nodes = list(ast.walk(function))
-        known |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        known |= {argument.arg for node in nodes if isinstance(node, ast.Lambda | ast.FunctionDef) for argument in node.args.args}
-        used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-        outer = {node.id for other in ast.walk(TREES[name]) if isinstance(other, ast.FunctionDef) and function in ast.walk(other)
-                 for node in ast.walk(other) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        known |= {node.id for node in nodes
+                  if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        known |= {argument.arg for node in nodes if isinstance(node, ast.Lambda | ast.FunctionDef)
+                  for argument in node.args.args}
+        used = {node.id for node in nodes
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        outer = {node.id for other in ast.walk(TREES[name])
+                 if isinstance(other, ast.FunctionDef) and function in ast.walk(other)
+                 for node in ast.walk(other)
+                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         assert not (used & settings) - known - outer - imported, f'{name}.{function.name}'
 
 
@@ -106,15 +118,19 @@ def test_no_file_bears_the_name_of_a_standard_module():
 
 
 def test_importing_does_no_work():
-    """No tokenizer, hub, CUDA or plotting library is loaded by importing the scripts; nothing is printed."""
+    """No tokenizer, hub, CUDA or plotting library is loaded by importing the scripts;
+    nothing is printed."""
     code = ('import sys, train, sample, plot, data.prepare, torch\n'
-            "print([m for m in ('transformers', 'matplotlib.pyplot', 'wandb', 'datasets', 'huggingface_hub', 'pyarrow') "
-            'if m in sys.modules], torch.cuda.is_initialized())')
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+            "print([m for m in ('transformers', 'matplotlib.pyplot', 'wandb', 'datasets', "
+            "'huggingface_hub', 'pyarrow') if m in sys.modules], torch.cuda.is_initialized())")
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
     assert done.stdout == '[] False\n' and not done.stderr
 
 
-@pytest.mark.parametrize('path', [*SOURCES.values(), *ROOT.glob('config/*.py'), *ROOT.glob('tests/*.py')], ids=lambda path: path.name)
+@pytest.mark.parametrize('path', [*SOURCES.values(), *ROOT.glob('config/*.py'),
+                                  *ROOT.glob('tests/*.py')], ids=lambda path: path.name)
 def test_lines_fit(path):
-    long = [f'{path.name}:{i}' for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120]
+    lines = path.read_text().splitlines()
+    long = [f'{path.name}:{i}' for i, line in enumerate(lines, 1) if len(line) > 100]
     assert not long

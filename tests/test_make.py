@@ -13,14 +13,16 @@ pytestmark = pytest.mark.skipif(not shutil.which('make'), reason='there is no ma
 def make(tmp_path, refuses):
     """`make install` with a Python that fails when its arguments contain `refuses`."""
     python = tmp_path / 'python'
-    python.write_text(f'#!/bin/sh\ncase "$*" in *{refuses}*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\ncase "$*" in *{refuses}*) exit 1;; esac\n'
+                      f'exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     return subprocess.run(['make', 'install', f'PYTHON={python}', f'VENV={tmp_path}/env'], cwd=ROOT,
                           capture_output=True, text=True)
 
 
 @pytest.mark.parametrize('refuses, words', [
-    ('ensurepip', 'apt-get install python3-venv'), ('version_info', 'Python 3.11 or newer is needed')])
+    ('ensurepip', 'apt-get install python3-venv'),
+    ('version_info', 'Python 3.11 or newer is needed')])
 def test_one_line_says_what_is_missing(tmp_path, refuses, words):
     done = make(tmp_path, refuses)
     assert done.returncode != 0 and words in done.stdout and not (tmp_path / 'env').exists()

@@ -1,4 +1,6 @@
-"""The model against transformers' GPT-2, and the properties that make it a causal language model."""
+"""
+The model against transformers' GPT-2, and the properties that make it a causal language model.
+"""
 
 import math
 from dataclasses import replace
@@ -21,7 +23,8 @@ def pair(config, std):
     """Our model and transformers', with the same random weights of standard deviation `std`."""
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**checkpoints.config_json(config, 0)))
+    their_config = transformers.GPT2Config(**checkpoints.config_json(config, 0))
+    theirs = transformers.GPT2LMHeadModel(their_config)
     for name, p in theirs.named_parameters():
         torch.nn.init.normal_(p, std=std)
         if 'ln_' in name and name.endswith('weight'):
@@ -33,7 +36,7 @@ def pair(config, std):
 
 @pytest.mark.parametrize('name', SIZES)
 def test_logits_loss_and_gradients_are_those_of_transformers(name):
-    config = replace(SIZES[name], n_layer=2, block_size=32, vocab_size=4200)       # padded to 4224 inside
+    config = replace(SIZES[name], n_layer=2, block_size=32, vocab_size=4200)       # padded to 4224
     ours, theirs = pair(config, std=0.08)
     ids = random_ids(config, 2, 32)
     logits, their_logits = ours(ids), theirs(ids).logits
@@ -51,13 +54,15 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name):
         expected = expected.t() if key.endswith(checkpoints.TRANSPOSED) else expected
         found = p.grad[:config.vocab_size] if key == 'wte.weight' else p.grad
         assert (found - expected).norm() <= 1e-4 * expected.norm(), key
-    assert not ours.wte.weight.grad[config.vocab_size:].any(), 'the padding takes part in the softmax'
+    padding = ours.wte.weight.grad[config.vocab_size:]
+    assert not padding.any(), 'the padding takes part in the softmax'
 
 
 def test_without_biases_it_is_transformers_with_zero_biases():
     transformers = pytest.importorskip('transformers')
     ours = GPT(replace(TINY, bias=False)).eval()
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**checkpoints.config_json(TINY, 0))).eval()
+    their_config = transformers.GPT2Config(**checkpoints.config_json(TINY, 0))
+    theirs = transformers.GPT2LMHeadModel(their_config).eval()
     theirs.load_state_dict(checkpoints.to_hugging_face(ours), strict=False)
     ids = random_ids(TINY, 2, 16)
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
@@ -82,7 +87,8 @@ def test_the_loss_starts_at_ln_v_and_residual_projections_are_scaled():
 
 
 def test_no_token_sees_the_future():
-    """Changing token t leaves every output before t as it was; changes after it prove the test can fail."""
+    """Changing token t leaves every output before t as it was;
+    changes after it prove the test can fail."""
     net = GPT(TINY).eval()
     ids = random_ids(TINY, 1, 16)
     changed = ids.clone()
@@ -94,7 +100,7 @@ def test_no_token_sees_the_future():
 def test_positions_and_mask_score_two_branches_in_one_row():
     """A prefix and two endings in one row give what each gives alone: what evaluations build on."""
     net = GPT(TINY).eval()
-    ids = random_ids(TINY, 1, 9)                                    # prefix 0-4, branches 5-6 and 7-8
+    ids = random_ids(TINY, 1, 9)                                # prefix 0-4, branches 5-6 and 7-8
     mask = torch.ones(9, 9).tril().bool()
     mask[7:, 5:7] = False
     both = net(ids, positions=torch.tensor([0, 1, 2, 3, 4, 5, 6, 5, 6]), mask=mask)
@@ -110,7 +116,7 @@ def test_the_sliced_loss_is_the_loss(monkeypatch):
     whole.backward()
     expected = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
-    monkeypatch.setattr(model_module, 'LOGITS_AT_ONCE', 7 * TINY.vocab_size)       # 7 tokens a slice
+    monkeypatch.setattr(model_module, 'LOGITS_AT_ONCE', 7 * TINY.vocab_size)    # 7 tokens a slice
     sliced = net(ids, ids)
     sliced.backward()
     torch.testing.assert_close(sliced, whole)
@@ -133,22 +139,25 @@ def test_one_batch_can_be_learned_by_heart():
 def test_greedy_generation_is_that_of_transformers():
     ours, theirs = pair(TINY, std=0.3)
     ids = random_ids(TINY, 3, 5)
-    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=11, do_sample=False,
-                               eos_token_id=None, pad_token_id=0)
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=11,
+                               do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(ours.generate(ids, 11, temperature=0), expected)
 
 
 def test_generation_goes_on_past_the_block_and_repeats_with_its_seed():
     net, ids = GPT(TINY).eval(), random_ids(TINY, 2, 3)
-    draw = [net.generate(ids, 30, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    draw = [net.generate(ids, 30, generator=torch.Generator().manual_seed(seed))
+            for seed in (1, 1, 2)]
     assert draw[0].shape == (2, 33) and torch.equal(draw[0][:, :3], ids)
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
 
 
-@pytest.mark.parametrize('top_k, top_p, kept', [(0, 1.0, [0, 1, 2, 3]), (2, 1.0, [0, 1]), (0, 0.75, [0, 1]),
-                                                (0, 0.85, [0, 1, 2]), (3, 0.5, [0]), (0, 0.01, [0])])
+@pytest.mark.parametrize('top_k, top_p, kept', [
+    (0, 1.0, [0, 1, 2, 3]), (2, 1.0, [0, 1]), (0, 0.75, [0, 1]), (0, 0.85, [0, 1, 2]),
+    (3, 0.5, [0]), (0, 0.01, [0])])
 def test_samples_follow_the_distribution_that_is_left(top_k, top_p, kept):
-    """Frequencies of 20,000 draws against the renormalised probabilities, within five standard errors."""
+    """Frequencies of 20,000 draws against the renormalised probabilities,
+    within five standard errors."""
     probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
     n = 20_000
     ids = sample(probs.log().expand(n, 4), 1.0, top_k, top_p, torch.Generator().manual_seed(0))

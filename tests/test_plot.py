@@ -6,8 +6,10 @@ import pytest
 
 import plot
 
-LOG = [{'step': 0, 'tokens': 0, 'val_loss': 5.0}, {'step': 10, 'tokens': 100, 'loss': 4.0, 'lr': 1e-3},
-       {'step': 20, 'tokens': 200, 'loss': 3.0}, {'step': 20, 'tokens': 200, 'val_loss': 3.5, 'val_bits_per_byte': 1.5},
+LOG = [{'step': 0, 'tokens': 0, 'val_loss': 5.0},
+       {'step': 10, 'tokens': 100, 'loss': 4.0, 'lr': 1e-3},
+       {'step': 20, 'tokens': 200, 'loss': 3.0},
+       {'step': 20, 'tokens': 200, 'val_loss': 3.5, 'val_bits_per_byte': 1.5},
        {'step': 10, 'tokens': 100, 'loss': 3.9}]
 
 
@@ -15,7 +17,8 @@ LOG = [{'step': 0, 'tokens': 0, 'val_loss': 5.0}, {'step': 10, 'tokens': 100, 'l
 def run(tmp_path):
     (tmp_path / 'a').mkdir()
     lines = [json.dumps(record) for record in LOG]
-    (tmp_path / 'a/log.jsonl').write_text('\n'.join([*lines[:3], '{"step": 9, "to', *lines[3:]]) + '\n{"st')
+    torn = '\n'.join([*lines[:3], '{"step": 9, "to', *lines[3:]]) + '\n{"st'
+    (tmp_path / 'a/log.jsonl').write_text(torn)
     (tmp_path / 'a/config.py').write_text("dataset = 'shakespeare_char'\n")
     return tmp_path / 'a'
 
@@ -24,7 +27,8 @@ def test_the_last_record_of_a_step_counts(run):
     records = plot.read_log(run / 'log.jsonl')
     assert [record['step'] for record in records] == [0, 10, 20]
     assert plot.points(records, 'loss') == ([100, 200], [3.9, 3.0])
-    assert plot.points(records, 'val_loss') == ([0, 200], [5.0, 3.5]) and plot.points(records, 'mfu') == ([], [])
+    assert (plot.points(records, 'val_loss') == ([0, 200], [5.0, 3.5])
+            and plot.points(records, 'mfu') == ([], []))
 
 
 def test_a_picture_of_several_runs(run, tmp_path, capsys):
@@ -43,7 +47,8 @@ def test_smoothing_is_a_running_mean():
     assert plot.smoothed(([1, 2, 3], [4.0, 2.0, 2.0]), 0.5) == ([1, 2, 3], [4.0, 3.0, 2.5])
 
 
-@pytest.mark.parametrize('runs, words', [((), 'expected the folder of a run'), (('nowhere',), 'there is no log here')])
+@pytest.mark.parametrize('runs, words', [
+    ((), 'expected the folder of a run'), (('nowhere',), 'there is no log here')])
 def test_refusals(runs, words):
     with pytest.raises(ValueError, match=words):
         plot.main(plot.Config(runs=runs))

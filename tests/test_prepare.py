@@ -1,4 +1,6 @@
-"""Preparing text: every reader, the split, what a kill or a full disk leaves behind, and refusals."""
+"""
+Preparing text: every reader, the split, what a kill or a full disk leaves behind, and refusals.
+"""
 
 import gzip
 import hashlib
@@ -24,7 +26,8 @@ TEXTS = [f'Document {i}: {"word " * (i % 7 + 1)}é 世界\n' for i in range(60)]
 def run(tmp_path, *inputs, **options):
     options = {'tokenizer': 'bytes', 'data_dir': str(tmp_path), 'name': 'd', **options}
     prepare.main(prepare.Config(input=tuple(map(str, inputs)), **options))
-    return json.loads((tmp_path / (options['name'] or 'shakespeare_char') / 'manifest.json').read_text())
+    folder = tmp_path / (options['name'] or 'shakespeare_char')
+    return json.loads((folder / 'manifest.json').read_text())
 
 
 def decoded(tmp_path, name='d'):
@@ -34,7 +37,8 @@ def decoded(tmp_path, name='d'):
     for split in ('train', 'val'):
         tokens = Tokens(name, split, enc.n_vocab, tmp_path)
         text = enc.decode(tokens.read(0, len(tokens)).tolist())
-        found[split] = text.split('<|endoftext|>')[1:] if tokenizer.eot_id(enc) is not None else [text]
+        has_eot = tokenizer.eot_id(enc) is not None
+        found[split] = text.split('<|endoftext|>')[1:] if has_eot else [text]
     return found
 
 
@@ -55,10 +59,12 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     folder = tmp_path / 'texts'
     (folder / 'deep').mkdir(parents=True)
     for i, text in enumerate(TEXTS):
-        (folder / ('deep' if i % 2 else '.') / f'{i:03d}.{"md" if i % 3 else "txt"}').write_text(text)
+        name = f'{i:03d}.{"md" if i % 3 else "txt"}'
+        (folder / ('deep' if i % 2 else '.') / name).write_text(text)
     (folder / '.hidden.txt').write_text('not this')
     (folder / 'image.png').write_text('nor this')
-    inputs = [folder, write_jsonl(tmp_path / 'a.jsonl'), write_jsonl(tmp_path / 'b.jsonl.gz', opener=gzip.open),
+    inputs = [folder, write_jsonl(tmp_path / 'a.jsonl'),
+              write_jsonl(tmp_path / 'b.jsonl.gz', opener=gzip.open),
               write_parquet(tmp_path / 'c.parquet')]
     splits = []
     for path in inputs:
@@ -66,7 +72,8 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
         found = decoded(tmp_path)
         assert sorted(found['train'] + found['val']) == sorted(TEXTS)
         assert manifest['splits']['val']['documents'] == len(found['val']) >= 1
-        assert sum(len(text.encode()) for text in found['val']) == manifest['splits']['val']['bytes']
+        size = sum(len(text.encode()) for text in found['val'])
+        assert size == manifest['splits']['val']['bytes']
         splits.append({split: sorted(texts) for split, texts in found.items()})
     assert all(split == splits[0] for split in splits), 'the split depends on the texts alone'
 
@@ -91,7 +98,8 @@ def test_neither_side_is_ever_empty(tmp_path, n):
 def test_one_document_is_split_by_position_as_nanogpt_does(tmp_path):
     text = ''.join(TEXTS)
     (tmp_path / 'input.txt').write_text(text)
-    manifest = run(tmp_path, tmp_path / 'input.txt', dataset='shakespeare', tokenizer='chars', name='')
+    manifest = run(tmp_path, tmp_path / 'input.txt', dataset='shakespeare', tokenizer='chars',
+                   name='')
     assert manifest['name'] == 'shakespeare_char' and manifest['tokenizer']['eot_id'] is None
     cut = int(len(text) * 0.9)
     assert decoded(tmp_path, 'shakespeare_char') == {'train': [text[:cut]], 'val': [text[cut:]]}
@@ -102,7 +110,8 @@ def test_shakespeare_char_is_nanogpt_s(tmp_path, real):
     source = real('tinyshakespeare/input.txt')
     manifest = run(tmp_path, source, dataset='shakespeare', tokenizer='chars', name='')
     assert manifest['name'] == 'shakespeare_char' and manifest['tokenizer']['vocab_size'] == 65
-    assert [manifest['splits'][split]['tokens'] for split in ('train', 'val')] == [1_003_854, 111_540]
+    counts = [manifest['splits'][split]['tokens'] for split in ('train', 'val')]
+    assert counts == [1_003_854, 111_540]
     text = source.read_text()
     stoi = {char: i for i, char in enumerate(sorted(set(text)))}
     tokens = Tokens('shakespeare_char', 'val', 65, tmp_path)
@@ -131,29 +140,34 @@ def test_a_tokenizer_is_not_trained_on_validation_text(tmp_path):
         text = f'zqzqzq {i} zqzqzq'
         if prepare.document_hash(text, 1337) < threshold:
             marked.append(text)
-    run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', texts + marked), val_fraction=0.3, tokenizer='bpe:400')
+    run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', texts + marked), val_fraction=0.3,
+        tokenizer='bpe:400')
     enc = tokenizer.load(tmp_path / 'd/tokenizer.json')
     assert val and marked and not any(b'zq' in token for token in tokenizer.token_bytes(enc))
 
 
 @pytest.mark.parametrize('delay', [0.0, 0.15, 0.4])
 def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, delay):
-    source = write_jsonl(tmp_path / 'a.jsonl', [f'{i} ' + 'lorem ipsum dolor ' * 50 for i in range(3000)])
-    flags = [f'--data_dir={tmp_path}/x', '--name=d', '--tokenizer=bytes', '--shard_tokens=100000', source]
+    source = write_jsonl(tmp_path / 'a.jsonl',
+                         [f'{i} ' + 'lorem ipsum dolor ' * 50 for i in range(3000)])
+    flags = [f'--data_dir={tmp_path}/x', '--name=d', '--tokenizer=bytes', '--shard_tokens=100000',
+             source]
     running = subprocess.Popen([sys.executable, 'data/prepare.py', *map(str, flags)], cwd=ROOT)
     deadline = time.time() + 60
-    while not list((tmp_path / 'x').glob('.d.partial/*.bin')) and time.time() < deadline and running.poll() is None:
+    while (not list((tmp_path / 'x').glob('.d.partial/*.bin'))
+           and time.time() < deadline and running.poll() is None):
         time.sleep(0.01)
     time.sleep(delay)
     running.send_signal(signal.SIGKILL)
     running.wait()
     if not (tmp_path / 'x/d').exists():
-        with pytest.raises(ValueError, match='not prepared'):       # what is half written is no data set
+        with pytest.raises(ValueError, match='not prepared'):  # what is half written is no data set
             Tokens('d', 'train', 257, tmp_path / 'x')
     script('data/prepare.py', *flags)
     script('data/prepare.py', f'--data_dir={tmp_path}/y', *flags[1:])
     files = {path.name: path.read_bytes() for path in (tmp_path / 'y/d').iterdir()}
-    assert {path.name: path.read_bytes() for path in (tmp_path / 'x/d').iterdir()} == files and len(files) > 20
+    again = {path.name: path.read_bytes() for path in (tmp_path / 'x/d').iterdir()}
+    assert again == files and len(files) > 20
     assert not list((tmp_path / 'x').glob('.d*'))
 
 
@@ -163,17 +177,23 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     run(tmp_path, source, val_fraction=0.5)
     before = (tmp_path / 'd/train_000000.bin').read_bytes()
     write_jsonl(source, ['x' * 9000] * 200 + ['y' * 9000])
-    done = script('data/prepare.py', f'--data_dir={tmp_path}', '--name=d', '--tokenizer=bytes', source, check=False,
-                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)))
-    assert done.returncode == 2 and 'nothing was changed' in done.stderr and 'Traceback' not in done.stderr
-    assert (tmp_path / 'd/train_000000.bin').read_bytes() == before and not (tmp_path / '.d.partial').exists()
+    limits = (1_000_000, 1_000_000)
+    done = script('data/prepare.py', f'--data_dir={tmp_path}', '--name=d', '--tokenizer=bytes',
+                  source, check=False,
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    assert (done.returncode == 2 and 'nothing was changed' in done.stderr
+            and 'Traceback' not in done.stderr)
+    assert ((tmp_path / 'd/train_000000.bin').read_bytes() == before
+            and not (tmp_path / '.d.partial').exists())
 
 
 @pytest.mark.parametrize('name, content, words', [
-    ('a.txt', b'', 'no text to prepare'), ('a.txt', b'caf\xe9', 'a.txt: byte 0xe9 at 3 is not UTF-8'),
-    ('a.jsonl', b'{"text": "a"}\n{"text"', 'a.jsonl:2: not JSON'), ('a.jsonl', b'{"body": "a"}', "no field 'text'"),
-    ('a.jsonl', b'{"text": 3}', 'text is int, expected a text'), ('a.parquet', b'PAR', 'not a parquet file'),
-    ('a.png', b'', 'expected .txt')])
+    ('a.txt', b'', 'no text to prepare'),
+    ('a.txt', b'caf\xe9', 'a.txt: byte 0xe9 at 3 is not UTF-8'),
+    ('a.jsonl', b'{"text": "a"}\n{"text"', 'a.jsonl:2: not JSON'),
+    ('a.jsonl', b'{"body": "a"}', "no field 'text'"),
+    ('a.jsonl', b'{"text": 3}', 'text is int, expected a text'),
+    ('a.parquet', b'PAR', 'not a parquet file'), ('a.png', b'', 'expected .txt')])
 def test_bad_files_are_refused_by_name_and_place(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
@@ -182,8 +202,8 @@ def test_bad_files_are_refused_by_name_and_place(tmp_path, name, content, words)
 
 
 @pytest.mark.parametrize('options, words', [
-    ({'tokenizer': 'bpe:70000'}, '65,536'), ({'tokenizer': 'gpt5'}, "'bpe:N'"), ({'val_fraction': 1.5}, 'less than 1'),
-    ({'name': '../x'}, 'name of a folder')])
+    ({'tokenizer': 'bpe:70000'}, '65,536'), ({'tokenizer': 'gpt5'}, "'bpe:N'"),
+    ({'val_fraction': 1.5}, 'less than 1'), ({'name': '../x'}, 'name of a folder')])
 def test_bad_settings_are_refused(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         run(tmp_path, write_jsonl(tmp_path / 'a.jsonl'), **options)
@@ -199,25 +219,30 @@ def test_missing_inputs_are_refused(tmp_path):
 
 
 def test_lone_surrogates_and_nulls_in_json_are_met(tmp_path):
-    (tmp_path / 'a.jsonl').write_text('{"text": "a\\ud800b"}\n{"text": null}\n{"text": "c\\u0000d"}\n')
+    (tmp_path / 'a.jsonl').write_text(
+        '{"text": "a\\ud800b"}\n{"text": null}\n{"text": "c\\u0000d"}\n')
     run(tmp_path, tmp_path / 'a.jsonl')
     found = decoded(tmp_path)
     assert sorted(found['train'] + found['val']) == ['a\ufffdb', 'c\0d']
 
 
 def test_pydocs_is_read_without_importing_and_is_the_same_again(tmp_path):
-    (tmp_path / 'm.py').write_text('"""Top."""\nraise SystemExit\nclass A:\n    """Of A."""\n    def f(self):\n'
-                                   '        """Of f.\n\n        More.\n        """\n')
+    (tmp_path / 'm.py').write_text(
+        '"""Top."""\nraise SystemExit\nclass A:\n    """Of A."""\n'
+        '    def f(self):\n        """Of f.\n\n        More.\n        """\n')
     assert list(prepare.python_documents(tmp_path / 'm.py')) == ['Top.\n\nOf A.\n\nOf f.\n\nMore.']
     files = prepare.python_files()
-    assert files == prepare.python_files() and not any('site-packages' in str(file) for file in files)
-    topics = [file for file in files if file.parent.name == 'pydoc_data' and file.name == 'topics.py']
+    assert (files == prepare.python_files()
+            and not any('site-packages' in str(file) for file in files))
+    topics = [file for file in files
+              if file.parent.name == 'pydoc_data' and file.name == 'topics.py']
     assert topics and len(list(prepare.python_documents(topics[0]))) > 50
 
 
 @pytest.fixture
 def server():
-    """A loopback web server: /whole gives a file, /cut less than it announces, everything else 404."""
+    """A loopback web server: /whole gives a file, /cut less than it announces,
+    everything else 404."""
     body = b'To be, or not to be.\n' * 500
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -241,11 +266,13 @@ def test_a_download_is_checked_and_renamed(tmp_path, server, monkeypatch):
     url, body, sha256 = server
     monkeypatch.setattr(prepare, 'SHAKESPEARE', (f'{url}/whole', sha256))
     manifest = run(tmp_path, dataset='shakespeare', tokenizer='chars', name='')
-    assert manifest['name'] == 'shakespeare_char' and manifest['splits']['train']['tokens'] == int(len(body) * 0.9)
+    assert (manifest['name'] == 'shakespeare_char'
+            and manifest['splits']['train']['tokens'] == int(len(body) * 0.9))
 
 
 @pytest.mark.parametrize('path, sha256, words', [
-    ('/cut', None, 'IncompleteRead|its sha256 is'), ('/nothing', None, '404'), ('/whole', 'ab' * 32, 'its sha256 is')])
+    ('/cut', None, 'IncompleteRead|its sha256 is'), ('/nothing', None, '404'),
+    ('/whole', 'ab' * 32, 'its sha256 is')])
 def test_a_bad_download_leaves_no_file(tmp_path, server, monkeypatch, path, sha256, words):
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
     url, _, right = server
@@ -256,13 +283,16 @@ def test_a_bad_download_leaves_no_file(tmp_path, server, monkeypatch, path, sha2
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Peak memory of preparing 5 and 50 MB of documents of the same size differs by less than 10 MB."""
+    """Peak memory of preparing 5 and 50 MB of documents of the same size
+    differs by less than 10 MB."""
     peaks = []
     for n in (500, 5000):
-        source = write_jsonl(tmp_path / f'{n}.jsonl', (f'{i} ' + 'lorem ipsum dolor ' * 600 for i in range(n)))
+        texts = (f'{i} ' + 'lorem ipsum dolor ' * 600 for i in range(n))
+        source = write_jsonl(tmp_path / f'{n}.jsonl', texts)
         done = script('-c', 'import resource, runpy, sys\nsys.argv = sys.argv[1:]\n'
                       'import os; exit = os._exit\n'
-                      'os._exit = lambda status: (print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss), exit(status))\n'
+                      'os._exit = lambda status: ('
+                      'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss), exit(status))\n'
                       'runpy.run_path(sys.argv[0], run_name="__main__")', ROOT / 'data/prepare.py',
                       f'--data_dir={tmp_path}', '--tokenizer=bytes', source)
         peaks.append(int(done.stdout.splitlines()[-1]))
@@ -270,7 +300,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
 
 def test_verify_from_the_command_line(stories):
-    assert 'tiny is whole' in script('data/prepare.py', '--verify=tiny', f'--data_dir={stories}').stdout
+    done = script('data/prepare.py', '--verify=tiny', f'--data_dir={stories}')
+    assert 'tiny is whole' in done.stdout
     done = script('data/prepare.py', '--verify=nothing', f'--data_dir={stories}', check=False)
     assert done.returncode == 2 and 'no manifest.json' in done.stderr
     assert shards.verify('tiny', stories) == []

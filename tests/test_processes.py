@@ -1,4 +1,7 @@
-"""Runs of several real processes under torchrun: the same bits after any stop, the same data on any world size."""
+"""
+Runs of several real processes under torchrun: the same bits after any stop,
+the same data on any world size.
+"""
 
 import json
 import os
@@ -19,24 +22,28 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def flags(stories, tmp_path):
-    """A function from settings to the command line of a tiny run; 12 updates pass the end of the epoch."""
+    """A function from settings to the command line of a tiny run;
+    12 updates pass the end of the epoch."""
     def make(name, **changes):
-        values = {**TINY, 'data_dir': stories, 'out_dir': tmp_path / name, 'total_batch_size': 64 * 16, **changes}
+        values = {**TINY, 'data_dir': stories, 'out_dir': tmp_path / name,
+                  'total_batch_size': 64 * 16, **changes}
         return ['train.py', *(f'--{key}={value}' for key, value in values.items())]
     return make
 
 
 def start(args, world):
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}']
-    return subprocess.Popen([*(launcher if world > 1 else [sys.executable]), *map(str, args)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                f'--nproc_per_node={world}']
+    return subprocess.Popen([*(launcher if world > 1 else [sys.executable]), *map(str, args)],
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)
 
 
 def wait_for_step(process, folder, step):
     """Until the log of the run has reached `step`."""
-    deadline = time.time() + 120
+    log, deadline = folder / 'log.jsonl', time.time() + 120
     while time.time() < deadline and process.poll() is None:
-        if (folder / 'log.jsonl').exists() and f'"step": {step},' in (folder / 'log.jsonl').read_text():
+        if log.exists() and f'"step": {step},' in log.read_text():
             return
         time.sleep(0.02)
     raise AssertionError(process.stdout.read())
@@ -66,7 +73,8 @@ def test_a_resume_is_exact_on_any_number_of_processes(flags, tmp_path, world, op
     """Two ranks cannot show that DDP adds in another order after a restart; four can."""
     torchrun = world if world > 1 else 0
     script(*flags('whole', optimizer=optimizer), torchrun=torchrun)
-    script(*flags('stopped', optimizer=optimizer, max_iters=5, lr_decay_iters=12), torchrun=torchrun)
+    script(*flags('stopped', optimizer=optimizer, max_iters=5, lr_decay_iters=12),
+           torchrun=torchrun)
     script(*flags('stopped', optimizer=optimizer), torchrun=torchrun)
     whole, resumed = curve(tmp_path / 'whole'), curve(tmp_path / 'stopped')
     resumed[5] = resumed[5][:3] + whole[5][3:]                      # it validated where it stopped
@@ -92,13 +100,15 @@ def test_world_sizes_agree_to_rounding_dropout_included(flags, tmp_path, optimiz
         worst = max(abs(a - b) / a for a, b in zip(reference, found, strict=True))
         print(f'{optimizer} {name}: largest relative difference {worst:.1e}')
         assert worst < tolerance
-        assert losses(tmp_path / name, 'val_loss')[-1] == pytest.approx(losses(tmp_path / 'w1', 'val_loss')[-1], rel=tolerance)
+        expected = losses(tmp_path / 'w1', 'val_loss')[-1]
+        assert losses(tmp_path / name, 'val_loss')[-1] == pytest.approx(expected, rel=tolerance)
 
 
 @pytest.mark.parametrize('world', [1, 2])
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_in_a_checkpoint(flags, tmp_path, world, number):
-    """SIGTERM or Ctrl-C, to the process or to torchrun: saved within a step, and nothing of it shows in the end."""
+    """SIGTERM or Ctrl-C, to the process or to torchrun: saved within a step,
+    and nothing of it shows in the end."""
     script(*flags('whole', max_iters=400, eval_interval=400), torchrun=world if world > 1 else 0)
     process = start(flags('run', max_iters=400, eval_interval=400), world)
     try:
@@ -132,7 +142,8 @@ def test_kill_9_costs_the_steps_since_the_last_save(flags, tmp_path, victim):
 
 
 def test_killed_inside_a_save_the_checkpoint_before_is_used(flags, tmp_path):
-    """Killed while files of step 40 lie in the temporary folder: it has no final name, and step 20 is whole."""
+    """Killed while files of step 40 lie in the temporary folder: it has no final name,
+    and step 20 is whole."""
     options = dict(max_iters=60, eval_interval=20, n_embd=128)
     script(*flags('whole', **options))
     for _ in range(5):                                              # until a kill meets the moment
@@ -152,9 +163,10 @@ def test_orphans_of_a_killed_torchrun_keep_others_out(flags, tmp_path):
     process = start(flags('run', max_iters=100_000, eval_interval=100_000), 2)
     try:
         wait_for_step(process, tmp_path / 'run', 5)
-        os.kill(process.pid, signal.SIGKILL)                        # torchrun alone: its workers go on
+        os.kill(process.pid, signal.SIGKILL)                    # torchrun alone: its workers go on
         refused = script(*flags('run'), check=False)
-        assert refused.returncode == 2 and 'another process is training in this folder' in refused.stderr
+        assert (refused.returncode == 2
+                and 'another process is training in this folder' in refused.stderr)
     finally:
         kill_all(process, tmp_path)
 
@@ -169,7 +181,8 @@ def test_validation_is_the_same_on_any_world_size(flags, tmp_path):
     """Fewer validation batches than ranks, and a number that 3 does not divide."""
     found = []
     for world in (1, 2, 3, 4):
-        script(*flags(f'v{world}', max_iters=0, batch_size=3, total_batch_size=12 * 3 * 16, eval_tokens=200), torchrun=world)
+        script(*flags(f'v{world}', max_iters=0, batch_size=3, total_batch_size=12 * 3 * 16,
+                      eval_tokens=200), torchrun=world)
         found.append(losses(tmp_path / f'v{world}', 'val_loss')[0])
     assert found == pytest.approx([found[0]] * 4, rel=1e-6)
 
@@ -182,7 +195,8 @@ def test_bad_input_ends_every_rank_with_one_line(flags):
 
 def test_several_processes_with_bfloat16_and_compile(flags, tmp_path):
     script(*flags('whole', dtype='bfloat16', compile=True, max_iters=8), torchrun=2)
-    script(*flags('stopped', dtype='bfloat16', compile=True, max_iters=4, lr_decay_iters=8), torchrun=2)
+    script(*flags('stopped', dtype='bfloat16', compile=True, max_iters=4, lr_decay_iters=8),
+           torchrun=2)
     script(*flags('stopped', dtype='bfloat16', compile=True, max_iters=8), torchrun=2)
     assert curve(tmp_path / 'whole') == curve(tmp_path / 'stopped')
     assert json.loads((tmp_path / 'whole/log.jsonl').read_text().splitlines()[0])['val_loss'] > 0

@@ -1,4 +1,7 @@
-"""Every command in the README: parsed against the script's settings, and run where no hub or GPU is needed."""
+"""
+Every command in the README: parsed against the script's settings,
+and run where no hub or GPU is needed.
+"""
 
 import os
 import re
@@ -13,7 +16,8 @@ from conftest import ROOT
 from configurator import configure
 
 BLOCKS = re.findall(r'```bash\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
-COMMANDS = [line.partition('  #')[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+COMMANDS = [line.partition('  #')[0].strip()
+            for block in BLOCKS for line in block.splitlines() if line.strip()]
 HEADERS = [line[2:].partition('   #')[0] for path in sorted(ROOT.glob('config/*.py'))
            for line in path.read_text().splitlines() if re.match(r'# (python|torchrun) ', line)]
 NEEDS_A_HUB = ('--dataset=shakespeare', 'gpt2', 'shakespeare_char')     # or eight GPUs
@@ -29,11 +33,13 @@ def script_and_arguments(command):
 def test_a_command_parses(command, monkeypatch):
     name, arguments = script_and_arguments(command)
     if name is None:
-        assert re.match(r'make (quickstart|test)|python3 -m venv|pip install -r requirements.txt', command), command
+        assert re.match(r'make (quickstart|test)|python3 -m venv|pip install -r requirements.txt',
+                        command), command
         return
     module = __import__(name[:-3].replace('/', '.'), fromlist=['Config'])
     monkeypatch.chdir(ROOT)
-    configure(module.Config, arguments, getattr(module, 'SHORT', None), getattr(module, 'COLLECT', ''))
+    configure(module.Config, arguments, getattr(module, 'SHORT', None),
+              getattr(module, 'COLLECT', ''))
 
 
 def test_the_make_targets_exist():
@@ -50,25 +56,33 @@ def test_the_tree_names_every_file():
 
 @pytest.mark.slow
 def test_the_commands_run_one_after_another(tmp_path):
-    """In a fresh copy, as a newcomer types them; training is cut to three updates, else nothing is changed."""
-    files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    """In a fresh copy, as a newcomer types them; training is cut to three updates,
+    else nothing is changed."""
+    files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True,
+                           check=True).stdout.split()
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / 'notes').mkdir()
-    (tmp_path / 'notes/a.md').write_text('A note about nothing much, and then a little more of it.\n' * 40)
-    (tmp_path / 'book.txt').write_text('Once there was a book, which was short and had no end.\n' * 200)
+    (tmp_path / 'notes/a.md').write_text(
+        'A note about nothing much, and then a little more of it.\n' * 40)
+    (tmp_path / 'book.txt').write_text(
+        'Once there was a book, which was short and had no end.\n' * 200)
     (tmp_path / 'chats.jsonl').write_text('{"text": "Hello there, how are you today?"}\n' * 30)
     run = 0
     for command in COMMANDS:
         name, arguments = script_and_arguments(command)
         if name is None or any(word in command for word in NEEDS_A_HUB):
             continue
-        extra = ['--max_iters=3', '--eval_interval=3', '--compile=False'] if name == 'train.py' else []
-        extra += ['--tokenizer=bpe:300'] if '--name=mine' in command else []    # the default one is downloaded
-        launcher = ['-m', 'torch.distributed.run', *shlex.split(command)[1:3]] if command.startswith('torchrun') else []
-        done = subprocess.run([sys.executable, *launcher, name, *arguments, *extra], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=300, env={**os.environ, 'HF_HUB_OFFLINE': '1'})
+        extra = (['--max_iters=3', '--eval_interval=3', '--compile=False']
+                 if name == 'train.py' else [])
+        # the default tokenizer is downloaded
+        extra += ['--tokenizer=bpe:300'] if '--name=mine' in command else []
+        launcher = (['-m', 'torch.distributed.run', *shlex.split(command)[1:3]]
+                    if command.startswith('torchrun') else [])
+        done = subprocess.run([sys.executable, *launcher, name, *arguments, *extra], cwd=tmp_path,
+                              text=True, capture_output=True, timeout=300,
+                              env={**os.environ, 'HF_HUB_OFFLINE': '1'})
         assert done.returncode == 0, f'{command}\n{done.stdout}{done.stderr}'
         run += 1
     assert run >= 8

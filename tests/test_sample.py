@@ -1,4 +1,7 @@
-"""Sampling as a user does it: prompts from anywhere, whole characters, the end of a document, refusals."""
+"""
+Sampling as a user does it:
+prompts from anywhere, whole characters, the end of a document, refusals.
+"""
 
 import subprocess
 import sys
@@ -18,8 +21,8 @@ from configurator import configure
 def trained(stories, tmp_path_factory):
     """The folder of a run of 40 updates."""
     folder = tmp_path_factory.mktemp('trained') / 'run'
-    train.main(train.Config(**{**TINY, 'data_dir': str(stories), 'out_dir': str(folder), 'max_iters': 40,
-                               'eval_interval': 40, 'dropout': 0.0}))
+    train.main(train.Config(**{**TINY, 'data_dir': str(stories), 'out_dir': str(folder),
+                               'max_iters': 40, 'eval_interval': 40, 'dropout': 0.0}))
     return folder
 
 
@@ -29,14 +32,16 @@ def say(capsys, *argv):
 
 
 def test_a_prompt_is_continued_and_a_seed_repeats(trained, capsys):
-    draw = [say(capsys, f'--model={trained}', '-p', 'The fox counted', '-m', 10, '--top_k=0', f'--seed={seed}')
-            for seed in (1, 1, 2)]
+    draw = [say(capsys, f'--model={trained}', '-p', 'The fox counted', '-m', 10, '--top_k=0',
+                f'--seed={seed}') for seed in (1, 1, 2)]
     assert draw[0].startswith('The fox counted') and draw[0] == draw[1] != draw[2]
 
 
 def test_sample_k_is_the_one_drawn_with_seed_plus_k(trained, capsys):
-    both = say(capsys, f'--model={trained}', '-p', 'The', '-m', 8, '--num_samples=2', '--seed=5', '--temperature=1.5')
-    second = say(capsys, f'--model={trained}', '-p', 'The', '-m', 8, '--seed=6', '--temperature=1.5')
+    both = say(capsys, f'--model={trained}', '-p', 'The', '-m', 8, '--num_samples=2', '--seed=5',
+               '--temperature=1.5')
+    second = say(capsys, f'--model={trained}', '-p', 'The', '-m', 8, '--seed=6',
+                 '--temperature=1.5')
     assert both.split('--- sample 2\n')[1] == second and both.startswith('--- sample 1\n')
 
 
@@ -53,8 +58,8 @@ def test_prompts_come_from_files_and_standard_input(trained, tmp_path, capsys):
     flags = [f'--model={trained}', '-m', 5]
     expected = say(capsys, *flags, '-p', 'The fox')
     assert say(capsys, *flags, '-p', f'FILE:{tmp_path}/p.txt') == expected
-    done = subprocess.run([sys.executable, 'sample.py', '--device=cpu', *map(str, flags), '-p', '-'], cwd=ROOT,
-                          input='The fox', capture_output=True, text=True)
+    done = subprocess.run([sys.executable, 'sample.py', '--device=cpu', *map(str, flags),
+                           '-p', '-'], cwd=ROOT, input='The fox', capture_output=True, text=True)
     assert done.stdout == expected and str(trained) in done.stderr
 
 
@@ -81,16 +86,17 @@ def test_the_newest_checkpoint_under_out_is_found(trained, tmp_path):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['-p', 'word ' * 40], r'prompt: given \d+ tokens, expected at most 16'), (['--temperature=-1'], '0 or more'),
-    (['--top_p=0'], 'more than 0'), (['--top_k=-1'], '0 or more'), (['--num_samples=0'], '1 or more')])
+    (['-p', 'word ' * 40], r'prompt: given \d+ tokens, expected at most 16'),
+    (['--temperature=-1'], '0 or more'), (['--top_p=0'], 'more than 0'),
+    (['--top_k=-1'], '0 or more'), (['--num_samples=0'], '1 or more')])
 def test_refusals(trained, capsys, flags, words):
     with pytest.raises(ValueError, match=words):
         say(capsys, f'--model={trained}', *flags)
 
 
 @pytest.mark.parametrize('name, words', [
-    ('gpt2', 'openai-community/gpt2: not a folder here, and it could not be had'), ('gpt-2', 'is not one of gpt2, '),
-    ('out/nowhere/x', 'there is no such folder')])
+    ('gpt2', 'openai-community/gpt2: not a folder here, and it could not be had'),
+    ('gpt-2', 'is not one of gpt2, '), ('out/nowhere/x', 'there is no such folder')])
 def test_a_model_that_cannot_be_had(monkeypatch, name, words):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     with pytest.raises(ValueError, match=words):

@@ -13,7 +13,7 @@ from data.shards import HEADER_BYTES, ShardWriter, TokenBatches, Tokens, permute
 def write(folder, ids, shard_tokens=100, split='train'):
     folder.mkdir(exist_ok=True)
     writer = ShardWriter(folder, split, shard_tokens)
-    for part in np.array_split(np.asarray(ids, np.uint16), 7):      # in pieces that cross the shards' ends
+    for part in np.array_split(np.asarray(ids, np.uint16), 7):      # pieces cross the shards' ends
         writer.write(part)
     writer.close()
     return writer.shards
@@ -25,11 +25,13 @@ def tokens(tmp_path, n=1000, vocab_size=2 ** 16, **options):
 
 
 def test_the_format_is_that_of_llm_c(tmp_path):
-    """256 int32, the first three magic, version, count; then uint16 (llm.c, dev/data/data_common.py)."""
+    """256 int32, the first three magic, version, count;
+    then uint16 (llm.c, dev/data/data_common.py)."""
     shards = write(tmp_path / 'd', [5, 6, 50256])
     raw = (tmp_path / 'd/train_000000.bin').read_bytes()
     assert len(raw) == 1024 + 6 and np.frombuffer(raw, '<i4', 4).tolist() == [20240520, 1, 3, 0]
-    assert np.frombuffer(raw, '<u2', offset=1024).tolist() == [5, 6, 50256] and shards[0]['tokens'] == 3
+    assert (np.frombuffer(raw, '<u2', offset=1024).tolist() == [5, 6, 50256]
+            and shards[0]['tokens'] == 3)
 
 
 def test_reading_crosses_shards_and_goes_on_at_the_beginning(tmp_path):
@@ -47,10 +49,12 @@ def test_nanogpt_s_files_without_header_are_read(tmp_path):
 
 
 @pytest.mark.parametrize('damage, words', [
-    (lambda path: path.write_bytes(path.read_bytes()[:-2]), 'promises 100 tokens, the file holds 99'),
+    (lambda path: path.write_bytes(path.read_bytes()[:-2]),
+     'promises 100 tokens, the file holds 99'),
     (lambda path: path.write_bytes(b'\0' * 4 + path.read_bytes()[4:]), 'not a token shard'),
     (lambda path: path.write_bytes(b''), 'not a token shard'),
-    (lambda path: path.write_bytes(path.read_bytes()[:4] + b'\7' + path.read_bytes()[5:]), 'format 7')])
+    (lambda path: path.write_bytes(path.read_bytes()[:4] + b'\7' + path.read_bytes()[5:]),
+     'format 7')])
 def test_a_damaged_shard_is_refused_by_name(tmp_path, damage, words):
     write(tmp_path / 'd', np.arange(300))
     damage(tmp_path / 'd/train_000001.bin')
@@ -61,24 +65,28 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path, damage, words):
 def test_an_id_outside_of_the_vocabulary_is_refused(tmp_path):
     found = tokens(tmp_path, vocab_size=950)
     found.read(0, 900)
-    with pytest.raises(ValueError, match='train_000009.bin: holds token id 999, the vocabulary ends at 949'):
+    words = 'train_000009.bin: holds token id 999, the vocabulary ends at 949'
+    with pytest.raises(ValueError, match=words):
         found.read(900, 100)
 
 
 def test_a_data_set_that_is_not_there_says_how_to_make_it(tmp_path):
-    with pytest.raises(ValueError, match='python data/prepare.py --dataset=shakespeare --tokenizer=chars'):
+    command = 'python data/prepare.py --dataset=shakespeare --tokenizer=chars'
+    with pytest.raises(ValueError, match=command):
         Tokens('shakespeare_char', 'train', 65, tmp_path)
 
 
 @pytest.mark.parametrize('size', [1, 2, 3, 5, 64, 1000, 4097])
 def test_permuted_is_a_permutation_that_depends_on_its_key(size):
     once = permuted(np.arange(size), size, 'a')
-    assert sorted(once) == list(range(size)) and (once == permuted(np.arange(size), size, 'a')).all()
+    assert (sorted(once) == list(range(size))
+            and (once == permuted(np.arange(size), size, 'a')).all())
     assert size < 64 or (once != permuted(np.arange(size), size, 'b')).mean() > 0.9
 
 
 def test_permuted_mixes_well():
-    """Neighbours land apart as in a uniform permutation: mean distance size / 3, positions uncorrelated."""
+    """Neighbours land apart as in a uniform permutation: mean distance size / 3,
+    positions uncorrelated."""
     size = 10_000
     once = permuted(np.arange(size), size, 'a')
     assert np.abs(np.diff(once)).mean() == pytest.approx(size / 3, rel=0.05)
@@ -87,7 +95,8 @@ def test_permuted_mixes_well():
 
 @pytest.mark.parametrize('world', [1, 2, 3, 4])
 def test_an_epoch_is_every_block_once_whatever_the_world_size(tmp_path, world):
-    """1003 tokens in blocks of 10: 100 blocks an epoch; ranks read in turn and together see each once."""
+    """1003 tokens in blocks of 10: 100 blocks an epoch;
+    ranks read in turn and together see each once."""
     batches = TokenBatches(tokens(tmp_path, 1003), 10, seed=3)
     assert batches.blocks == 100
     for epoch in range(3):
@@ -97,10 +106,10 @@ def test_an_epoch_is_every_block_once_whatever_the_world_size(tmp_path, world):
             for rank in range(world):
                 share = range(rank * 20 // world, (rank + 1) * 20 // world)
                 x, y = batches.read(position + share.start, len(share))
-                assert ((x + 1) % 1003 == y).all()                  # the tokens count up: y is what comes next
+                assert ((x + 1) % 1003 == y).all()      # the tokens count up: y is what comes next
                 seen.update(x[:, 0].tolist())
         assert len(seen) == 100 and set(seen.values()) == {1}
-        assert len({start % 10 for start in seen}) <= 2             # one grid (shifted where it wraps)
+        assert len({start % 10 for start in seen}) <= 2         # one grid (shifted where it wraps)
 
 
 def test_the_order_is_a_function_of_seed_and_position(tmp_path):

@@ -1,4 +1,7 @@
-"""Encodings against GPT-2's real one, against transformers' reading of our tokenizer.json, and round trips."""
+"""
+Encodings against GPT-2's real one, against transformers' reading of our tokenizer.json,
+and round trips.
+"""
 
 import random
 
@@ -29,17 +32,20 @@ def test_round_trip_and_the_same_ids_in_transformers(enc):
     ids = encode(enc, TEXT)
     assert ids.dtype == np.uint16 and enc.decode(ids.tolist()) == TEXT
     theirs = tokenizers.Tokenizer.from_str(to_json(enc))
-    plain = TEXT.replace(EOT, '')                                   # transformers takes it for the special token
-    assert theirs.encode(plain).ids == encode(enc, plain).tolist() and theirs.decode(encode(enc, plain)) == plain
+    plain = TEXT.replace(EOT, '')                   # transformers takes it for the special token
+    assert (theirs.encode(plain).ids == encode(enc, plain).tolist()
+            and theirs.decode(encode(enc, plain)) == plain)
     again = from_json(to_json(enc))
     assert fingerprint(again) == fingerprint(enc) and eot_id(again) == eot_id(enc)
     assert encode(again, TEXT).tolist() == ids.tolist()
 
 
 def test_random_text_encodes_alike_in_transformers():
-    """The merges of tokenizer.json are recovered from the ranks; 2,000 random texts find no difference."""
+    """The merges of tokenizer.json are recovered from the ranks;
+    2,000 random texts find no difference."""
     tokenizers = pytest.importorskip('tokenizers')
-    enc = build('bpe:700', lambda: [TEXT, 'abcabdabeabf ' * 40, 'the there then them these other ' * 20])
+    enc = build('bpe:700', lambda: [TEXT, 'abcabdabeabf ' * 40,
+                                    'the there then them these other ' * 20])
     theirs, draw = tokenizers.Tokenizer.from_str(to_json(enc)), random.Random(0)
     for _ in range(2000):
         text = ''.join(draw.choice("abcdefhtmorsn \n'.é世") for _ in range(draw.randint(1, 40)))
@@ -48,10 +54,12 @@ def test_random_text_encodes_alike_in_transformers():
 
 def test_gpt2_gives_the_ids_of_gpt2():
     enc = gpt2_or_skip()
-    assert encode(enc, "Hello, I'm a language model,").tolist() == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    ids = encode(enc, "Hello, I'm a language model,").tolist()
+    assert ids == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert eot_id(enc) == 50256 and enc.n_vocab == 50257
     again = from_json(to_json(enc))
-    assert fingerprint(again) == fingerprint(enc) and (encode(again, TEXT) == encode(enc, TEXT)).all()
+    assert (fingerprint(again) == fingerprint(enc)
+            and (encode(again, TEXT) == encode(enc, TEXT)).all())
 
 
 def test_training_is_repeatable_and_vocabulary_has_the_size_asked_for():
@@ -71,8 +79,8 @@ def test_chars_are_the_sorted_characters_and_have_no_end_of_text():
 
 
 @pytest.mark.parametrize('name, words', [
-    ('gpt3', "given 'gpt3', expected"), ('bpe:x', "given 'bpe:x', expected"), ('bpe:70000', '65,536'),
-    ('bpe:100', 'at least bpe:257')])
+    ('gpt3', "given 'gpt3', expected"), ('bpe:x', "given 'bpe:x', expected"),
+    ('bpe:70000', '65,536'), ('bpe:100', 'at least bpe:257')])
 def test_refusals(name, words):
     with pytest.raises(ValueError, match=words):
         build(name, lambda: [TEXT])
@@ -87,11 +95,14 @@ def test_without_network_and_cache_the_error_says_which_files_go_where(tmp_path,
     tiktoken = pytest.importorskip('tiktoken')
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
     monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
-    monkeypatch.setattr('tiktoken.load.read_file', lambda *_: (_ for _ in ()).throw(ConnectionError('no network')))
-    with pytest.raises(ValueError, match='vocab.bpe as 6d1cbeee.*TIKTOKEN_CACHE_DIR.*bpe:4096 needs no network'):
+    monkeypatch.setattr('tiktoken.load.read_file',
+                        lambda *_: (_ for _ in ()).throw(ConnectionError('no network')))
+    words = 'vocab.bpe as 6d1cbeee.*TIKTOKEN_CACHE_DIR.*bpe:4096 needs no network'
+    with pytest.raises(ValueError, match=words):
         tokenizer.gpt2()
 
 
 def test_a_foreign_tokenizer_is_refused():
     with pytest.raises(ValueError, match='Unigram'):
-        from_json('{"model": {"type": "Unigram", "vocab": []}, "added_tokens": [], "pre_tokenizer": null}')
+        from_json('{"model": {"type": "Unigram", "vocab": []}, '
+                  '"added_tokens": [], "pre_tokenizer": null}')

@@ -17,29 +17,35 @@ from configurator import configure
 from data.shards import Tokens
 from distributed import World
 
-TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4, total_batch_size=16 * 16,
-            max_iters=12, eval_interval=4, log_interval=1, save_minutes=0.0, warmup_iters=3, learning_rate=3e-3,
-            dropout=0.1, device='cpu', dtype='float32', compile=False)
+TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4,
+            total_batch_size=16 * 16, max_iters=12, eval_interval=4, log_interval=1,
+            save_minutes=0.0, warmup_iters=3, learning_rate=3e-3, dropout=0.1,
+            device='cpu', dtype='float32', compile=False)
 
 
 @pytest.fixture
 def config(stories, tmp_path):
-    """A function from settings to the Config of a tiny run in tmp_path/run (12 updates of 256 tokens)."""
-    return lambda **changes: train.Config(**{**TINY, 'data_dir': str(stories), 'out_dir': str(tmp_path / 'run'), **changes})
+    """A function from settings to the Config of a tiny run in tmp_path/run
+    (12 updates of 256 tokens)."""
+    tiny = {**TINY, 'data_dir': str(stories), 'out_dir': str(tmp_path / 'run')}
+    return lambda **changes: train.Config(**{**tiny, **changes})
 
 
 def curve(folder):
-    """{step: (loss, grad_norm, lr, val_loss)} of a log, what was said last of each step, floats to the last bit."""
+    """{step: (loss, grad_norm, lr, val_loss)} of a log, what was said last of each step,
+    floats to the last bit."""
     steps = {}
     for line in (folder / 'log.jsonl').read_text().splitlines():
         record = json.loads(line)
         steps.setdefault(record['step'], {}).update(record)
     return {step: tuple(float(record[key]).hex() if key in record else None
-                        for key in ('loss', 'grad_norm', 'lr', 'val_loss')) for step, record in steps.items()}
+                        for key in ('loss', 'grad_norm', 'lr', 'val_loss'))
+            for step, record in steps.items()}
 
 
 def losses(folder, key='loss'):
-    return [record[key] for record in map(json.loads, (folder / 'log.jsonl').read_text().splitlines()) if key in record]
+    records = map(json.loads, (folder / 'log.jsonl').read_text().splitlines())
+    return [record[key] for record in records if key in record]
 
 
 # What a run does.
@@ -49,7 +55,8 @@ def test_a_run_learns_and_logs(config, tmp_path):
     found = losses(tmp_path / 'run')
     assert abs(found[0] - math.log(300)) < 0.3 and found[-1] < 0.75 * found[0]
     record = json.loads((tmp_path / 'run/log.jsonl').read_text().splitlines()[5])
-    assert set(record) == {'step', 'tokens', 'loss', 'lr', 'grad_norm', 'step_ms', 'tokens_per_second', 'mfu'}
+    assert set(record) == {'step', 'tokens', 'loss', 'lr', 'grad_norm', 'step_ms',
+                           'tokens_per_second', 'mfu'}
     assert record['tokens'] == 256 * record['step']
     val = losses(tmp_path / 'run', 'val_loss')
     assert len(val) == 3 and val[-1] < val[0]
@@ -87,23 +94,26 @@ def test_transformers_goes_on_with_our_run_and_we_with_theirs(config, tmp_path):
     assert loss.item() < before
     theirs.save_pretrained(tmp_path / 'theirs')
     shutil.copy(tmp_path / 'run/step_0000030/tokenizer.json', tmp_path / 'theirs')
-    train.main(config(init_from=str(tmp_path / 'theirs'), out_dir=str(tmp_path / 'ours'), max_iters=30,
-                      eval_interval=10, dropout=0.0))
+    train.main(config(init_from=str(tmp_path / 'theirs'), out_dir=str(tmp_path / 'ours'),
+                      max_iters=30, eval_interval=10, dropout=0.0))
     val = losses(tmp_path / 'ours', 'val_loss')
     assert val[0] < losses(tmp_path / 'run', 'val_loss')[0] - 0.5 and val[-1] < val[0]
 
 
 def test_the_resolved_settings_repeat_the_run(config, tmp_path):
     train.main(config(max_iters=5))
-    again = configure(train.Config, [str(tmp_path / 'run/config.py'), f'--out_dir={tmp_path}/again'])
+    again = configure(train.Config,
+                      [str(tmp_path / 'run/config.py'), f'--out_dir={tmp_path}/again'])
     train.main(again)
     assert curve(tmp_path / 'again') == curve(tmp_path / 'run')
 
 
 def test_samples_are_kept(config, tmp_path):
     train.main(config(sample_interval=6))
-    records = [json.loads(line) for line in (tmp_path / 'run/samples.jsonl').read_text().splitlines()]
-    assert [record['step'] for record in records] == [0, 6, 12] and all(record['text'] for record in records)
+    lines = (tmp_path / 'run/samples.jsonl').read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert ([record['step'] for record in records] == [0, 6, 12]
+            and all(record['text'] for record in records))
 
 
 def test_eval_only_writes_nothing(config, tmp_path, capsys):
@@ -117,22 +127,28 @@ def test_eval_only_writes_nothing(config, tmp_path, capsys):
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(config, tmp_path):
-    """A learning rate that ruins what was learned makes an early step the best; it stays, others go."""
-    train.main(config(max_iters=12, eval_interval=2, keep=2, warmup_iters=0, decay_lr=False, learning_rate=0.3))
-    val = {record['step']: record['val_loss'] for record in map(
-        json.loads, (tmp_path / 'run/log.jsonl').read_text().splitlines()) if 'val_loss' in record and record['step']}
+    """A learning rate that ruins what was learned makes an early step the best;
+    it stays, others go."""
+    train.main(config(max_iters=12, eval_interval=2, keep=2, warmup_iters=0, decay_lr=False,
+                      learning_rate=0.3))
+    records = map(json.loads, (tmp_path / 'run/log.jsonl').read_text().splitlines())
+    val = {record['step']: record['val_loss'] for record in records
+           if 'val_loss' in record and record['step']}
     assert set(checkpoints.steps(tmp_path / 'run')) == {10, 12, min(val, key=val.get)}
-    train.main(config(max_iters=8, eval_interval=2, always_save_checkpoint=False, out_dir=str(tmp_path / 'b')))
+    train.main(config(max_iters=8, eval_interval=2, always_save_checkpoint=False,
+                      out_dir=str(tmp_path / 'b')))
     assert len(checkpoints.steps(tmp_path / 'b')) <= 2 and 8 in checkpoints.steps(tmp_path / 'b')
 
 
 def test_validation_is_the_mean_over_every_token_of_the_split(config, stories):
-    """The last, shorter block counts by its tokens; asking for more than there is takes all there is."""
+    """The last, shorter block counts by its tokens;
+    asking for more than there is takes all there is."""
     cfg = config(eval_tokens=10 ** 9)
     tokens = Tokens('tiny', 'val', 300, stories)
     torch.manual_seed(0)
     model = train.GPT(train.GPTConfig(16, 300, 1, 2, 32))
-    found, count = train.evaluate(model, tokens, cfg, World(0, 1, 0, torch.device('cpu')), torch.enable_grad)
+    alone = World(0, 1, 0, torch.device('cpu'))
+    found, count = train.evaluate(model, tokens, cfg, alone, torch.enable_grad)
     ids = torch.from_numpy(tokens.read(0, len(tokens)))
     assert count == len(ids) - 1 and count % 16 and count > 64
     total = 0.0
@@ -145,9 +161,10 @@ def test_validation_is_the_mean_over_every_token_of_the_split(config, stories):
 # Where it goes on.
 
 @pytest.mark.parametrize('changes', [
-    {}, {'optimizer': 'muon'}, {'dtype': 'bfloat16'}, {'dtype': 'float16'}, {'schedule': 'wsd', 'cooldown_iters': 4}],
-    ids=str)
-def test_a_resumed_run_equals_one_that_never_stopped_to_the_last_bit(config, tmp_path, stories, changes):
+    {}, {'optimizer': 'muon'}, {'dtype': 'bfloat16'}, {'dtype': 'float16'},
+    {'schedule': 'wsd', 'cooldown_iters': 4}], ids=str)
+def test_a_resumed_run_equals_one_that_never_stopped_to_the_last_bit(
+        config, tmp_path, stories, changes):
     """Dropout on; 12 updates of 64 sequences pass the end of the epoch several times."""
     tokens = Tokens('tiny', 'train', 300, stories)
     cfg = config(total_batch_size=64 * 16, **changes)
@@ -168,8 +185,10 @@ def test_micro_batches_and_their_number_change_nothing_but_rounding(config, tmp_
     assert losses(tmp_path / 'b') == pytest.approx(losses(tmp_path / 'run'), rel=1e-5)
 
 
-@pytest.mark.parametrize('damage', ['truncated', 'flipped', 'no manifest', 'manifest is not json', 'half written'])
-def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(config, tmp_path, damage, capsys):
+@pytest.mark.parametrize('damage', [
+    'truncated', 'flipped', 'no manifest', 'manifest is not json', 'half written'])
+def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(
+        config, tmp_path, damage, capsys):
     train.main(config())
     whole = curve(tmp_path / 'run')
     newest = tmp_path / 'run/step_0000012'
@@ -186,7 +205,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(config, tmp
         (newest / 'manifest.json').write_text('{"config')
     else:
         newest.rename(tmp_path / 'run/.step_0000012.partial')
-    (tmp_path / 'run/log.jsonl').write_bytes((tmp_path / 'run/log.jsonl').read_bytes()[:-20])   # and a torn line
+    log = tmp_path / 'run/log.jsonl'
+    log.write_bytes(log.read_bytes()[:-20])                         # and a torn line
     train.main(config())
     assert ('passing over' in capsys.readouterr().out) == (damage != 'half written')
     assert curve(tmp_path / 'run') == whole and not checkpoints.problem(newest)
@@ -204,15 +224,16 @@ def test_when_no_checkpoint_is_whole_it_does_not_start_over(config, tmp_path):
 def test_changed_settings_win_and_are_named(config, tmp_path, capsys):
     train.main(config(max_iters=4))
     train.main(config(max_iters=6, learning_rate=1e-4, decay_lr=False))
-    assert 'changed: max_iters 4 -> 6' in (words := capsys.readouterr().out) and 'learning_rate 0.003 -> 0.0001' in words
+    words = capsys.readouterr().out
+    assert 'changed: max_iters 4 -> 6' in words and 'learning_rate 0.003 -> 0.0001' in words
     assert losses(tmp_path / 'run', 'lr')[-1] == 1e-4
 
 
 def test_fine_tuning_starts_from_the_weights_and_resumes_itself(config, tmp_path):
     train.main(config(dropout=0.0))
     best = losses(tmp_path / 'run', 'val_loss')[-1]
-    tune = config(init_from=str(tmp_path / 'run'), out_dir=str(tmp_path / 'tuned'), block_size=8, total_batch_size=0,
-                  max_iters=4, dropout=0.0)
+    tune = config(init_from=str(tmp_path / 'run'), out_dir=str(tmp_path / 'tuned'), block_size=8,
+                  total_batch_size=0, max_iters=4, dropout=0.0)
     train.main(tune)
     assert losses(tmp_path / 'tuned', 'val_loss')[0] < best + 0.5
     train.main(replace(tune, max_iters=6))
@@ -221,10 +242,11 @@ def test_fine_tuning_starts_from_the_weights_and_resumes_itself(config, tmp_path
 
 def test_diverging_ends_with_status_3_and_keeps_what_was_good(config, tmp_path, capsys):
     train.main(config(max_iters=4))
-    assert train.main(config(learning_rate=1e20, decay_lr=False, grad_clip=0.0, max_iters=100, eval_interval=1000,
-                             max_skipped=3)) == 3
+    assert train.main(config(learning_rate=1e20, decay_lr=False, grad_clip=0.0, max_iters=100,
+                             eval_interval=1000, max_skipped=3)) == 3
     assert 'not finite' in capsys.readouterr().out
-    assert list(checkpoints.steps(tmp_path / 'run')) == [4] and not checkpoints.problem(tmp_path / 'run/step_0000004')
+    assert (list(checkpoints.steps(tmp_path / 'run')) == [4]
+            and not checkpoints.problem(tmp_path / 'run/step_0000004'))
 
 
 def test_a_second_process_in_the_same_folder_is_refused(config, tmp_path):
@@ -235,14 +257,16 @@ def test_a_second_process_in_the_same_folder_is_refused(config, tmp_path):
     assert train.main(config(max_iters=1)) == 0
 
 
-def test_a_compiler_that_fails_leaves_an_eager_run_and_one_line(config, tmp_path, monkeypatch, capsys):
+def test_a_compiler_that_fails_leaves_an_eager_run_and_one_line(
+        config, tmp_path, monkeypatch, capsys):
     def broken(model):
         def call(*_):
             raise RuntimeError('no compiler\nand a long story')
         return call
     monkeypatch.setattr(torch, 'compile', broken)
     train.main(config(compile=True, max_iters=2))
-    assert 'compiling failed, going on without (RuntimeError: no compiler)' in capsys.readouterr().out
+    words = 'compiling failed, going on without (RuntimeError: no compiler)'
+    assert words in capsys.readouterr().out
     assert len(losses(tmp_path / 'run')) == 2
 
 
@@ -270,11 +294,14 @@ def test_wandb_that_fails_stops_nothing(config, tmp_path, monkeypatch, capsys):
     ({'dataset': 'nowhere'}, 'is not prepared; run\n    python data/prepare.py --dataset=nowhere'),
     ({'dataset': 'pydocs'}, 'is not prepared; run\n    python data/prepare.py --dataset=pydocs'),
     ({'total_batch_size': 1000}, 'the nearest that can: --total_batch_size=1024'),
-    ({'gradient_accumulation_steps': 2}, 'expected one of them'), ({'optimizer': 'sgd'}, "'adamw' or 'muon'"),
-    ({'schedule': 'linear'}, "'cosine' or 'wsd'"), ({'dtype': 'int8'}, "'float32', 'bfloat16' or 'float16'"),
-    ({'batch_size': 0}, 'batch_size: given 0, expected 1 or more'), ({'dropout': 1.0}, 'dropout: given 1.0'),
-    ({'learning_rate': 0.0}, 'learning_rate: given 0.0'), ({'device': 'tpu'}, "device: given 'tpu'"), ({'n_head': 5}, 'multiple of n_head=5'),
-    ({'init_from': 'resume'}, 'there is no checkpoint in'), ({'init_from': 'nowhere'}, 'there is no such folder'),
+    ({'gradient_accumulation_steps': 2}, 'expected one of them'),
+    ({'optimizer': 'sgd'}, "'adamw' or 'muon'"), ({'schedule': 'linear'}, "'cosine' or 'wsd'"),
+    ({'dtype': 'int8'}, "'float32', 'bfloat16' or 'float16'"),
+    ({'batch_size': 0}, 'batch_size: given 0, expected 1 or more'),
+    ({'dropout': 1.0}, 'dropout: given 1.0'), ({'learning_rate': 0.0}, 'learning_rate: given 0.0'),
+    ({'device': 'tpu'}, "device: given 'tpu'"), ({'n_head': 5}, 'multiple of n_head=5'),
+    ({'init_from': 'resume'}, 'there is no checkpoint in'),
+    ({'init_from': 'nowhere'}, 'there is no such folder'),
     ({'block_size': 100_000, 'total_batch_size': 0}, 'fewer than one block')])
 def test_bad_settings(config, changes, words):
     with pytest.raises(ValueError, match=words):
@@ -296,9 +323,10 @@ def test_a_checkpoint_of_another_shape(config):
 def test_a_checkpoint_of_another_tokenizer(config, stories, tmp_path):
     from data import prepare
     train.main(config(max_iters=4))
-    prepare.main(prepare.Config(input=(str(stories / 'tiny.jsonl'),), tokenizer='bytes', name='tiny', val_fraction=0.2,
-                                data_dir=str(tmp_path / 'data')))
-    with pytest.raises(ValueError, match=r'was trained on tokens of bpe:300.*holds those of another tokenizer, bpe:257'):
+    prepare.main(prepare.Config(input=(str(stories / 'tiny.jsonl'),), tokenizer='bytes',
+                                name='tiny', val_fraction=0.2, data_dir=str(tmp_path / 'data')))
+    words = r'was trained on tokens of bpe:300.*holds those of another tokenizer, bpe:257'
+    with pytest.raises(ValueError, match=words):
         train.main(config(data_dir=str(tmp_path / 'data')))
 
 
@@ -314,12 +342,14 @@ def test_a_shard_with_a_token_beyond_the_vocabulary(config, stories, tmp_path):
     raw = bytearray(shard.read_bytes())
     raw[1024:] = b'\xff\x7f' * ((len(raw) - 1024) // 2)
     shard.write_bytes(raw)
-    with pytest.raises(ValueError, match='train_000000.bin: holds token id 32767, the vocabulary ends at 299'):
+    words = 'train_000000.bin: holds token id 32767, the vocabulary ends at 299'
+    with pytest.raises(ValueError, match=words):
         train.main(config(data_dir=str(tmp_path / 'data')))
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--max_itres=3'], "did you mean 'max_iters'"), (['--max_iters=many'], 'expected a whole number'),
+    (['--max_itres=3'], "did you mean 'max_iters'"),
+    (['--max_iters=many'], 'expected a whole number'),
     (['--dataset=nowhere'], 'python data/prepare.py --dataset=nowhere')])
 def test_a_user_sees_one_line_and_status_2(flags, words):
     done = script('train.py', '--device=cpu', *flags, check=False)
@@ -337,22 +367,27 @@ def test_a_failure_of_ours_shows_its_traceback_and_status_1():
 
 def test_the_cosine_schedule_is_nanogpt_s():
     """Values of nanoGPT's get_lr (train.py) for the same settings."""
-    cfg = train.Config(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000, lr_decay_iters=600_000, max_iters=600_000)
-    expected = {0: 2.998500749625187e-07, 1000: 3.0014992503748125e-04, 2000: 6e-4, 301_000: 3.3e-4, 600_001: 6e-5}
+    cfg = train.Config(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000,
+                       lr_decay_iters=600_000, max_iters=600_000)
+    expected = {0: 2.998500749625187e-07, 1000: 3.0014992503748125e-04, 2000: 6e-4,
+                301_000: 3.3e-4, 600_001: 6e-5}
     for step, lr in expected.items():
         assert train.learning_rate_at(step, cfg) == pytest.approx(lr, rel=1e-9)
     assert train.learning_rate_at(5, replace(cfg, decay_lr=False)) == 6e-4
 
 
 def test_warmup_stable_decay():
-    cfg = train.Config(schedule='wsd', learning_rate=1.0, min_lr=0.1, warmup_iters=9, max_iters=100, cooldown_iters=20)
+    cfg = train.Config(schedule='wsd', learning_rate=1.0, min_lr=0.1, warmup_iters=9,
+                       max_iters=100, cooldown_iters=20)
     rates = [train.learning_rate_at(step, cfg) for step in range(101)]
-    assert rates[0] == 0.1 and rates[9:81] == [1.0] * 72 and rates[90] == pytest.approx(0.55) and rates[100] == 0.1
+    assert (rates[0] == 0.1 and rates[9:81] == [1.0] * 72
+            and rates[90] == pytest.approx(0.55) and rates[100] == 0.1)
 
 
 @pytest.mark.parametrize('changes, world, expected', [
     ({}, 1, (16, 4, 4)), ({}, 2, (16, 4, 2)), ({}, 4, (16, 4, 1)), ({}, 8, (16, 2, 1)),
-    ({'total_batch_size': 0, 'gradient_accumulation_steps': 40, 'batch_size': 12}, 8, (480, 12, 5)),    # nanoGPT's
+    ({'total_batch_size': 0, 'gradient_accumulation_steps': 40, 'batch_size': 12},
+     8, (480, 12, 5)),                                              # nanoGPT's
     ({'total_batch_size': 0}, 2, (4, 2, 1))])
 def test_the_batch_is_the_same_on_any_number_of_processes(changes, world, expected):
     assert train.divide_batch(train.Config(**{**TINY, **changes}), world) == expected
