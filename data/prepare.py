@@ -14,6 +14,7 @@ import inspect
 import json
 import lzma
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -25,7 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
 from configurator import run, settings
 from data import shards
-from data.fetch import fetch
+from data.fetch import digest, fetch
 from tokenizer import build, encode, eot_id, fingerprint, to_json
 
 # -----------------------------------------------------------------------------
@@ -48,6 +49,7 @@ SUFFIXES = ('.txt', '.md', '.jsonl', '.jsonl.gz', '.parquet')
 SHAKESPEARE = (
     'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
     '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
+OUR_FILES = r'manifest\.json|tokenizer\.json|(train|val)_\d{6}\.bin'
 XZ_BYTES = 2 ** 24          # validation text is compressed for comparison up to this size
 BPE_BYTES = 2 ** 28         # so many characters at the head of the training text train a tokenizer
 
@@ -57,10 +59,11 @@ def main(cfg):
         return report(cfg.verify, cfg.data_dir)
     plan = make_plan(cfg)
     folder = Path(cfg.data_dir or shards.DATA_DIR) / plan['name']
-    if (folder / 'manifest.json').exists():
+    if folder.exists():
+        check_replaceable(folder)
         made = shards.read_manifest(plan['name'], cfg.data_dir)
         if made['settings'] == plan['settings'] and made['source'] == plan['source']:
-            print(f"{folder} is there already, made with these settings; "
+            print(f"{folder} is there already, made from this text with these settings; "
                   f"--verify={plan['name']} re-reads it")
             return
     partial = folder.with_name(f'.{folder.name}.partial')   # a whole data set appears by one rename
@@ -100,7 +103,7 @@ def make_plan(cfg):
         files, facts = python_files(), {'pydocs': f'Python {sys.version.split()[0]}'}
     else:
         files = [file for path in inputs for file in text_files(path)]
-        facts = {'files': [[file.name, file.stat().st_size] for file in files]}
+        facts = {'files': [[file.name, file.stat().st_size, digest(file)] for file in files]}
     named = 'shakespeare' if source == 'shakespeare' else inputs[0].stem if inputs else source
     kind = cfg.tokenizer if cfg.tokenizer != 'auto' else 'bpe:4096' if named == 'pydocs' else 'gpt2'
     fraction = cfg.val_fraction or (0.1 if named == 'shakespeare' else 0.05)
@@ -112,6 +115,15 @@ def make_plan(cfg):
     return {'name': name, 'files': files, 'source': facts, 'settings': {
         'tokenizer': kind, 'val_fraction': fraction, 'seed': cfg.seed, 'text_key': cfg.text_key,
         'shard_tokens': cfg.shard_tokens}}
+
+
+def check_replaceable(folder):
+    """Refuse to replace a folder that holds anything but a data set made here."""
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if not re.fullmatch(OUR_FILES, name)]
+    if foreign or 'manifest.json' not in names:
+        raise ValueError(f"{folder} is there and was not made by this program"
+                         f"{f' (it holds {foreign[0]})' if foreign else ''}; give another --name")
 
 
 def write_dataset(cfg, plan, folder):
@@ -138,35 +150,15 @@ def write_dataset(cfg, plan, folder):
                 return
 
     enc = build(options['tokenizer'], texts if options['tokenizer'] == 'chars' else train_texts)
-    eot = eot_id(enc)
-    writers = {split: shards.ShardWriter(folder, split, options['shard_tokens'])
-               for split in ('train', 'val')}
-    facts = {split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in writers}
-    xz, xz_bytes = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME), 0
     size = sum(file.stat().st_size for file in plan['files'])
     with tqdm(total=size, unit='B', unit_scale=True, desc=plan['name'],
               disable=not sys.stderr.isatty()) as bar:
-        for document in documents():
-            for split, text in divide(document, threshold, options):
-                ids = encode(enc, text)
-                if eot is not None:
-                    ids = np.concatenate([np.array([eot], np.uint16), ids])
-                raw = text.encode()
-                if split == 'val' and facts[split]['bytes'] + len(raw) <= XZ_BYTES:
-                    xz_bytes += len(xz.compress(raw))
-                writers[split].write(ids)
-                facts[split]['tokens'] += len(ids)
-                facts[split]['documents'] += 1
-                facts[split]['bytes'] += len(raw)
-                bar.update(len(raw))
-    for split, writer in writers.items():
-        writer.close()
-        facts[split]['shards'] = writer.shards
-    if facts['val']['bytes'] <= XZ_BYTES:
-        facts['val']['xz_bytes'] = xz_bytes + len(xz.flush())       # what `xz -9e` makes of it
+        divided = (part for document in documents()
+                   for part in divide(document, threshold, options))
+        facts = write_splits(divided, enc, folder, options['shard_tokens'], bar)
     manifest = {
         'format': 1, 'name': plan['name'], 'source': plan['source'], 'settings': options,
-        'tokenizer': {'name': enc.name, 'vocab_size': enc.n_vocab, 'eot_id': eot,
+        'tokenizer': {'name': enc.name, 'vocab_size': enc.n_vocab, 'eot_id': eot_id(enc),
                       'fingerprint': fingerprint(enc)},
         'splits': facts}
     (folder / 'tokenizer.json').write_text(to_json(enc), encoding='utf-8')
@@ -177,12 +169,34 @@ def write_dataset(cfg, plan, folder):
     return manifest
 
 
+def write_splits(divided, enc, folder, shard_tokens, bar):
+    """Tokenize (split, text) pairs into shards; returns {split: what the manifest says of it}."""
+    eot = np.array([] if eot_id(enc) is None else [eot_id(enc)], np.uint16)
+    writers = {split: shards.ShardWriter(folder, split, shard_tokens) for split in ('train', 'val')}
+    facts = {split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in writers}
+    xz, xz_bytes = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME), 0
+    for split, text in divided:
+        ids, raw = np.concatenate([eot, encode(enc, text)]), text.encode()
+        if split == 'val' and facts[split]['bytes'] + len(raw) <= XZ_BYTES:
+            xz_bytes += len(xz.compress(raw))
+        writers[split].write(ids)
+        for key, amount in (('tokens', len(ids)), ('documents', 1), ('bytes', len(raw))):
+            facts[split][key] += amount
+        bar.update(len(raw))
+    for split, writer in writers.items():
+        writer.close()
+        facts[split]['shards'] = writer.shards
+    if facts['val']['bytes'] <= XZ_BYTES:
+        facts['val']['xz_bytes'] = xz_bytes + len(xz.flush())       # what `xz -9e` makes of it
+    return facts
+
+
 # Which documents are validation: those whose hash is small, so that adding documents moves none.
 
 def document_hash(text, seed):
     """A number from 0 to 1 that depends on (seed, text) alone."""
-    digest = hashlib.blake2b(f'{seed}:{text}'.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) / 2 ** 64
+    drawn = hashlib.blake2b(f'{seed}:{text}'.encode(), digest_size=8).digest()
+    return int.from_bytes(drawn) / 2 ** 64
 
 
 def val_threshold(documents, seed, val_fraction):

@@ -129,6 +129,27 @@ def test_the_same_settings_again_do_nothing_and_others_replace(tmp_path, capsys)
     assert shard.stat().st_mtime_ns != made
 
 
+def test_a_folder_that_is_not_a_data_set_of_ours_is_never_replaced(tmp_path):
+    """The user's texts may lie in the very folder that would be written."""
+    (tmp_path / 'd').mkdir()
+    (tmp_path / 'd/text.txt').write_text(''.join(TEXTS))
+    with pytest.raises(ValueError, match='d is there and was not made by this program.*text.txt'):
+        run(tmp_path, tmp_path / 'd')
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    run(tmp_path, source, name='e')
+    (tmp_path / 'e/notes.txt').write_text('mine')
+    with pytest.raises(ValueError, match='holds notes.txt'):
+        run(tmp_path, source, name='e', seed=4)
+    assert (tmp_path / 'd/text.txt').exists() and (tmp_path / 'e/notes.txt').exists()
+
+
+def test_a_source_that_changed_is_prepared_again(tmp_path):
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    first = run(tmp_path, source)
+    source.write_text(source.read_text().replace('Document', 'documenT'))       # of the same size
+    assert run(tmp_path, source) != first
+
+
 def test_a_tokenizer_is_not_trained_on_validation_text(tmp_path):
     """The validation documents alone repeat a word, and it is in no token."""
     texts = TEXTS

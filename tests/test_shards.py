@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import ROOT, script
 
 from data.shards import HEADER_BYTES, ShardWriter, TokenBatches, Tokens, permuted, verify
 
@@ -126,6 +127,24 @@ def test_a_data_set_smaller_than_one_update(tmp_path):
     assert x.shape == y.shape == (16, 10)
     with pytest.raises(ValueError, match='has 25 tokens, fewer than one block'):
         TokenBatches(tokens(tmp_path, 25), 26, seed=0)
+
+
+def test_reading_needs_no_memory_that_grows_with_the_corpus(tmp_path):
+    """200 MB of (sparse) shards read in a random order: peak memory grows by less than 20 MB."""
+    write(tmp_path / 'd', [0] * 8)
+    path = tmp_path / 'd/train_000000.bin'
+    with open(path, 'r+b') as file:
+        file.seek(8)
+        file.write(np.array([100_000_000], '<i4').tobytes())
+        file.truncate(HEADER_BYTES + 200_000_000)
+    code = (f"import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            f"from data.shards import Tokens, TokenBatches\n"
+            f"batches = TokenBatches(Tokens('d', 'train', 9, {str(tmp_path)!r}), 1024, 1)\n"
+            f"peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            f"batches.read(0, 16); before = peak()\n"
+            f"for i in range(16, batches.blocks, 16): batches.read(i, 16)\n"
+            f"print(peak() - before)")
+    assert int(script('-c', code).stdout) < 20_000
 
 
 @pytest.mark.parametrize('damage, words', [
