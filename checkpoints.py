@@ -253,13 +253,11 @@ def newest_step(out_dir):
 
 
 def newest_of_all():
-    """The folder of the checkpoint that was saved last among all runs under out/,
-    else checkpoint/, else None."""
-    manifests = [path for path in Path('out').rglob('step_*/manifest.json')
-                 if not problem(path.parent)]
-    if manifests:
-        return max(manifests, key=lambda path: path.stat().st_mtime).parent
-    return HERE / 'checkpoint' if (HERE / 'checkpoint' / 'config.json').exists() else None
+    """The whole checkpoint that was saved last under out/, else checkpoint/, else None."""
+    saved = sorted(Path('out').rglob('step_*/manifest.json'), key=lambda path: path.stat().st_mtime)
+    whole = (path.parent for path in reversed(saved) if not problem(path.parent))
+    committed = HERE / 'checkpoint'
+    return next(whole, committed if (committed / 'config.json').exists() else None)
 
 
 def problem(folder):

@@ -70,9 +70,7 @@ def check(cfg):
 
 def load(name):
     """(model, encoding, where they come from)."""
-    if name:
-        return *checkpoints.load_model(name), name
-    folder = checkpoints.newest_of_all()
+    folder = checkpoints.find(name) if name else checkpoints.newest_of_all()
     if folder:
         return *checkpoints.load_model(folder), folder
     torch.manual_seed(0)
