@@ -84,7 +84,7 @@ def checkpoint_bytes(folder):
     return (folder / 'step_0000012/model.safetensors').read_bytes()
 
 
-@pytest.mark.parametrize('optimizer, tolerance', [('adamw', 1e-5), ('muon', 1e-3)])
+@pytest.mark.parametrize('optimizer, tolerance', [('adamw', 1e-5), ('muon', 1e-4)])
 def test_world_sizes_agree_to_rounding_dropout_included(flags, tmp_path, optimizer, tolerance):
     """1 process x 4 micro-batches, 2 x 2, 4 x 1, and 4 -> 1 -> 2 in one run: the same losses."""
     options = {'optimizer': optimizer, 'batch_size': 16}
@@ -107,8 +107,8 @@ def test_world_sizes_agree_to_rounding_dropout_included(flags, tmp_path, optimiz
 def test_a_signal_ends_in_a_checkpoint(flags, tmp_path, world, number):
     """SIGTERM or Ctrl-C, to the process or to torchrun: saved within a step,
     and nothing of it shows in the end."""
-    script(*flags('whole', max_iters=400, eval_interval=400), torchrun=world if world > 1 else 0)
-    process = start(flags('run', max_iters=400, eval_interval=400), world)
+    script(*flags('whole', max_iters=150, eval_interval=150), torchrun=world if world > 1 else 0)
+    process = start(flags('run', max_iters=150, eval_interval=150), world)
     try:
         wait_for_step(process, tmp_path / 'run', 20)
         process.send_signal(number)
@@ -117,8 +117,8 @@ def test_a_signal_ends_in_a_checkpoint(flags, tmp_path, world, number):
         kill_all(process, tmp_path)
     assert 'the same command goes on' in words and (world > 1 or process.returncode == 0), words
     step = max(checkpoints.steps(tmp_path / 'run'))
-    assert 20 <= step < 400 and not checkpoints.problem(tmp_path / f'run/step_{step:07d}')
-    script(*flags('run', max_iters=400, eval_interval=400), torchrun=world if world > 1 else 0)
+    assert 20 <= step < 150 and not checkpoints.problem(tmp_path / f'run/step_{step:07d}')
+    script(*flags('run', max_iters=150, eval_interval=150), torchrun=world if world > 1 else 0)
     assert curve(tmp_path / 'run') == curve(tmp_path / 'whole')
 
 
