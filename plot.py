@@ -13,7 +13,7 @@ from configurator import run, settings
 # -----------------------------------------------------------------------------
 runs = ()           # folders of runs, given bare: plot.py out/a out/b
 out = ''            # the picture to write, '': loss.png in the folder of the first run
-smooth = 0.9        # how much of the running mean a new training loss leaves, 0: each loss as it is
+smooth = 0          # logged training losses averaged around each point; 0: a hundredth of all
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
@@ -80,13 +80,12 @@ def points(records, key):
     return tuple(map(list, zip(*chosen))) or ([], [])
 
 
-def smoothed(curve, share):
-    """The curve as a running mean, `share` of which stays at each point."""
+def smoothed(curve, width):
+    """The curve as the mean of `width` points around each, fewer near its ends; it never lags."""
     tokens, values = curve
-    means = []
-    for value in values:
-        means.append(share * means[-1] + (1 - share) * value if means else value)
-    return tokens, means
+    half = (width or max(1, len(values) // 100)) // 2
+    around = (values[max(0, i - half):i + half + 1] for i in range(len(values)))
+    return tokens, [sum(part) / len(part) for part in around]
 
 
 def dataset_of(folder):

@@ -1,7 +1,8 @@
 # python train.py config/quickstart.py
 #
 # A small GPT (4.3M parameters) on the English that comes with Python, as `make quickstart` runs it.
-# 2 CPU cores (AVX-512 bf16): RESULT
+# 2 CPU cores (AMD EPYC, AVX-512 bf16): 2 min 56 s of training, val_loss 4.577, 1.898 bits per byte
+# (`xz -9e` makes 2.410 of the same text).
 out_dir = 'out/quickstart'
 n_layer = 4
 n_head = 4

@@ -43,8 +43,10 @@ def test_data_sets_with_a_reference_have_one(run):
     assert plot.REFERENCES[plot.dataset_of(run)][1] == ("nanoGPT's GPU run", 1.4697)
 
 
-def test_smoothing_is_a_running_mean():
-    assert plot.smoothed(([1, 2, 3], [4.0, 2.0, 2.0]), 0.5) == ([1, 2, 3], [4.0, 3.0, 2.5])
+def test_smoothing_is_the_mean_around_each_point():
+    curve = ([1, 2, 3, 4], [4.0, 2.0, 3.0, 1.0])
+    assert plot.smoothed(curve, 3) == ([1, 2, 3, 4], [3.0, 3.0, 2.0, 2.0])
+    assert plot.smoothed(curve, 0) == curve
 
 
 @pytest.mark.parametrize('runs, words', [
