@@ -3,8 +3,8 @@
 #
 # nanoGPT's documented CPU run on character Shakespeare, its settings unchanged: 0.8M parameters,
 # 2000 updates of 768 characters. nanoGPT reports 1.88.
-# 2 CPU cores (AMD EPYC): 1.909 over the whole validation split, 88 s; nanoGPT's own code, run beside
-# it, ends at 1.898 over the whole split (its own estimate from 20 batches: 1.886).
+# 2 CPU cores (AMD EPYC): 1.909 over the whole validation split, 88 s. nanoGPT's own code, run
+# beside it, ends at 1.898 over the whole split (its own estimate from 20 batches: 1.886).
 out_dir = 'out/shakespeare_char_cpu'
 dataset = 'shakespeare_char'
 device = 'cpu'
