@@ -403,7 +403,8 @@ def test_eval_iters_is_nanogpt_s_spelling(config, stories):
 
 def test_nanogpt_s_config_files_find_all_their_settings():
     """Every setting of nanoGPT's train.py but `backend`, which follows from the device here."""
-    theirs = '''out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from
+    theirs = '''
+        out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from
         wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size
         block_size n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1
         beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr device dtype compile'''
