@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import tokenizer
@@ -81,11 +81,17 @@ def config_json(config, eot_id):
 def read_config(folder):
     """The GPTConfig in the config.json of `folder`;
     ValueError when it is not a GPT-2 as we build one."""
-    facts = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8'))
+    try:
+        facts = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{folder}/config.json is damaged ({error})') from None
     expected = {'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
                 'n_inner': [None, 4 * facts.get('n_embd', 0)], 'tie_word_embeddings': [True],
                 'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
                 'scale_attn_by_inverse_layer_idx': [False]}
+    for key in ('model_type', 'n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+        if key not in facts:
+            raise ValueError(f"{folder}: not a GPT-2: its config.json has no '{key}'")
     for key, allowed in expected.items():
         if facts.get(key, allowed[0]) not in allowed:
             raise ValueError(f'{folder}: not a GPT-2 that this program can run: '
@@ -108,7 +114,7 @@ def load_weights(model, folder):
                     yield name, opened.get_tensor(name)
     try:
         from_hugging_face(model, tensors())
-    except ValueError as error:
+    except (ValueError, SafetensorError) as error:
         raise ValueError(f'{folder}: {error}') from None
 
 
@@ -136,6 +142,8 @@ def find(name):
     ValueError when there is none."""
     folder = Path(name)
     if (folder / 'config.json').exists():
+        if (folder / 'manifest.json').exists() and (wrong := problem(folder)):
+            raise ValueError(f'{folder}: {wrong}; an earlier step of the run may be whole')
         return folder
     if folder.is_dir():
         newest, problems = newest_step(folder)

@@ -168,9 +168,9 @@ def as_config_file(cfg, header):
 def run(main, Config, short=None, collect=''):
     """The end of every script: settings from the command line, main, one-line errors, exit status.
 
-    0 done, 1 a failure of ours (with its traceback), 2 the user's input or data (a ValueError,
-    OSError or ImportError that our own code raised), otherwise what main returned. It leaves by
-    os._exit once everything is flushed: a process that used gloo may abort in a normal shutdown.
+    0 done, 1 a failure of ours (with its traceback), 2 the user's input or data (an OSError, an
+    ImportError, or a ValueError that our own code raised), otherwise what main returned. It leaves
+    by os._exit once everything is flushed: a process that used gloo may abort in a normal shutdown.
     """
     try:
         if {'-h', '--help'} & set(sys.argv[1:]):
@@ -180,7 +180,8 @@ def run(main, Config, short=None, collect=''):
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
-        if isinstance(error, (ValueError, OSError, ImportError)) and raised_here(error):
+        if isinstance(error, (OSError, ImportError)) or (
+                isinstance(error, ValueError) and raised_here(error)):
             print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
             status = 2
         else:

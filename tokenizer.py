@@ -193,5 +193,8 @@ def from_json(text, name=''):
 
 
 def load(path):
-    """The Encoding of the tokenizer.json at `path`."""
-    return from_json(Path(path).read_text(encoding='utf-8'))
+    """The Encoding of the tokenizer.json at `path`; ValueError when it cannot be used."""
+    try:
+        return from_json(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: cannot be used as a tokenizer ({error})') from None

@@ -199,6 +199,9 @@ def read_manifest(name, data_dir=''):
                              f'kept as a pickle, which is not read here; run\n'
                              f'    {prepare_command(name)}') from None
         return {}
+    except ValueError as error:
+        raise ValueError(f'{folder}/manifest.json is damaged ({error}); delete the folder and '
+                         f'prepare the data set again') from None
 
 
 def verify(name, data_dir=''):

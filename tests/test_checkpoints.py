@@ -68,6 +68,21 @@ def test_what_is_not_this_gpt2_is_refused(tmp_path, change, words):
     _, folder = save(tmp_path)
     facts = json.loads((folder / 'config.json').read_text())
     (folder / 'config.json').write_text(json.dumps(facts | change))
+    (folder / 'manifest.json').unlink()
+    with pytest.raises(ValueError, match=words):
+        checkpoints.load_model(folder)
+
+
+@pytest.mark.parametrize('name, words', [
+    ('config.json', 'config.json is damaged'), ('tokenizer.json', 'cannot be used as a tokenizer'),
+    ('model.safetensors', 'step_0000001: ')])
+def test_damaged_files_are_named(tmp_path, name, words):
+    """With the manifest its checksum tells; a folder without one is met file by file."""
+    _, folder = save(tmp_path)
+    (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f'{name} is truncated'):
+        checkpoints.load_model(folder)
+    (folder / 'manifest.json').unlink()
     with pytest.raises(ValueError, match=words):
         checkpoints.load_model(folder)
 

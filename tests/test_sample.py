@@ -94,6 +94,11 @@ def test_refusals(trained, capsys, flags, words):
         say(capsys, f'--model={trained}', *flags)
 
 
+def test_a_file_that_is_not_there_is_one_line(tmp_path):
+    done = script('sample.py', '-p', f'FILE:{tmp_path}/nowhere.txt', '--device=cpu', check=False)
+    assert done.returncode == 2 and 'nowhere.txt' in done.stderr and 'Traceback' not in done.stderr
+
+
 @pytest.mark.parametrize('name, words', [
     ('gpt2', 'openai-community/gpt2: not a folder here, and it could not be had'),
     ('gpt-2', 'is not one of gpt2, '), ('out/nowhere/x', 'there is no such folder')])

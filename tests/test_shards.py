@@ -159,6 +159,13 @@ def test_verify_names_what_is_wrong(stories, tmp_path, damage, words):
     assert words in verify('tiny', tmp_path)[0]
 
 
+def test_a_damaged_manifest_is_named(stories, tmp_path):
+    shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
+    (tmp_path / 'tiny/manifest.json').write_text('{"format": 1,')
+    with pytest.raises(ValueError, match='manifest.json is damaged'):
+        verify('tiny', tmp_path)
+
+
 def test_the_manifest_counts_what_is_there(stories):
     facts = json.loads((stories / 'tiny/manifest.json').read_text())
     assert sum(split['documents'] for split in facts['splits'].values()) == 40
