@@ -142,7 +142,8 @@ def find(name):
     ValueError when there is none."""
     folder = Path(name)
     if (folder / 'config.json').exists():
-        if (folder / 'manifest.json').exists() and (wrong := problem(folder)):
+        ours = folder.name.startswith('step_') or (folder / 'manifest.json').exists()
+        if ours and (wrong := problem(folder)):
             raise ValueError(f'{folder}: {wrong}; an earlier step of the run may be whole')
         return folder
     if folder.is_dir():
@@ -150,7 +151,8 @@ def find(name):
         if newest is None:
             raise ValueError(f'{folder}: there is no checkpoint in this folder')
         return newest
-    if name in SIZES or name.count('/') == 1 and not name.startswith(('.', '/')):
+    on_hub = name.count('/') == 1 and not folder.parent.exists()
+    if name in SIZES or on_hub:
         return from_hub(f'openai-community/{name}' if name in SIZES else name)
     raise ValueError(f"{name}: there is no such folder, and it is not one of {', '.join(SIZES)}")
 
@@ -243,7 +245,7 @@ def steps(out_dir):
 
 def newest_step(out_dir):
     """(folder of the newest whole checkpoint or None if there are none at all,
-    what is wrong with newer ones).
+    [(folder, what is wrong)] of newer ones).
 
     Raises ValueError when there are checkpoints and not one is whole:
     that is no reason to start over.
@@ -253,9 +255,10 @@ def newest_step(out_dir):
         wrong = problem(folder)
         if not wrong:
             return folder, problems
-        problems.append(f'{folder}: {wrong}')
+        problems.append((folder, wrong))
     if problems:
-        raise ValueError('\n'.join(['there are checkpoints, and none of them is whole:', *problems,
+        words = [f'{folder}: {wrong}' for folder, wrong in problems]
+        raise ValueError('\n'.join(['there are checkpoints, and none of them is whole:', *words,
                                     'give another --out_dir to start a new run']))
     return None, []
 
@@ -280,6 +283,13 @@ def problem(folder):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f'it is incomplete ({error})'
     return ''
+
+
+def set_aside(folder):
+    """Rename a checkpoint that is not whole, so that nobody counts it among those that are."""
+    aside = folder.with_name(f'{folder.name}.damaged')
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
 
 
 def prune(out_dir, keep, best=None):

@@ -57,15 +57,18 @@ def configure(Config, argv, short=None, collect=''):
         if not arg.startswith('-') or arg == '-':
             if collect and not arg.endswith('.py'):
                 values[collect] += (arg,)
+            elif not arg.endswith('.py'):
+                raise ValueError(f'given {arg!r}, expected a config file (*.py) or --key=value')
             else:
                 values.update(read_config_file(arg, values, defaults))
             continue
         flag, equals, text = arg.partition('=')
         key = known((short or {}).get(flag, flag.lstrip('-').replace('-', '_')), defaults, flag)
-        is_switch = type(defaults[key]) is bool
+        is_switch, another_flag = type(defaults[key]) is bool, args[:1] and (
+            args[0].startswith('--') or args[0] in (short or {}))
         if not equals and is_switch and (not args or args[0] not in ('True', 'False')):
             text = 'True'                                           # --eval_only
-        elif not equals and not args:
+        elif not equals and (not args or another_flag):
             raise ValueError(f'{flag}: expected a value, such as {flag}={defaults[key]!r}')
         elif not equals:
             text = args.pop(0)                                      # -p "Hello", --model gpt2
@@ -174,7 +177,7 @@ def run(main, Config, short=None, collect=''):
     """
     try:
         if {'-h', '--help'} & set(sys.argv[1:]):
-            status = print_help(sys.modules[Config.__module__])
+            status = print_help(sys.modules[Config.__module__]) or 0
         else:
             status = main(configure(Config, sys.argv[1:], short, collect)) or 0
     except KeyboardInterrupt:

@@ -53,7 +53,10 @@ def main(cfg):
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     path = Path(cfg.out) if cfg.out else Path(cfg.runs[0]) / 'loss.png'
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:                                     # a format it does not know
+        raise ValueError(f'out: given {path}: {error}') from None
     print(path)
 
 

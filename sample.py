@@ -82,11 +82,15 @@ def load(name):
 
 
 def read_prompt(prompt):
+    raw = prompt.encode('utf-8', 'surrogateescape')
     if prompt == '-':
-        return sys.stdin.read()
-    if prompt.startswith('FILE:'):
-        return Path(prompt[5:]).read_text(encoding='utf-8')
-    return prompt
+        raw = sys.stdin.buffer.read()
+    elif prompt.startswith('FILE:'):
+        raw = Path(prompt[5:]).read_bytes()
+    try:
+        return raw.decode('utf-8')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'prompt: not UTF-8 ({error.reason} at byte {error.start})') from None
 
 
 def prompt_ids(text, encoding, block_size):

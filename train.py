@@ -116,6 +116,7 @@ def main(cfg):
     train_data = TokenBatches(train_tokens, cfg.block_size, cfg.seed)
     lock = take_lock(cfg, world)
     model, saved = start(cfg, world, encoding, say)
+    shards = check_same_data(saved, manifest, cfg)
     model.to(world.device).train()
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
@@ -128,6 +129,8 @@ def main(cfg):
     if saved:
         checkpoints.restore_optimizers(model, optimizers, saved['optimizer'])
         scaler.load_state_dict(saved['scaler'])
+    if world.is_main:
+        write_config(cfg)
 
     say(f'{sum(p.numel() for p in model.parameters()):,} parameters; an update is '
         f'{tokens_per_update:,} tokens = {world.size} processes x {micro_steps} micro-batches x '
@@ -145,13 +148,13 @@ def main(cfg):
         finished = now.step >= cfg.max_iters
         due = finished or now.step % cfg.eval_interval == 0
         if (due or save_due or asked_to_stop) and saved_at != now.step:
-            state = {'progress': asdict(now), 'settings': asdict(cfg),
+            state = {'progress': asdict(now), 'settings': asdict(cfg), 'shards': shards,
                      'optimizer': checkpoints.optimizer_state(model, optimizers),
                      'scaler': scaler.state_dict()}
             distributed.on_main(world, checkpoints.save, cfg.out_dir, now.step, model, encoding,
                                 state)
             saved_at, saved_time = now.step, time.monotonic()
-        if due and not asked_to_stop and validated != now.step:
+        if due and (finished or not asked_to_stop) and validated != now.step:
             val_loss, _ = evaluate(model, val_tokens, cfg, world, autocast)
             validated = now.step
             if now.step > 0 and val_loss < now.best_val_loss:
@@ -238,12 +241,21 @@ def check(cfg):
                 'eval_tokens', 'log_interval', 'max_skipped', 'keep'):
         if getattr(cfg, key) < 1:
             raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 1 or more')
-    for key, choices in (('optimizer', ('adamw', 'muon')), ('schedule', ('cosine', 'wsd'))):
+    for key in ('max_iters', 'eval_iters', 'sample_interval', 'save_minutes', 'total_batch_size',
+                'gradient_accumulation_steps', 'weight_decay', 'grad_clip', 'warmup_iters',
+                'lr_decay_iters', 'cooldown_iters', 'min_lr'):
+        if getattr(cfg, key) < 0:
+            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
+    for key, choices in (('optimizer', ('adamw', 'muon')), ('schedule', ('cosine', 'wsd')),
+                         ('compile', ('auto', True, False))):
         if getattr(cfg, key) not in choices:
-            raise ValueError(f'{key}: given {getattr(cfg, key)!r}, expected {choices[0]!r} or '
-                             f'{choices[1]!r}')
-    if not 0 <= cfg.dropout < 1:
-        raise ValueError(f'dropout: given {cfg.dropout}, expected 0 or more and less than 1')
+            raise ValueError(f'{key}: given {getattr(cfg, key)!r}, expected one of '
+                             f"{', '.join(map(repr, choices))}")
+    for key in ('dropout', 'beta1', 'beta2'):
+        if not 0 <= getattr(cfg, key) < 1:
+            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more, less than 1')
+    if not cfg.out_dir:
+        raise ValueError("out_dir: given '', expected the name of a folder")
     if cfg.learning_rate <= 0:
         raise ValueError(f'learning_rate: given {cfg.learning_rate}, expected more than 0')
 
@@ -321,8 +333,10 @@ def start(cfg, world, encoding, say):
     {} was saved where a run begins. Raises ValueError when init_from and the folder disagree.
     """
     folder, problems = distributed.on_main(world, checkpoints.newest_step, cfg.out_dir)
-    for words in problems:
-        say(f'passing over {words}')
+    for damaged, wrong in problems:
+        say(f'passing over {damaged}: {wrong}')
+        if not cfg.eval_only:
+            distributed.on_main(world, checkpoints.set_aside, damaged)
     if folder and cfg.init_from == 'scratch':
         raise ValueError(f"init_from='scratch', but {folder} holds a run; --init_from=resume goes "
                          f'on with it, another --out_dir leaves it alone')
@@ -348,8 +362,6 @@ def start(cfg, world, encoding, say):
     else:
         model, saved = GPT(shape), {}
         say(f'a new run in {cfg.out_dir}')
-    if world.is_main and not cfg.eval_only:
-        write_config(cfg)
     return model, saved
 
 
@@ -361,6 +373,17 @@ def load_checked(folder, encoding, cfg):
                          f'the data set {cfg.dataset} holds those of another tokenizer, '
                          f'{encoding.name} ({encoding.n_vocab:,}); prepare it with the same one')
     return model
+
+
+def check_same_data(saved, manifest, cfg):
+    """The sha256 of all shards, which must be those that the run went on with until now."""
+    shards = [shard['sha256'] for split in manifest.get('splits', {}).values()
+              for shard in split['shards']]
+    if saved and saved['settings']['dataset'] == cfg.dataset and saved['shards'] != shards:
+        raise ValueError(f'the data set {cfg.dataset} was prepared anew since {cfg.out_dir} was '
+                         f'trained on it; to go on from these weights, give another --out_dir and '
+                         f'--init_from={cfg.out_dir}')
+    return shards
 
 
 def check_shape(found, given, folder):
@@ -412,7 +435,8 @@ def learning_rate_at(step, cfg):
         progress = (step - cfg.warmup_iters) / (end - cfg.warmup_iters)
         share = 0.5 * (1 + math.cos(math.pi * progress))
     else:                                                           # 'wsd'
-        share = min(1, (end - step) / max(1, cfg.cooldown_iters))
+        cooldown = min(cfg.cooldown_iters, end - cfg.warmup_iters)  # it begins after the warmup
+        share = min(1, (end - step) / max(1, cooldown))
     return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file 
 from configurator import run, settings
 from data import shards
 from data.fetch import digest, fetch
-from tokenizer import build, encode, eot_id, fingerprint, to_json
+from tokenizer import build, encode, eot_id, fingerprint, load, to_json
 
 # -----------------------------------------------------------------------------
 dataset = 'pydocs'          # pydocs, shakespeare, or a file or folder of text
@@ -71,9 +71,11 @@ def main(cfg):
     partial.mkdir(parents=True)
     try:
         manifest = write_dataset(cfg, plan, partial)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f'{error}; nothing was changed in {folder}') from None
+        if isinstance(error, OSError):
+            raise OSError(f'{error}; nothing was changed in {folder}') from None
+        raise
     if folder.exists():
         shutil.rmtree(old := folder.with_name(f'.{folder.name}.old'), ignore_errors=True)
         folder.rename(old)
@@ -104,11 +106,14 @@ def make_plan(cfg):
     else:
         files = [file for path in inputs for file in text_files(path)]
         facts = {'files': [[file.name, file.stat().st_size, digest(file)] for file in files]}
-    named = 'shakespeare' if source == 'shakespeare' else inputs[0].stem if inputs else source
+    named = ('shakespeare' if source == 'shakespeare' else
+             inputs[0].resolve().stem if inputs else source)
     kind = cfg.tokenizer if cfg.tokenizer != 'auto' else 'bpe:4096' if named == 'pydocs' else 'gpt2'
     fraction = cfg.val_fraction or (0.1 if named == 'shakespeare' else 0.05)
     if not 0 < fraction < 1:
         raise ValueError(f'val_fraction: given {fraction}, expected more than 0 and less than 1')
+    if cfg.shard_tokens < 1:
+        raise ValueError(f'shard_tokens: given {cfg.shard_tokens}, expected 1 or more')
     name = cfg.name or named + ('_char' if (named, kind) == ('shakespeare', 'chars') else '')
     if Path(name).name != name or name.startswith('.'):
         raise ValueError(f'name: given {name!r}, expected the name of a folder to be made in data/')
@@ -327,7 +332,14 @@ def python_documents(file):
 
 
 def report(name, data_dir):
+    """Print that data set `name` is whole, or raise ValueError naming what is wrong with it."""
+    folder = Path(data_dir or shards.DATA_DIR) / name
+    if not folder.is_dir():
+        raise ValueError(f'verify: there is no data set in {folder}')
     wrong = shards.verify(name, data_dir)
+    made_with = shards.read_manifest(name, data_dir).get('tokenizer', {}).get('fingerprint')
+    if made_with and fingerprint(load(folder / 'tokenizer.json')) != made_with:
+        wrong.append(f'{folder}/tokenizer.json is not the one that made the tokens')
     if wrong:
         raise ValueError('\n'.join([f'{name} is damaged:', *wrong]))
     splits = shards.read_manifest(name, data_dir)['splits']

@@ -83,8 +83,9 @@ def count_tokens(path):
 
 def prepare_command(name):
     """The command that makes data set `name`, for error messages."""
-    flags = {'shakespeare_char': 'shakespeare --tokenizer=chars'}.get(name, name)
-    return f'python data/prepare.py --dataset={flags}'
+    flags = {'pydocs': '', 'shakespeare': ' --dataset=shakespeare',
+             'shakespeare_char': ' --dataset=shakespeare --tokenizer=chars'}
+    return 'python data/prepare.py' + flags.get(name, f' --name={name} FILES_OR_FOLDERS')
 
 
 class Tokens:
@@ -92,7 +93,13 @@ class Tokens:
 
     def __init__(self, name, split, vocab_size, data_dir=''):
         folder = Path(data_dir or DATA_DIR) / name
-        paths = sorted(folder.glob(f'*{split}_*.bin')) or sorted(folder.glob(f'{split}.bin'))
+        manifest = read_manifest(name, data_dir)
+        if manifest:
+            paths = [folder / shard['file'] for shard in manifest['splits'][split]['shards']]
+        else:
+            paths = sorted(folder.glob(f'*{split}_*.bin')) or sorted(folder.glob(f'{split}.bin'))
+        if gone := [path for path in paths if not path.exists()]:
+            raise ValueError(f'{gone[0]} is missing; prepare the data set again')
         if not paths:
             raise ValueError(f'{folder}: the data set {name!r} is not prepared; run\n'
                              f'    {prepare_command(name)}')

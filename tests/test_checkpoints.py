@@ -70,12 +70,12 @@ def test_what_is_not_this_gpt2_is_refused(tmp_path, change, words):
     (folder / 'config.json').write_text(json.dumps(facts | change))
     (folder / 'manifest.json').unlink()
     with pytest.raises(ValueError, match=words):
-        checkpoints.load_model(folder)
+        checkpoints.load_model(folder.rename(tmp_path / 'model'))
 
 
 @pytest.mark.parametrize('name, words', [
     ('config.json', 'config.json is damaged'), ('tokenizer.json', 'cannot be used as a tokenizer'),
-    ('model.safetensors', 'step_0000001: ')])
+    ('model.safetensors', 'model: ')])
 def test_damaged_files_are_named(tmp_path, name, words):
     """With the manifest its checksum tells; a folder without one is met file by file."""
     _, folder = save(tmp_path)
@@ -83,8 +83,10 @@ def test_damaged_files_are_named(tmp_path, name, words):
     with pytest.raises(ValueError, match=f'{name} is truncated'):
         checkpoints.load_model(folder)
     (folder / 'manifest.json').unlink()
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match='step_0000001: it is incomplete'):
         checkpoints.load_model(folder)
+    with pytest.raises(ValueError, match=words):
+        checkpoints.load_model(folder.rename(tmp_path / 'model'))
 
 
 def test_the_newest_whole_step_wins(tmp_path):
@@ -93,7 +95,7 @@ def test_the_newest_whole_step_wins(tmp_path):
     (tmp_path / 'step_0000010/model.safetensors').write_bytes(b'x')
     folder, problems = checkpoints.newest_step(tmp_path)
     assert (folder.name == 'step_0000002'
-            and 'step_0000010: model.safetensors is truncated' in problems[0])
+            and problems == [(tmp_path / 'step_0000010', 'model.safetensors is truncated')])
     assert checkpoints.newest_step(tmp_path / 'none') == (None, [])
 
 

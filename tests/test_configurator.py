@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 import pytest
+from conftest import ROOT, script
 
 from configurator import as_config_file, configure, read_config_file, settings
 
@@ -50,10 +51,12 @@ def test_command_line(argv, key, value):
     (['--batch_size=x'], "given 'x', expected a whole number"),
     (['--batch_size=1.5'], 'given 1.5'), (['--eval_only=yes'], 'True or False'),
     (['--batch_size'], 'expected a value'), (['--batch_size=True'], 'given True'),
-    (['nowhere.py'], 'nowhere.py: cannot read')])
+    (['nowhere.py'], 'nowhere.py: cannot read'),
+    (['foo'], "given 'foo', expected a config file"),
+    (['-p', '--eval_only'], '-p: expected a value')])
 def test_refusals_name_the_flag_and_what_was_expected(argv, words):
     with pytest.raises(ValueError, match=words):
-        make(*argv)
+        make(*argv, short={'-p': 'prompt'})
 
 
 @pytest.mark.parametrize('source, words', [
@@ -85,3 +88,11 @@ def test_a_config_may_use_settings_made_before(tmp_path):
     file.write_text('learning_rate = batch_size * 1e-4')
     found = read_config_file(str(file), {'batch_size': 5}, {'learning_rate': 0.0})
     assert found == {'learning_rate': 5e-4}
+
+
+@pytest.mark.parametrize('name', ['train.py', 'sample.py', 'plot.py', 'data/prepare.py'])
+def test_help_prints_the_header(name):
+    done = script(name, '--help')
+    source = (ROOT / name).read_text()
+    header = source.split('# ' + '-' * 77)[1]
+    assert header.strip() in done.stdout and not done.stderr

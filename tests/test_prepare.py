@@ -219,10 +219,11 @@ def test_bad_files_are_refused_by_name_and_place(tmp_path, name, content, words)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         run(tmp_path, tmp_path / name)
-    assert not (tmp_path / 'd').exists()
+    assert not (tmp_path / 'd').exists() and not (tmp_path / '.d.partial').exists()
 
 
 @pytest.mark.parametrize('options, words', [
+    ({'shard_tokens': 0}, 'shard_tokens: given 0'),
     ({'tokenizer': 'bpe:70000'}, '65,536'), ({'tokenizer': 'gpt5'}, "'bpe:N'"),
     ({'val_fraction': 1.5}, 'less than 1'), ({'name': '../x'}, 'name of a folder')])
 def test_bad_settings_are_refused(tmp_path, options, words):
@@ -324,5 +325,13 @@ def test_verify_from_the_command_line(stories):
     done = script('data/prepare.py', '--verify=tiny', f'--data_dir={stories}')
     assert 'tiny is whole' in done.stdout
     done = script('data/prepare.py', '--verify=nothing', f'--data_dir={stories}', check=False)
-    assert done.returncode == 2 and 'no manifest.json' in done.stderr
+    assert done.returncode == 2 and 'there is no data set' in done.stderr
     assert shards.verify('tiny', stories) == []
+
+
+def test_verify_knows_the_tokenizer(tmp_path):
+    run(tmp_path, write_jsonl(tmp_path / 'a.jsonl'))
+    other = tokenizer.build('bpe:300', lambda: TEXTS)
+    (tmp_path / 'd/tokenizer.json').write_text(tokenizer.to_json(other))
+    with pytest.raises(ValueError, match='tokenizer.json is not the one that made the tokens'):
+        prepare.report('d', tmp_path)

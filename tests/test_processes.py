@@ -187,7 +187,7 @@ def test_validation_is_the_same_on_any_world_size(flags, tmp_path):
 
 def test_bad_input_ends_every_rank_with_one_line(flags):
     done = script(*flags('run', dataset='nowhere'), torchrun=2, check=False)
-    assert done.returncode != 0 and 'python data/prepare.py --dataset=nowhere' in done.stderr
+    assert done.returncode != 0 and 'python data/prepare.py --name=nowhere' in done.stderr
     assert 'exitcode  : 2' in done.stderr
 
 

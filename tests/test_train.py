@@ -211,6 +211,35 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(
     assert ('passing over' in capsys.readouterr().out) == (damage != 'half written')
     assert curve(tmp_path / 'run') == whole and not checkpoints.problem(newest)
     assert not list((tmp_path / 'run').glob('.*.partial'))
+    assert len(list((tmp_path / 'run').glob('*.damaged'))) == (damage != 'half written')
+
+
+def test_damaged_checkpoints_are_never_counted_as_kept(config, tmp_path):
+    """The only whole one survives a resume that is killed before its first save."""
+    train.main(config(keep=3))
+    for step in (8, 12):
+        (tmp_path / f'run/step_{step:07d}/training.pt').write_bytes(b'')
+    train.main(config(keep=1, max_iters=5, lr_decay_iters=12, eval_interval=100))
+    assert list(checkpoints.steps(tmp_path / 'run'))[-1] == 5
+    assert (tmp_path / 'run/step_0000012.damaged').exists()
+    assert not any(map(checkpoints.problem, checkpoints.steps(tmp_path / 'run').values()))
+
+
+def test_data_that_was_prepared_anew_is_refused(config, stories, tmp_path):
+    shutil.copytree(stories / 'tiny', tmp_path / 'data/tiny')
+    cfg = config(data_dir=str(tmp_path / 'data'), max_iters=4)
+    train.main(cfg)
+    shard = tmp_path / 'data/tiny/train_000000.bin'
+    shard.rename(tmp_path / 'elsewhere.bin')
+    with pytest.raises(ValueError, match='train_000000.bin is missing'):
+        train.main(cfg)
+    (tmp_path / 'elsewhere.bin').rename(shard)
+    path = tmp_path / 'data/tiny/manifest.json'
+    facts = json.loads(path.read_text())
+    facts['splits']['train']['shards'][0]['sha256'] = '0' * 64
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match='was prepared anew'):
+        train.main(cfg)
 
 
 def test_when_no_checkpoint_is_whole_it_does_not_start_over(config, tmp_path):
@@ -291,11 +320,11 @@ def test_wandb_that_fails_stops_nothing(config, tmp_path, monkeypatch, capsys):
 # What it refuses.
 
 @pytest.mark.parametrize('changes, words', [
-    ({'dataset': 'nowhere'}, 'is not prepared; run\n    python data/prepare.py --dataset=nowhere'),
-    ({'dataset': 'pydocs'}, 'is not prepared; run\n    python data/prepare.py --dataset=pydocs'),
+    ({'dataset': 'nowhere'}, 'is not prepared; run\n    python data/prepare.py --name=nowhere F'),
+    ({'dataset': 'pydocs'}, 'is not prepared; run\n    python data/prepare.py$'),
     ({'total_batch_size': 1000}, 'the nearest that can: --total_batch_size=1024'),
     ({'gradient_accumulation_steps': 2}, 'expected one of them'),
-    ({'optimizer': 'sgd'}, "'adamw' or 'muon'"), ({'schedule': 'linear'}, "'cosine' or 'wsd'"),
+    ({'optimizer': 'sgd'}, "'adamw', 'muon'"), ({'schedule': 'linear'}, "'cosine', 'wsd'"),
     ({'dtype': 'int8'}, "'float32', 'bfloat16' or 'float16'"),
     ({'batch_size': 0}, 'batch_size: given 0, expected 1 or more'),
     ({'dropout': 1.0}, 'dropout: given 1.0'), ({'learning_rate': 0.0}, 'learning_rate: given 0.0'),
@@ -350,7 +379,7 @@ def test_a_shard_with_a_token_beyond_the_vocabulary(config, stories, tmp_path):
 @pytest.mark.parametrize('flags, words', [
     (['--max_itres=3'], "did you mean 'max_iters'"),
     (['--max_iters=many'], 'expected a whole number'),
-    (['--dataset=nowhere'], 'python data/prepare.py --dataset=nowhere')])
+    (['--dataset=nowhere'], 'python data/prepare.py --name=nowhere')])
 def test_a_user_sees_one_line_and_status_2(flags, words):
     done = script('train.py', '--device=cpu', *flags, check=False)
     assert done.returncode == 2 and words in done.stderr and 'Traceback' not in done.stderr
@@ -374,6 +403,12 @@ def test_the_cosine_schedule_is_nanogpt_s():
     for step, lr in expected.items():
         assert train.learning_rate_at(step, cfg) == pytest.approx(lr, rel=1e-9)
     assert train.learning_rate_at(5, replace(cfg, decay_lr=False)) == 6e-4
+
+
+def test_a_cooldown_longer_than_the_run_begins_after_the_warmup():
+    cfg = train.Config(schedule='wsd', learning_rate=1.0, min_lr=0.0, warmup_iters=2, max_iters=20)
+    rates = [train.learning_rate_at(step, cfg) for step in range(21)]
+    assert rates[2] == 1.0 and rates[11] == pytest.approx(0.5) and rates[20] == 0.0
 
 
 def test_warmup_stable_decay():
