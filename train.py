@@ -617,6 +617,8 @@ class Log:
     def write(self, **record):
         if not self.is_main:
             return
+        record = {key: value if value is None or math.isfinite(value) else None
+                  for key, value in record.items()}                 # JSON has no NaN
         self.file.write(json.dumps(record) + '\n')
         self.file.flush()
         if self.wandb:

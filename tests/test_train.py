@@ -274,6 +274,9 @@ def test_diverging_ends_with_status_3_and_keeps_what_was_good(config, tmp_path, 
     assert train.main(config(learning_rate=1e20, decay_lr=False, grad_clip=0.0, max_iters=100,
                              eval_interval=1000, max_skipped=3)) == 3
     assert 'not finite' in capsys.readouterr().out
+    lines = (tmp_path / 'run/log.jsonl').read_text().splitlines()
+    strict = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
+    assert strict[-1]['loss'] is None or strict[-1]['grad_norm'] is None
     assert (list(checkpoints.steps(tmp_path / 'run')) == [4]
             and not checkpoints.problem(tmp_path / 'run/step_0000004'))
 
