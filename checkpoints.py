@@ -140,14 +140,14 @@ def load_model(name, device='cpu', dropout=0.0):
 def find(name):
     """The folder that holds the model called `name` (see load_model);
     ValueError when there is none."""
-    folder = Path(name)
+    name, folder = str(name), Path(name)
     if (folder / 'config.json').exists():
         ours = folder.name.startswith('step_') or (folder / 'manifest.json').exists()
         if ours and (wrong := problem(folder)):
             raise ValueError(f'{folder}: {wrong}; an earlier step of the run may be whole')
         return folder
     if folder.is_dir():
-        newest, problems = newest_step(folder)
+        newest, _ = newest_step(folder)
         if newest is None:
             raise ValueError(f'{folder}: there is no checkpoint in this folder')
         return newest

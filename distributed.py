@@ -3,6 +3,7 @@ Ranks, devices and reductions: thin over torch.distributed, and the same calls w
 """
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,16 +12,16 @@ import torch
 import torch.distributed as dist
 
 PEAK_FLOPS = {              # dense bfloat16 (V100, T4: float16) of the makers' data sheets
-    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12,
-    'L40S': 362e12, 'RTX 6000 Ada': 364e12, 'A6000': 155e12, 'A10G': 70e12, 'L4': 121e12,
-    'RTX 5090': 209e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
+    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
+    'A100': 312e12, 'L40S': 362e12, 'RTX 6000 Ada': 364e12, 'A6000': 155e12, 'A10G': 70e12,
+    'L4': 121e12, 'RTX 5090': 209e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12,
+    'T4': 65e12}
 
 
 @dataclass(frozen=True)
 class World:
     rank: int               # this process among all of them
     size: int               # how many processes there are
-    local_rank: int         # this process among those of its node
     device: torch.device    # where it computes
 
     @property
@@ -42,7 +43,7 @@ def join(device='auto', timeout_minutes=10):
     if 'RANK' in os.environ and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
                                 timeout=timedelta(minutes=timeout_minutes))
-    return World(rank, size, local_rank, device)
+    return World(rank, size, device)
 
 
 def pick_device(name, local_rank=0, size=1):
@@ -94,9 +95,7 @@ def measure_peak(device, dtype):
     """Operations per second one process could do at best: of the data sheet,
     or measured on a CPU; None if unknown."""
     if device.type == 'cuda' and dtype != torch.float32:
-        found = [peak for name, peak in PEAK_FLOPS.items()
-                 if name in torch.cuda.get_device_name(device)]
-        return found[0] if found else None
+        return data_sheet_peak(torch.cuda.get_device_name(device))
     if device.type == 'cpu' and dtype != torch.float16:             # which CPUs compute very slowly
         a, times = torch.randn(1024, 1024).to(dtype), []
         for _ in range(30):
@@ -105,6 +104,12 @@ def measure_peak(device, dtype):
             times.append(time.perf_counter() - started)
         return 2 * 1024 ** 3 / min(times)
     return None
+
+
+def data_sheet_peak(gpu):
+    """PEAK_FLOPS of a card by its full name; None for others: no MFU is better than a wrong one."""
+    found = [peak for name, peak in PEAK_FLOPS.items() if re.search(rf'\b{name}\b', gpu)]
+    return found[0] if found and 'Laptop' not in gpu else None
 
 
 def all_reduce(tensor, op='sum'):
@@ -121,11 +126,6 @@ def broadcast(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def on_main(world, function, *args):

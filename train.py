@@ -124,7 +124,8 @@ def main(cfg):
     now = Progress(**saved.get('progress', {}))
     if cfg.eval_only:
         val_loss, count = evaluate(model, val_tokens, cfg, world, autocast)
-        say(f'step {now.step}: {describe(val_loss, manifest)}, over {count:,} tokens')
+        bits = bits_per_byte(val_loss, count, manifest)
+        say(f'step {now.step}: {describe(val_loss, bits)}, over {count:,} tokens')
         return distributed.leave()
     if saved:
         checkpoints.restore_optimizers(model, optimizers, saved['optimizer'])
@@ -155,13 +156,13 @@ def main(cfg):
                                 state)
             saved_at, saved_time = now.step, time.monotonic()
         if due and (finished or not asked_to_stop) and validated != now.step:
-            val_loss, _ = evaluate(model, val_tokens, cfg, world, autocast)
-            validated = now.step
+            val_loss, count = evaluate(model, val_tokens, cfg, world, autocast)
+            bits, validated = bits_per_byte(val_loss, count, manifest), now.step
             if now.step > 0 and val_loss < now.best_val_loss:
                 now.best_val_loss, now.best_step = val_loss, now.step
             log.write(step=now.step, tokens=now.position * cfg.block_size, val_loss=val_loss,
-                      **bits_per_byte(val_loss, manifest))
-            say(f'step {now.step}: {describe(val_loss, manifest)}')
+                      **bits)
+            say(f'step {now.step}: {describe(val_loss, bits)}')
         if saved_at == now.step and world.is_main:
             keep_newest = cfg.keep if cfg.always_save_checkpoint else 1
             checkpoints.prune(cfg.out_dir, keep_newest, now.best_step)
@@ -294,20 +295,21 @@ def load_data_facts(cfg):
     return manifest, encoding
 
 
-def bits_per_byte(val_loss, manifest):
-    """{'val_bits_per_byte': …, 'xz_bits_per_byte': what `xz -9e` makes of the same text}, where the
-    bytes of the validation text are known. Unlike the loss it compares between tokenizers."""
+def bits_per_byte(val_loss, count, manifest):
+    """{'val_bits_per_byte': …, 'xz_bits_per_byte': what `xz -9e` makes of the same text}, where
+    the bytes of the validation text are known. Unlike the loss it compares between tokenizers.
+    When only `count` tokens of the split were validated, their bytes are estimated, and xz is
+    left out."""
     if not manifest:
         return {}
     facts = manifest['splits']['val']
     found = {'val_bits_per_byte': val_loss / math.log(2) * facts['tokens'] / facts['bytes']}
-    if 'xz_bytes' in facts:
+    if 'xz_bytes' in facts and count == facts['tokens'] - 1:
         found['xz_bits_per_byte'] = 8 * facts['xz_bytes'] / facts['bytes']
     return found
 
 
-def describe(val_loss, manifest):
-    bits = bits_per_byte(val_loss, manifest)
+def describe(val_loss, bits):
     words = f'val_loss {val_loss:.4f}'
     if bits:
         words += f", {bits['val_bits_per_byte']:.3f} bits per byte"

@@ -12,7 +12,7 @@ batch_size = 16         # x 256 = 4,096 tokens an update
 max_iters = 250         # 1.0M tokens, 1.7 epochs
 eval_interval = 50
 log_interval = 10
-optimizer = 'muon'      # Muon needs about half the updates that AdamW does here
+optimizer = 'muon'
 learning_rate = 3e-3
 min_lr = 0.0
 schedule = 'wsd'

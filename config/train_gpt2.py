@@ -8,7 +8,7 @@
 out_dir = 'out/gpt2'
 dataset = 'fineweb-edu-10B'
 total_batch_size = 524_288  # 2**19 tokens
-batch_size = 16             # x 1024 tokens: fits a card of 40 GB
+batch_size = 16             # x 1024 tokens
 block_size = 1024
 n_layer = 12
 n_head = 12

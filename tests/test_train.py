@@ -15,7 +15,7 @@ import checkpoints
 import train
 from configurator import configure
 from data.shards import Tokens
-from distributed import World
+from distributed import World, data_sheet_peak
 
 TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4,
             total_batch_size=16 * 16, max_iters=12, eval_interval=4, log_interval=1,
@@ -147,7 +147,7 @@ def test_validation_is_the_mean_over_every_token_of_the_split(config, stories):
     tokens = Tokens('tiny', 'val', 300, stories)
     torch.manual_seed(0)
     model = train.GPT(train.GPTConfig(16, 300, 1, 2, 32))
-    alone = World(0, 1, 0, torch.device('cpu'))
+    alone = World(0, 1, torch.device('cpu'))
     found, count = train.evaluate(model, tokens, cfg, alone, torch.enable_grad)
     ids = torch.from_numpy(tokens.read(0, len(tokens)))
     assert count == len(ids) - 1 and count % 16 and count > 64
@@ -156,6 +156,25 @@ def test_validation_is_the_mean_over_every_token_of_the_split(config, stories):
         x, y = ids[start:min(start + 16, count)], ids[start + 1:min(start + 16, count) + 1]
         total += torch.nn.functional.cross_entropy(model(x[None])[0], y, reduction='sum').item()
     assert found == pytest.approx(total / count, rel=1e-6)
+
+
+def test_bits_per_byte_is_what_it_says(stories):
+    """nats / ln 2 over the bytes of the text; xz stands beside it only for the same text."""
+    manifest = train.read_manifest('tiny', stories)
+    facts = manifest['splits']['val']
+    whole = train.bits_per_byte(math.log(2), facts['tokens'] - 1, manifest)
+    assert whole['val_bits_per_byte'] == pytest.approx(facts['tokens'] / facts['bytes'])
+    assert whole['xz_bits_per_byte'] == 8 * facts['xz_bytes'] / facts['bytes']
+    assert set(train.bits_per_byte(1.0, 50, manifest)) == {'val_bits_per_byte'}
+    assert train.bits_per_byte(1.0, 50, {}) == {}
+
+
+def test_a_gpu_has_the_peak_of_its_data_sheet_or_none():
+    names = {'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA H100 PCIe': 756e12, 'NVIDIA L4': 121e12,
+             'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA GeForce RTX 4090': 165e12,
+             'NVIDIA GeForce RTX 4090 Laptop GPU': None, 'NVIDIA RTX A1000': None,
+             'NVIDIA L40': None}
+    assert {name: data_sheet_peak(name) for name in names} == names
 
 
 # Where it goes on.
@@ -434,7 +453,7 @@ def test_the_batch_is_the_same_on_any_number_of_processes(changes, world, expect
 def test_eval_iters_is_nanogpt_s_spelling(config, stories):
     tokens = Tokens('tiny', 'val', 300, stories)
     model = train.GPT(train.GPTConfig(16, 300, 1, 2, 32))
-    alone = World(0, 1, 0, torch.device('cpu'))
+    alone = World(0, 1, torch.device('cpu'))
     _, count = train.evaluate(model, tokens, config(eval_iters=3), alone, torch.enable_grad)
     assert count == 3 * 4 * 16
 
