@@ -13,7 +13,10 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import replace
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +28,11 @@ from model import GPT, SIZES, GPTConfig
 
 HERE = Path(__file__).resolve().parent
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
-HUB_FILES = ['config.json', '*.safetensors', 'tokenizer.json']
+WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+NOT_READ = (' ({} is not read, since pickles can run programs: load it with transformers once, '
+            'where you trust it, and save_pretrained() writes safetensors)')
+HUB_NAMES = {**{name: f'openai-community/{name}' for name in SIZES},
+             'distilgpt2': 'distilbert/distilgpt2'}
 
 
 # Names and shapes: transformers keeps these four matrices as (in, out), nn.Linear as (out, in).
@@ -60,6 +67,7 @@ def from_hugging_face(model, tensors):
             raise ValueError(f'{name}: the file holds {tuple(tensor.shape)}, '
                              f'config.json promises {tuple(p[:rows].shape)}')
         p[:rows].copy_(tensor)
+        p[rows:] = 0                                # of the padding
     if missing:
         raise ValueError(f"these weights are missing: {', '.join(list(missing)[:4])} "
                          f"({len(missing)} in all)")
@@ -102,20 +110,52 @@ def read_config(folder):
 
 
 def load_weights(model, folder):
-    """Fill `model` from the safetensors files in `folder`."""
-    files = sorted(Path(folder).glob('*.safetensors'))
-    if not files:
-        raise ValueError(f'{folder}: there are no weights here (*.safetensors)')
+    """Fill `model` from the safetensors in `folder`: one file, or several and their index."""
+    files = weight_files(folder)
+    for file in files:
+        with open(file, 'rb') as opened:
+            if opened.read(23) == b'version https://git-lfs':
+                raise ValueError(f'{file}: is only a pointer to the weights; '
+                                 f'`git lfs install && git lfs pull` in that folder fetches them')
 
     def tensors():
         for file in files:
             with safe_open(file, framework='pt') as opened:
-                for name in opened.keys():
+                names = opened.keys()
+            for name in names:      # opened anew for each: what was read of a mapped file adds up
+                with safe_open(file, framework='pt') as opened:
                     yield name, opened.get_tensor(name)
     try:
         from_hugging_face(model, tensors())
-    except (ValueError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise ValueError(f'{folder}: its weights are damaged or only half there ({error}); '
+                         f'fetch them again') from None
+    except ValueError as error:
         raise ValueError(f'{folder}: {error}') from None
+
+
+def weight_files(folder):
+    """The files that hold the weights in `folder`; ValueError names what is missing."""
+    index, whole = Path(folder) / INDEX, Path(folder) / WEIGHTS
+    if not index.exists() and whole.exists():
+        return [whole]
+    if not index.exists():
+        others = sorted(path.name for path in Path(folder).iterdir()
+                        if path.suffix in ('.bin', '.pt', '.ckpt', '.safetensors', '.h5'))
+        raise ValueError(f"{folder}: there is no {WEIGHTS} here{NOT_READ.format(', '.join(others))}"
+                         if others else f'{folder}: there are no weights here ({WEIGHTS})')
+    files = [Path(folder) / name for name in shard_names(index)]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise ValueError(f"{folder}: half of it is missing: {INDEX} names {', '.join(missing)}, "
+                         f'which {"is" if len(missing) == 1 else "are"} not there; fetch it again')
+    return files
+
+
+def shard_names(index):
+    try:
+        return sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f'{index} is damaged ({error}); fetch it again') from None
 
 
 def load_encoding(folder, vocab_size):
@@ -128,18 +168,25 @@ def load_encoding(folder, vocab_size):
     raise ValueError(f'{folder}: there is no tokenizer.json')
 
 
-def load_model(name, device='cpu', dropout=0.0):
-    """(model, encoding) of a run's folder, one of its steps, any Hugging Face folder of a GPT-2,
-    or a name such as 'gpt2'; the model is on `device`, in float32, in eval mode."""
+def load_model(name, device='cpu', dropout=0.0, dtype=torch.float32):
+    """(model, encoding) of the model called `name` (see find), on `device`, in eval mode.
+
+    The weights are read into the model tensor by tensor: there is never a second one in memory.
+    """
     folder = find(name)
-    model = GPT(replace(read_config(folder), dropout=dropout))
+    with torch.device('meta'):                                      # no memory, no random numbers
+        model = GPT(replace(read_config(folder), dropout=dropout))
+    model.to(dtype).to_empty(device=device)
     load_weights(model, folder)
-    return model.to(device).eval(), load_encoding(folder, model.config.vocab_size)
+    return model.eval(), load_encoding(folder, model.config.vocab_size)
 
 
 def find(name):
-    """The folder that holds the model called `name` (see load_model);
-    ValueError when there is none."""
+    """The folder that holds the model called `name`: a folder of the Hugging Face kind, one of our
+    steps, a run (its best step, else its newest), 'gpt2' … 'gpt2-xl', or another GPT-2 on the hub.
+
+    Raises ValueError when there is none, saying what to do.
+    """
     name, folder = str(name), Path(name)
     if (folder / 'config.json').exists():
         ours = folder.name.startswith('step_') or (folder / 'manifest.json').exists()
@@ -147,27 +194,68 @@ def find(name):
             raise ValueError(f'{folder}: {wrong}; an earlier step of the run may be whole')
         return folder
     if folder.is_dir():
-        newest, _ = newest_step(folder)
-        if newest is None:
+        found = best_step(folder) or newest_step(folder)[0]
+        if found is None:
             raise ValueError(f'{folder}: there is no checkpoint in this folder')
-        return newest
-    on_hub = name.count('/') == 1 and not folder.parent.exists()
-    if name in SIZES or on_hub:
-        return from_hub(f'openai-community/{name}' if name in SIZES else name)
-    raise ValueError(f"{name}: there is no such folder, and it is not one of {', '.join(SIZES)}")
+        return found
+    if name.startswith(('.', '/', '~')) or name.count('/') > 1 or '/' in name and (
+            folder.parent.exists()):
+        raise ValueError(f'{name}: there is no such folder')
+    return from_hub(HUB_NAMES.get(name, name))
 
 
 def from_hub(repo):
-    """The folder with the files of `repo` on the Hugging Face hub,
-    downloaded into its cache if need be."""
-    from huggingface_hub import snapshot_download
+    """The folder, in the Hugging Face cache, of the model `repo` on the hub; what is not there yet
+    is downloaded. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE do what they always do."""
+    from huggingface_hub import errors, hf_hub_download
     try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
-    except Exception as error:      # no network, no such model, not allowed: a class for each
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f'{repo}: not a folder here, and it could not be had '
-                         f'from the Hugging Face hub ({reason}). HF_ENDPOINT names a mirror; '
-                         f'a downloaded folder can be given instead') from None
+        folder = Path(hf_hub_download(repo, 'config.json')).parent
+        read_config(folder)                             # refused before its weights are downloaded
+        fetch = partial(hf_hub_download, repo, revision=folder.name)
+        try:
+            fetch(WEIGHTS)
+        except errors.EntryNotFoundError as error:
+            try:
+                index = Path(fetch(INDEX))
+            except errors.EntryNotFoundError:
+                raise error from None
+            for name in shard_names(index):
+                fetch(name)
+        with suppress(errors.EntryNotFoundError):       # load_encoding says when that matters
+            fetch('tokenizer.json')
+        return folder
+    except Exception as error:                          # each way to fail has a class of its own
+        if type(error) is ValueError:
+            raise                                       # ours
+        raise ValueError(f'{repo}: {what_to_do(repo, error)}') from None
+
+
+def what_to_do(repo, error):
+    """Why a model could not be had from the hub, and the way out."""
+    from huggingface_hub import constants, errors
+    name = repo.split('/')[-1]
+    near = [] if repo in HUB_NAMES.values() else get_close_matches(name, HUB_NAMES, 1)
+    hint = f'; did you mean {near[0]}?' if near else ''
+    if isinstance(error, errors.GatedRepoError):
+        return (f'its owner wants to know who you are: accept the terms at {constants.ENDPOINT}/'
+                f'{repo}, and set HF_TOKEN to a token of yours')
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (f'there is no such folder here and no such model at {constants.ENDPOINT}, '
+                f'or it is private (then set HF_TOKEN){hint}')
+    if isinstance(error, errors.HFValidationError):
+        return f'there is no such folder, and it cannot be the name of a model on the hub{hint}'
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return (f'the hub has this, but not as a GPT-2 to be read here: it lacks config.json or '
+                f"{WEIGHTS}{NOT_READ.format('pytorch_model.bin')}")
+    if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
+        why = ('HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else
+               f'{constants.ENDPOINT} cannot be reached')
+        return (f'there is no such folder, it is not (whole) in the cache '
+                f'{constants.HF_HUB_CACHE}, and {why}{hint}. Run this once with a network, name a '
+                f'mirror in HF_ENDPOINT, or give a folder that holds config.json, {WEIGHTS} and '
+                f'tokenizer.json')
+    reason = str(error).strip().splitlines() or ['no reason given']
+    return f'could not be had from {constants.ENDPOINT} ({type(error).__name__}: {reason[0]}){hint}'
 
 
 # Saving: into a temporary folder, synced to the disk, renamed.
@@ -263,12 +351,27 @@ def newest_step(out_dir):
     return None, []
 
 
+def mark_best(out_dir, step, val_loss):
+    """Note in best.json which step of the run has the lowest validation loss."""
+    partial_file = Path(out_dir) / '.best.json.partial'
+    write_json(partial_file, {'step': step, 'val_loss': val_loss})
+    partial_file.replace(Path(out_dir) / 'best.json')
+
+
+def best_step(out_dir):
+    """The folder of the step that mark_best() noted, or None when there is none, or not whole."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        best = json.loads((Path(out_dir) / 'best.json').read_text(encoding='utf-8'))
+        folder = steps(out_dir)[best['step']]
+        return folder if not problem(folder) else None
+
+
 def newest_of_all():
-    """The whole checkpoint that was saved last under out/, else checkpoint/, else None."""
+    """The run under out/ that saved a whole checkpoint last, else checkpoint/, else None."""
     saved = sorted(Path('out').rglob('step_*/manifest.json'), key=lambda path: path.stat().st_mtime)
-    whole = (path.parent for path in reversed(saved) if not problem(path.parent))
+    runs = (path.parent.parent for path in reversed(saved) if not problem(path.parent))
     committed = HERE / 'checkpoint'
-    return next(whole, committed if (committed / 'config.json').exists() else None)
+    return next(runs, committed if (committed / 'config.json').exists() else None)
 
 
 def problem(folder):

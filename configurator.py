@@ -182,6 +182,8 @@ def run(main, Config, short=None, collect=''):
             status = main(configure(Config, sys.argv[1:], short, collect)) or 0
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:
+        os._exit(141)                           # whoever read our output has enough: `| head`
     except Exception as error:
         if isinstance(error, (OSError, ImportError)) or (
                 isinstance(error, ValueError) and raised_here(error)):

@@ -9,6 +9,7 @@ Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs, V = voc
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,6 +54,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = None     # wte itself, unless pack() made a copy to read faster
         self.initialise()
 
     @torch.no_grad()
@@ -71,20 +73,24 @@ class GPT(nn.Module):
     def hidden(self, ids, *, positions=None, mask=None, cache=None):
         """Final hidden states (B, T, C) of ids (B, T), after ln_f.
 
-        positions (T,) or (B, T): places in the block, 0 .. T-1 if not given.
-        mask: bool, broadcast to (B, nh, T, T), True where a query (row) may see a key;
-            causal if not given.
-        cache: the place of a KV cache, which this version does not have.
+        cache: a Cache; its tokens stand before `ids` in the block, which are added to it.
+        positions (T,) or (B, T): places in the block; if not given, those after the cache.
+        mask: bool, broadcast to (B, nh, T, K), True where a query (row) may see a key, of which
+            there are K = T and as many as the cache holds; causal if not given.
         """
-        assert cache is None, 'there is no KV cache yet'
-        B, T = ids.shape
-        if T > self.config.block_size:
-            raise ValueError(f'{T} tokens are more than the block of {self.config.block_size}')
+        T, before = ids.size(1), cache.length if cache else 0
+        if before + T > self.config.block_size:
+            raise ValueError(f'{before + T} tokens are more than '
+                             f'the block of {self.config.block_size}')
         if positions is None:
-            positions = torch.arange(T, device=ids.device)
+            positions = torch.arange(before, before + T, device=ids.device)
+        if mask is None and before and T > 1:
+            mask = torch.ones(T, before + T, dtype=torch.bool, device=ids.device).tril(before)
         x = self.drop(self.wte(ids) + self.wpe(positions))                  # (B, T, C)
-        for block in self.h:
-            x = block(x, mask)
+        for i, block in enumerate(self.h):
+            x = block(x, mask, cache, i)
+        if cache:
+            cache.length += T
         return self.ln_f(x)                                                 # (B, T, C)
 
     def forward(self, ids, targets=None, *, positions=None, mask=None, cache=None):
@@ -95,7 +101,7 @@ class GPT(nn.Module):
         return self.loss(x.flatten(0, 1), targets.flatten())
 
     def head(self, x):
-        logits = F.linear(x, self.wte.weight)
+        logits = self.lm_head(x) if self.lm_head else F.linear(x, self.wte.weight)
         padded = logits.size(-1) > self.config.vocab_size
         return logits[..., :self.config.vocab_size] if padded else logits   # (..., V)
 
@@ -128,26 +134,61 @@ class GPT(nn.Module):
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
     @torch.no_grad()
-    def stream(self, ids, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-        """Yield max_new_tokens times the next ids (B,) after ids (B, T), sampled one after another.
+    def stream(self, ids, max_new_tokens, *, lengths=None, temperature=1.0, top_k=0, top_p=1.0,
+               seed=None, stop=()):
+        """Yield the next ids (B,) after ids (B, T), up to max_new_tokens times.
 
-        Past the block the window slides: the last block_size tokens are read again from position 0.
+        lengths (B,): row b's prompt is the last lengths[b] of its ids (see left_pad); else all.
+        temperature, top_k, top_p: see sample(). seed: row b is drawn with seed + b, and so is
+            the same, in float32, alone and in any batch; torch's own generator if not given.
+        stop: ids that end a row, which then repeats its own; the end of all ends the stream.
+
+        Past the block the window slides: when the block is full, a row drops its oldest quarter,
+        and the rest is read anew from position 0. That costs a forward pass over three quarters
+        of the block for each quarter of it that is written.
         """
-        for _ in range(max_new_tokens):
-            x = self.hidden(ids[:, -self.config.block_size:])
-            logits = self.head(x[:, -1]).float()                            # (B, V)
-            next_ids = sample(logits, temperature, top_k, top_p, generator)
+        B, T = ids.shape
+        start = ids.new_zeros(B) if lengths is None else T - lengths        # of each row's window
+        generators = seed is not None and [torch.Generator().manual_seed(seed + b)
+                                           for b in range(B)]
+        ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
+        cache, padded = None, False
+        for left in range(max_new_tokens, 0, -1):
+            if cache is None or cache.length == self.config.block_size:     # read, or read anew
+                start = slide(start, ids.size(1), self.config.block_size)
+                low, padded = start.min().item(), (start != start[0]).any().item()
+                size = min(ids.size(1) - low + left - 1, self.config.block_size)
+                cache, new_ids = Cache(self, B, size), ids[:, low:]
+            else:
+                new_ids = ids[:, -1:]
+            places = padding(start - low, cache.length, new_ids.size(1)) if padded else {}
+            with plain_products(new_ids, self.wte.weight):
+                logits = self.next_logits(self.hidden(new_ids, cache=cache, **places)[:, -1])
+            next_ids = sample(logits, temperature, top_k, top_p, generators)
+            if stop:
+                next_ids = torch.where(ended, ids[:, -1], next_ids)
+                ended |= torch.isin(next_ids, torch.tensor(list(stop), device=ids.device))
             ids = torch.cat((ids, next_ids[:, None]), dim=1)
             yield next_ids
+            if stop and ended.all():
+                return
 
-    def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-        """ids (B, T) continued by max_new_tokens sampled ids: (B, T + max_new_tokens).
+    def next_logits(self, x):
+        """float32 logits (B, V) of hidden states x (B, C).
 
-        temperature 0 takes the likeliest; top_k=0 and top_p=1 cut nothing off. `generator` is a
-        torch.Generator on the model's device and makes the samples repeatable.
+        Half precision rounds a logit near -100, as GPT-2 has them, to a multiple of 0.5, and so
+        makes ties of the likeliest; these are computed again in float32.
         """
-        new = self.stream(ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                          generator=generator)
+        logits = self.head(x)
+        if logits.dtype != torch.float32:
+            likely = logits.topk(min(64, logits.size(-1))).indices          # (B, 64)
+            again = self.wte.weight[likely].float() @ x.float()[:, :, None]
+            logits = logits.float().scatter(1, likely, again[:, :, 0])
+        return logits
+
+    def generate(self, ids, max_new_tokens, **options):
+        """ids (B, T) continued by the ids that stream() yields with these options: (B, T + new)."""
+        new = self.stream(ids, max_new_tokens, **options)
         return torch.cat((ids, *(next_ids[:, None] for next_ids in new)), dim=1)
 
 
@@ -159,8 +200,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask):
-        x = x + self.attn(self.ln_1(x), mask)
+    def forward(self, x, mask, cache, i):
+        x = x + self.attn(self.ln_1(x), mask, cache, i)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -174,13 +215,17 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask):
+    def forward(self, x, mask, cache, i):
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)         # (B, nh, T, hs)
                    for part in self.c_attn(x).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+        if cache:
+            k, v = cache.add(i, k, v)                                       # (B, nh, K, hs)
+            q = q.to(k.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                           is_causal=mask is None and T > 1,
                                            dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)                              # heads side by side
+        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)                  # heads side by side
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -195,24 +240,118 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')))
 
 
-def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One id (B,) for each row of logits (B, V).
+class Cache:
+    """Keys and values of the tokens that were read, in all layers of a GPT, in memory taken once.
 
-    top_k keeps the k likeliest ids, top_p the fewest whose probabilities sum to at least top_p
-    (Holtzman et al. 2020); both are applied after the temperature, top_k first.
+    On a CPU they are float32 whatever the weights are: attention is several times faster so.
+    """
+
+    def __init__(self, gpt, B, size):
+        c, weight = gpt.config, gpt.wte.weight
+        shape = (c.n_layer, B, c.n_head, size, c.n_embd // c.n_head)
+        dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
+        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=weight.device)
+                                  for _ in range(2))
+        self.length = 0
+
+    def add(self, i, k, v):
+        """Keep k and v (B, nh, T, hs) of layer i; all of its keys and values (B, nh, K, hs)."""
+        end = self.length + k.size(2)
+        self.keys[i, :, :, self.length:end] = k
+        self.values[i, :, :, self.length:end] = v
+        return (self.keys[i, :, :, :end], self.values[i, :, :, :end]) if self.length else (k, v)
+
+
+def left_pad(prompts):
+    """(ids (B, T), lengths (B,)) of B lists of ids: zeros stand before all but the longest."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    rows = [[0] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts]
+    return torch.tensor(rows), lengths
+
+
+def slide(start, end, block_size):
+    """Where the windows (B,) begin that began at `start`, so that those up to `end` fit the block:
+    moved by quarters of it, a row's own length alone deciding."""
+    quarter = max(1, block_size // 4)
+    excess = (end - start - block_size).clamp(min=0)
+    return start + (excess + quarter - 1) // quarter * quarter
+
+
+def padding(pad, before, T):
+    """{positions (B, T), mask (B, 1, T, K)} of T tokens after `before` cached ones, where row b
+    begins with pad[b] columns of padding. Padding sees itself only, lest its softmax be of nothing.
+    """
+    queries = torch.arange(before, before + T, device=pad.device)
+    keys = torch.arange(before + T, device=pad.device)
+    causal, itself = keys <= queries[:, None], keys == queries[:, None]     # (T, K)
+    mask = causal & (keys >= pad[:, None, None]) | itself                   # (B, T, K)
+    return {'positions': (queries - pad[:, None]).clamp(min=0), 'mask': mask[:, None]}
+
+
+@contextmanager
+def plain_products(ids, weight):
+    """For one token in bfloat16 on a CPU: without oneDNN, which rearranges a weight at every
+    product, and so takes twice as long as reading it does."""
+    if ids.numel() > 1 or weight.device.type != 'cpu' or weight.dtype != torch.bfloat16:
+        yield
+        return
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+class PackedLinear(nn.Module):
+    """An nn.Linear whose weight lies as oneDNN reads it; for inference."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64)
+        self.bias = bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
+
+
+def pack(model):
+    """Rearrange the weights of `model`, in place, for fast inference on a CPU, where F.linear does
+    so at every call; a model that is packed can neither be trained nor saved.
+
+    Needs torch with oneDNN; without it, and on other devices, nothing is done.
+    """
+    if model.wte.weight.device.type != 'cpu' or not torch.backends.mkldnn.is_available():
+        return model
+    for module in [module for block in model.h for module in (block.attn, block.mlp)]:
+        for name, linear in list(module.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(module, name, PackedLinear(linear.weight, linear.bias))
+    model.lm_head = PackedLinear(model.wte.weight, None)
+    return model
+
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generators=None):
+    """One id (B,) for each row of logits (B, V), row b's by generators[b], torch.Generators on
+    the CPU.
+
+    temperature 0 takes the likeliest. top_k keeps the k likeliest ids, top_p the fewest whose
+    probabilities sum to at least top_p (Holtzman et al. 2020); 0 and 1 keep all. Both are applied
+    after the temperature, top_k first.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+    V, ids = logits.size(-1), None
+    if 0 < top_k < V or top_p < 1:
+        logits, ids = logits.topk(min(top_k or V, V))                       # the likeliest first
+    probs = (logits / max(temperature, 1e-6)).softmax(dim=-1)
     if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probs = ordered.softmax(dim=-1)
-        cut = probs.cumsum(dim=-1) - probs >= top_p                 # what stands before suffices
-        logits = logits.scatter(1, order, ordered.masked_fill(cut, -math.inf))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)     # enough before it
+    draws = torch.cat([torch.rand(1, generator=g) for g in generators or [None] * len(probs)])
+    # the first id with which the sum of probabilities reaches a number in (0, 1]
+    sums = probs.cumsum(dim=-1)
+    chosen = torch.searchsorted(sums, (1 - draws).to(sums.device)[:, None] * sums[:, -1:])
+    return (chosen if ids is None else ids.gather(1, chosen))[:, 0]
 
 
 def crop_block(model, block_size):

@@ -5,10 +5,15 @@ Text from a trained GPT.
     python sample.py -p "The import statement" -m 200
     python sample.py -p FILE:prompt.txt --model=out/pydocs --temperature=0
     echo "To be" | python sample.py -p - --model=gpt2 --num_samples=3
+    python sample.py -i                             # asks for one prompt after another
+    python sample.py -p "To be or not" -m 5 --explain
 """
 
 import codecs
 import sys
+import time
+from contextlib import suppress
+from json import dumps
 from pathlib import Path
 
 import torch
@@ -16,45 +21,46 @@ import torch
 import checkpoints
 import tokenizer
 from configurator import run, settings
-from distributed import pick_device
-from model import GPT, GPTConfig
+from distributed import pick_device, pick_dtype
+from model import GPT, GPTConfig, pack
 
 # -----------------------------------------------------------------------------
 prompt = ''             # also -p; FILE:name.txt reads a file, - reads standard input;
                         # '': from <|endoftext|>
 max_new_tokens = 100    # also -m
-model = ''              # a run's folder, one of its steps, a Hugging Face folder or name, 'gpt2';
-                        # '': the newest checkpoint under out/, else checkpoint/, else untrained
+model = ''              # a run's folder (its best step), a step, a Hugging Face folder, gpt2 to
+                        # gpt2-xl, another GPT-2 on the hub; '': the newest run under out/, else
+                        # checkpoint/, else an untrained one
 num_samples = 1
 temperature = 0.8       # 0 always takes the likeliest token, 1 samples as the model predicts
 top_k = 200             # sample among so many likeliest tokens, 0: all
 top_p = 1.0             # sample among the likeliest that together have this probability
 seed = 1337             # sample k is drawn with seed + k
-device = 'auto'
+interactive = False     # also -i; ask for prompts, one after another
+explain = False         # under each sample: every token's probability, rank and alternatives
+json = False            # a line of JSON for each sample instead of text
+batch_size = 8          # samples drawn at once
+device = 'auto'         # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
+dtype = 'auto'          # 'float32', 'bfloat16', 'float16'; auto: bfloat16 where native; float32,
+                        # in which a sample is the same alone and in a batch, for --explain
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
-SHORT = {'-p': 'prompt', '-m': 'max_new_tokens'}
+SHORT = {'-p': 'prompt', '-m': 'max_new_tokens', '-i': 'interactive'}
 
 
 def main(cfg):
     check(cfg)
     device = pick_device(cfg.device)
-    gpt, encoding, where = load(cfg.model)
+    dtype, _ = pick_dtype('float32' if cfg.explain and cfg.dtype == 'auto' else cfg.dtype, device)
+    gpt, encoding, where = load(cfg.model, device, dtype)
     print(f'model: {where}', file=sys.stderr)
-    gpt.to(device).eval()
-    ids = prompt_ids(read_prompt(cfg.prompt), encoding, gpt.config.block_size)
-    for k in range(cfg.num_samples):
-        if cfg.num_samples > 1:
-            print(f'--- sample {k + 1}', flush=True)
-        print(encoding.decode(ids) if cfg.prompt else '', end='', flush=True)
-        generator = torch.Generator(device).manual_seed(cfg.seed + k)
-        new_ids = gpt.stream(torch.tensor([ids], device=device), cfg.max_new_tokens,
-                             temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-                             generator=generator)
-        for text in as_text(new_ids, encoding):
-            print(text, end='', flush=True)
-        print(flush=True)
+    if dtype == torch.float32 or min(cfg.num_samples, cfg.batch_size) > 1:
+        pack(gpt)                                       # one row in bfloat16 is faster as it is
+    text = read_prompt(cfg.prompt)
+    if cfg.interactive:
+        return converse(cfg, gpt, encoding, text)
+    write(cfg, gpt, encoding, text)
 
 
 def check(cfg):
@@ -63,22 +69,25 @@ def check(cfg):
             ('top_k', cfg.top_k >= 0, '0 or more'),
             ('top_p', 0 < cfg.top_p <= 1, 'more than 0, at most 1'),
             ('num_samples', cfg.num_samples >= 1, '1 or more'),
-            ('max_new_tokens', cfg.max_new_tokens >= 0, '0 or more')):
+            ('batch_size', cfg.batch_size >= 1, '1 or more'),
+            ('max_new_tokens', cfg.max_new_tokens >= 0, '0 or more'),
+            ('prompt', not (cfg.interactive and cfg.prompt == '-'), 'not - with -i')):
         if not right:
             raise ValueError(f'{key}: given {getattr(cfg, key)}, expected {expected}')
 
 
-def load(name):
+def load(name, device, dtype):
     """(model, encoding, where they come from)."""
-    folder = checkpoints.find(name) if name else checkpoints.newest_of_all()
-    if folder:
-        return *checkpoints.load_model(folder), folder
+    name = name or checkpoints.newest_of_all()
+    if name:
+        folder = checkpoints.find(name)
+        return *checkpoints.load_model(folder, device, dtype=dtype), folder
     torch.manual_seed(0)
     encoding = tokenizer.byte_pairs('bytes', [])
     config = GPTConfig(block_size=256, vocab_size=encoding.n_vocab, n_layer=2, n_head=2, n_embd=64)
     where = ('untrained, since there is no checkpoint under out/: '
              'expect noise (`make quickstart` trains one)')
-    return GPT(config), encoding, where
+    return GPT(config).to(device, dtype).eval(), encoding, where
 
 
 def read_prompt(prompt):
@@ -93,26 +102,131 @@ def read_prompt(prompt):
         raise ValueError(f'prompt: not UTF-8 ({error.reason} at byte {error.start})') from None
 
 
-def prompt_ids(text, encoding, block_size):
+def converse(cfg, gpt, encoding, text):
+    """One prompt after another from the terminal, until its end."""
+    with suppress(ImportError):
+        import readline                                 # arrow keys, where there are any # noqa
+    print('A prompt and Enter; Enter alone goes on with the text; Ctrl-C interrupts it, '
+          'Ctrl-D ends.', file=sys.stderr)
+    while True:
+        try:
+            text = input('> ') or text
+        except EOFError:
+            return print()
+        try:
+            text = write(cfg, gpt, encoding, text)
+        except KeyboardInterrupt:
+            print()
+
+
+def write(cfg, gpt, encoding, text):
+    """Print the samples that continue `text`, and on stderr how fast; the last one's whole text."""
+    ids, eot = prompt_ids(text, encoding), tokenizer.eot_id(encoding)
+    if len(ids) > gpt.config.block_size:
+        print(f'the prompt has {len(ids):,} tokens, of which the model reads the last, as many as '
+              f'fit its block of {gpt.config.block_size:,}', file=sys.stderr)
+    seconds, count, whole = [], 0, text                     # seconds: of each token, or row of them
+    for k, new_ids in enumerate(draw(cfg, gpt, ids, eot, seconds)):
+        if cfg.num_samples > 1 and not cfg.json:
+            print(f'--- sample {k + 1}', flush=True)
+        if not cfg.json:
+            print(text, end='', flush=True)
+        whole, drawn = text, []
+        for piece in as_text(new_ids, encoding, drawn):
+            whole += piece
+            if not cfg.json:
+                print(piece, end='', flush=True)
+        count += len(drawn)
+        facts = explain_tokens(gpt, encoding, ids + drawn) if cfg.explain else []
+        if cfg.json:
+            print(dumps({'prompt': text, 'text': whole[len(text):], 'seed': cfg.seed + k,
+                         'new_tokens': len(drawn), 'ended': eot in drawn[-1:],
+                         **({'tokens': facts} if cfg.explain else {})}), flush=True)
+        else:
+            print(flush=True)
+            print_table(facts, len(drawn))
+    if count:
+        print(f'{count} tokens in {sum(seconds):.2f} s: {count / sum(seconds):.1f} tokens per '
+              f'second, the first after {seconds[0]:.2f} s', file=sys.stderr)
+    return whole
+
+
+def prompt_ids(text, encoding):
     """The prompt as ids; an empty one is <|endoftext|>, after which a document begins."""
-    eot = tokenizer.eot_id(encoding)
-    ids = tokenizer.encode(encoding, text).tolist() or [0 if eot is None else eot]
-    if len(ids) > block_size:
-        raise ValueError(f'prompt: given {len(ids):,} tokens, expected at most {block_size:,}, '
-                         f'the block of this model; shorten it')
-    return ids
+    return tokenizer.encode(encoding, text).tolist() or [tokenizer.eot_id(encoding) or 0]
 
 
-def as_text(new_ids, encoding):
-    """Pieces of text of an iterator of ids (1,), each ending in a whole character;
-    <|endoftext|> ends it."""
+def draw(cfg, gpt, ids, eot, seconds):
+    """For each sample an iterator over its new ids, <|endoftext|> included if it comes to that;
+    where there is only one, they come as they are drawn."""
+    device = gpt.wte.weight.device
+    for first in range(0, cfg.num_samples, cfg.batch_size):
+        rows = torch.tensor([ids] * min(cfg.batch_size, cfg.num_samples - first), device=device)
+        stream = gpt.stream(rows, cfg.max_new_tokens, temperature=cfg.temperature,
+                            top_k=cfg.top_k, top_p=cfg.top_p, seed=cfg.seed + first,
+                            stop=() if eot is None else (eot,))
+        columns = (next_ids.tolist() for next_ids in timed(stream, seconds))
+        if len(rows) == 1:
+            yield (column[0] for column in columns)
+        else:
+            drawn = list(zip(*columns)) or [()] * len(rows)
+            yield from ((row[:row.index(eot) + 1] if eot in row else row) for row in drawn)
+
+
+def timed(stream, seconds):
+    """The items of an iterator; how long each of them took is appended to `seconds`."""
+    while True:
+        began = time.perf_counter()
+        item = next(stream, None)
+        if item is None:
+            return
+        seconds.append(time.perf_counter() - began)
+        yield item
+
+
+def as_text(new_ids, encoding, seen):
+    """Pieces of text of an iterator of ids, each ending in a whole character; the ids are appended
+    to `seen`, and <|endoftext|>, which ends it, is no text."""
     decode = codecs.getincrementaldecoder('utf-8')('replace').decode
     eot = tokenizer.eot_id(encoding)
     for next_id in new_ids:
-        if next_id.item() == eot:
+        seen.append(next_id)
+        if next_id == eot:
             break
-        yield decode(encoding.decode_single_token_bytes(next_id.item()))
+        yield decode(encoding.decode_single_token_bytes(next_id))
     yield decode(b'', final=True)
+
+
+@torch.no_grad()
+def explain_tokens(gpt, encoding, ids):
+    """A dict for every token but the first of `ids`, of the last that fit the block: what the model
+    gave it, before temperature, top_k and top_p, and the three it held likeliest."""
+    ids = torch.tensor(ids[-gpt.config.block_size:], device=gpt.wte.weight.device)
+    if len(ids) < 2:
+        return []
+    probs = gpt(ids[None, :-1])[0].float().softmax(dim=-1)                  # (T - 1, V)
+    found = probs.gather(1, ids[1:, None])                                  # (T - 1, 1)
+    ranks = 1 + (probs > found).sum(dim=1)
+    top = probs.topk(min(3, probs.size(1)))
+    return [{'token': shown(encoding, i), 'id': i, 'probability': p, 'rank': rank,
+             'likeliest': [[shown(encoding, j), q] for j, q in zip(others, their_probs)]}
+            for i, p, rank, others, their_probs in zip(
+                ids[1:].tolist(), found[:, 0].tolist(), ranks.tolist(),
+                top.indices.tolist(), top.values.tolist())]
+
+
+def shown(encoding, i):
+    return encoding.decode_single_token_bytes(i).decode('utf-8', 'backslashreplace')
+
+
+def print_table(facts, new_tokens):
+    if facts:
+        print('\n        token            probability    rank   the likeliest')
+    for k, fact in enumerate(facts):
+        new = k >= len(facts) - new_tokens
+        others = '  '.join(f'{token!r} {p:.1%}' for token, p in fact['likeliest'])
+        print(f"{'new' if new else 'given':6}  {fact['token']!r:16} {fact['probability']:11.2%} "
+              f"{fact['rank']:7,}   {others}")
 
 
 if __name__ == '__main__':

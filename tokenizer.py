@@ -5,6 +5,7 @@ Text to token ids and back, always by a tiktoken.Encoding:
     bpe:N   N tokens of byte-pair encoding trained on a corpus (GPT-2's algorithm, own merges)
     bytes   256 bytes and <|endoftext|>
     chars   the corpus' own characters, as nanoGPT's character data sets have them; no <|endoftext|>
+    a path  that of a run, data set or model folder: its tokenizer
 
 An encoding is kept as a Hugging Face tokenizer.json, so that transformers reads it too.
 """
@@ -35,8 +36,16 @@ def build(name, texts):
         return characters(sorted(set().union(*map(set, texts()))))
     if kind == 'bpe' and size.isdigit():
         return train_byte_pairs(texts(), int(size))
-    raise ValueError(f"tokenizer: given {name!r}, "
-                     f"expected 'gpt2', 'bpe:N' such as bpe:4096, 'bytes' or 'chars'")
+    if file := stored(name):
+        return load(file)
+    raise ValueError(f"tokenizer: given {name!r}, expected 'gpt2', 'bpe:N' such as bpe:4096, "
+                     f"'bytes', 'chars', or a folder with a tokenizer.json")
+
+
+def stored(name):
+    """The tokenizer.json of the folder `name`, or of the newest step in it; None without one."""
+    files = [Path(name) / 'tokenizer.json', *sorted(Path(name).glob('step_*/tokenizer.json'))[::-1]]
+    return next((file for file in files if file.is_file()), None)
 
 
 def gpt2():

@@ -49,6 +49,7 @@ sample_interval = 0         # updates between samples in samples.jsonl, 0: none
 save_minutes = 10.0         # and a checkpoint every so many minutes; 0: only at validations
 keep = 2                    # checkpoints kept: the newest so many, and the best
 always_save_checkpoint = True   # False: keep only the newest and the best
+patience = 0                # end after so many validations without a lower loss, 0: never
 # wandb
 wandb_log = False           # mirror the log there too (WANDB_MODE=offline needs no network)
 wandb_project = 'gpt2'
@@ -158,8 +159,11 @@ def main(cfg):
         if due and (finished or not asked_to_stop) and validated != now.step:
             val_loss, count = evaluate(model, val_tokens, cfg, world, autocast)
             bits, validated = bits_per_byte(val_loss, count, manifest), now.step
-            if now.step > 0 and val_loss < now.best_val_loss:
+            if val_loss < now.best_val_loss:
                 now.best_val_loss, now.best_step = val_loss, now.step
+                distributed.on_main(world, checkpoints.mark_best, cfg.out_dir, now.step, val_loss)
+            rest = cfg.patience * cfg.eval_interval         # as long without a better one
+            finished = finished or 0 < rest <= now.step - now.best_step
             log.write(step=now.step, tokens=now.position * cfg.block_size, val_loss=val_loss,
                       **bits)
             say(f'step {now.step}: {describe(val_loss, bits)}')
@@ -244,7 +248,7 @@ def check(cfg):
             raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 1 or more')
     for key in ('max_iters', 'eval_iters', 'sample_interval', 'save_minutes', 'total_batch_size',
                 'gradient_accumulation_steps', 'weight_decay', 'grad_clip', 'warmup_iters',
-                'lr_decay_iters', 'cooldown_iters', 'min_lr'):
+                'lr_decay_iters', 'cooldown_iters', 'min_lr', 'patience'):
         if getattr(cfg, key) < 0:
             raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
     for key, choices in (('optimizer', ('adamw', 'muon')), ('schedule', ('cosine', 'wsd')),
@@ -526,9 +530,8 @@ def evaluate(model, tokens, cfg, world, autocast):
 def draw_sample(model, encoding, seed):
     """A hundred tokens from <|endoftext|> (or token 0), by the same random numbers each time."""
     model.eval()
-    device = model.wte.weight.device
-    ids = torch.tensor([[tokenizer.eot_id(encoding) or 0]], device=device)
-    out = model.generate(ids, 100, top_k=200, generator=torch.Generator(device).manual_seed(seed))
+    ids = torch.tensor([[tokenizer.eot_id(encoding) or 0]], device=model.wte.weight.device)
+    out = model.generate(ids, 100, top_k=200, seed=seed)
     model.train()
     return encoding.decode(out[0, 1:].tolist())
 
@@ -643,13 +646,17 @@ def closing_words(cfg, now, diverged, finished):
         return (f'stopped at step {now.step}: {cfg.max_skipped} updates in a row were not finite. '
                 f'Common causes: a learning rate too high, float16, damaged data. The last '
                 f'checkpoint in {cfg.out_dir} is from before')
-    words = (f'finished {now.step} updates' if finished else
-             f'stopped at step {now.step}, the same command goes on')
+    words = f'stopped at step {now.step}, the same command goes on'
+    if finished:
+        early = now.step < cfg.max_iters
+        words = (f'ended at step {now.step}, {cfg.patience} validations after the best' if early
+                 else f'finished {now.step} updates')
     if now.skipped:
         words += f', {now.skipped} of them skipped'
     if now.best_step >= 0:
-        words += f'; best val_loss {now.best_val_loss:.4f} at step {now.best_step}'
-    return f'{words}: {cfg.out_dir}'
+        words += (f'; best val_loss {now.best_val_loss:.4f} at step {now.best_step}. '
+                  f'`python sample.py --model={cfg.out_dir}` writes with that one, the best')
+    return words
 
 
 if __name__ == '__main__':

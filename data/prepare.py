@@ -27,14 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file 
 from configurator import run, settings
 from data import shards
 from data.fetch import digest, fetch
-from tokenizer import build, encode, eot_id, fingerprint, load, to_json
+from tokenizer import build, encode, eot_id, fingerprint, load, stored, to_json
 
 # -----------------------------------------------------------------------------
 dataset = 'pydocs'          # pydocs, shakespeare, or a file or folder of text
 input = ()                  # files and folders instead; also given bare:
                             # prepare.py --name=mine a.txt b/
 name = ''                   # data/NAME is written; '': the data set's name, or the first input's
-tokenizer = 'auto'          # gpt2, bpe:N, bytes or chars; auto: gpt2, but for pydocs bpe:4096
+tokenizer = 'auto'          # gpt2, bpe:N, bytes, chars, or that of a folder, such as a run's;
+                            # auto: gpt2, but for pydocs bpe:4096
 text_key = 'text'           # the field or column of .jsonl and .parquet that holds the text
 val_fraction = 0.0          # share of validation documents; 0: 0.05, for shakespeare nanoGPT's 0.1
 shard_tokens = 100_000_000  # tokens in a shard
@@ -109,6 +110,8 @@ def make_plan(cfg):
     named = ('shakespeare' if source == 'shakespeare' else
              inputs[0].resolve().stem if inputs else source)
     kind = cfg.tokenizer if cfg.tokenizer != 'auto' else 'bpe:4096' if named == 'pydocs' else 'gpt2'
+    if file := stored(kind):
+        facts['tokenizer'] = digest(file)
     fraction = cfg.val_fraction or (0.1 if named == 'shakespeare' else 0.05)
     if not 0 < fraction < 1:
         raise ValueError(f'val_fraction: given {fraction}, expected more than 0 and less than 1')

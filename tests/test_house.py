@@ -68,7 +68,8 @@ def test_one_owner_for_each_duty(name):
 def test_model_is_pure():
     """No file, environment, setting, print, optimizer, tokenizer or process in model.py."""
     assert set(imports(TREES['model'])) <= {
-        'math', 'dataclasses', 'dataclasses.dataclass', 'dataclasses.replace',
+        'math', 'contextlib', 'contextlib.contextmanager',
+        'dataclasses', 'dataclasses.dataclass', 'dataclasses.replace',
         'torch', 'torch.nn', 'torch.nn.functional',
         'torch.utils.checkpoint', 'torch.utils.checkpoint.checkpoint'}
     names = {node.id for node in ast.walk(TREES['model']) if isinstance(node, ast.Name)}

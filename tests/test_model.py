@@ -10,7 +10,8 @@ import torch
 
 import checkpoints
 import model as model_module
-from model import GPT, SIZES, GPTConfig, crop_block, sample
+from model import (GPT, SIZES, Cache, GPTConfig, PackedLinear, crop_block, left_pad, pack,
+                   sample)
 
 TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 
@@ -136,20 +137,122 @@ def test_one_batch_can_be_learned_by_heart():
     assert loss.item() < 0.2
 
 
+def uncached(net, prompt, n, temperature=0.0, seed=0, **cuts):
+    """n new ids after one prompt (a list), every one from a forward pass over its whole window."""
+    ids, generator = list(prompt), torch.Generator().manual_seed(seed)
+    block, start = net.config.block_size, 0
+    for _ in range(n):
+        while len(ids) - start > block:
+            start += block // 4
+        logits = net(torch.tensor([ids[start:]]))[:, -1]
+        ids.append(sample(logits, temperature, generators=[generator], **cuts).item())
+    return ids[len(prompt):]
+
+
 def test_greedy_generation_is_that_of_transformers():
     ours, theirs = pair(TINY, std=0.3)
     ids = random_ids(TINY, 3, 5)
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=11,
                                do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(ours.generate(ids, 11, temperature=0), expected)
+    assert expected[:, 5:].tolist() == [uncached(ours, row, 11) for row in ids.tolist()]
+
+
+def test_prompts_of_different_lengths_are_continued_as_transformers_does():
+    """Left-padded; the padding's own hidden states must reach nobody, so ids there do not count."""
+    ours, theirs = pair(TINY, std=0.3)
+    prompts = [random_ids(TINY, n, seed=n).tolist() for n in (7, 1, 4)]
+    ids, lengths = left_pad(prompts)
+    mask = (torch.arange(7) >= 7 - lengths[:, None]).long()
+    expected = theirs.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False,
+                               eos_token_id=None, pad_token_id=0)
+    assert torch.equal(ours.generate(ids, 9, lengths=lengths, temperature=0), expected)
+    others = torch.where(mask.bool(), ids, 60)
+    assert torch.equal(ours.generate(others, 9, lengths=lengths, temperature=0)[:, 7:],
+                       expected[:, 7:])
+
+
+@pytest.mark.parametrize('prompt_length', [1, 16, 37])
+@pytest.mark.parametrize('cuts', [{'temperature': 0.0}, {'temperature': 1.5, 'top_k': 9},
+                                  {'temperature': 1.0, 'top_p': 0.9}])
+def test_the_cache_changes_nothing_within_and_beyond_the_block(prompt_length, cuts):
+    net, _ = pair(TINY, std=0.3)
+    prompt = random_ids(TINY, prompt_length).tolist()
+    found = net.generate(torch.tensor([prompt]), 40, seed=3, **cuts)[0, prompt_length:]
+    assert found.tolist() == uncached(net, prompt, 40, seed=3, **cuts)
+
+
+def test_a_row_is_the_same_alone_and_in_a_batch():
+    """Of different lengths, sampled, each row sliding beyond the block at its own time."""
+    net, _ = pair(TINY, std=0.3)
+    prompts = [random_ids(TINY, n, seed=n).tolist() for n in (3, 12, 1, 20)]
+    ids, lengths = left_pad(prompts)
+    found = net.generate(ids, 40, lengths=lengths, seed=5)[:, 20:].tolist()
+    alone = [net.generate(torch.tensor([prompt]), 40, seed=5 + k)[0, len(prompt):].tolist()
+             for k, prompt in enumerate(prompts)]
+    assert found == alone
+
+
+def test_a_cache_is_read_on_with_many_tokens_at_once():
+    net, ids = GPT(TINY).eval(), random_ids(TINY, 2, 16)
+    cache = Cache(net, 2, 16)
+    parts = [net(part, cache=cache) for part in ids.split([5, 1, 7, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), net(ids))
+    with pytest.raises(ValueError, match='17 tokens are more than the block of 16'):
+        net(ids[:, :1], cache=cache)
+
+
+def test_stop_ids_end_a_row_and_all_of_them_the_generation():
+    net, ids = pair(TINY, std=0.3)[0], random_ids(TINY, 2, 4)
+    free = net.generate(ids, 12, temperature=0)
+    stop = free[0, 6].item()                                # the first row ends with its third id
+    found = net.generate(ids, 12, temperature=0, stop=[stop])
+    n = free[0, 4:].tolist().index(stop) + 1
+    assert found[0, 4:4 + n].tolist() == free[0, 4:4 + n].tolist()
+    assert (found[0, 4 + n:] == stop).all()
+    assert net.generate(ids[:1], 12, temperature=0, stop=[stop]).shape == (1, 4 + n)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('B', [1, 3])
+def test_packed_weights_give_the_same_logits_and_text(dtype, B):
+    net, _ = pair(TINY, std=0.1)
+    ids, tolerance = random_ids(TINY, B, 9), 1e-4 if dtype == torch.float32 else 0.1
+    expected = net(ids)
+    net.to(dtype)
+    plain = net.generate(ids, 30, seed=0, top_k=5)
+    packed = pack(net)
+    torch.testing.assert_close(packed(ids).float(), expected, rtol=tolerance, atol=tolerance)
+    found = packed.generate(ids, 30, seed=0, top_k=5)
+    assert found.shape == plain.shape
+    if dtype == torch.float32:
+        assert torch.equal(found, plain)
+    if torch.backends.mkldnn.is_available():
+        assert isinstance(packed.h[0].mlp.c_fc, PackedLinear)
+
+
+def test_logits_of_half_precision_do_not_tie():
+    """An offset of -100 on all logits, as GPT-2 has it, leaves bfloat16 steps of 0.5."""
+    torch.manual_seed(0)
+    net = GPT(replace(TINY, n_embd=64)).eval()
+    net.wte.weight.data.normal_(std=0.05)[:, 0] = -1
+    x = torch.cat([torch.full((1, 1), 100.0), torch.randn(1, 63)], dim=1)
+    exact = net.head(x)
+    net.to(torch.bfloat16)
+    x, exact = x.bfloat16(), (x.bfloat16().double() @ net.wte.weight.double().T).float()
+    assert len(net.head(x).unique()) < 10
+    found = net.next_logits(x)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-4)
 
 
 def test_generation_goes_on_past_the_block_and_repeats_with_its_seed():
     net, ids = GPT(TINY).eval(), random_ids(TINY, 2, 3)
-    draw = [net.generate(ids, 30, generator=torch.Generator().manual_seed(seed))
-            for seed in (1, 1, 2)]
+    draw = [net.generate(ids, 30, seed=seed) for seed in (1, 1, 2)]
     assert draw[0].shape == (2, 33) and torch.equal(draw[0][:, :3], ids)
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+    assert net.generate(ids, 0).shape == (2, 3)
+    torch.manual_seed(0)
+    assert not torch.equal(net.generate(ids, 30), net.generate(ids, 30))
 
 
 @pytest.mark.parametrize('top_k, top_p, kept', [
@@ -158,9 +261,10 @@ def test_generation_goes_on_past_the_block_and_repeats_with_its_seed():
 def test_samples_follow_the_distribution_that_is_left(top_k, top_p, kept):
     """Frequencies of 20,000 draws against the renormalised probabilities,
     within five standard errors."""
+    torch.manual_seed(0)
     probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
     n = 20_000
-    ids = sample(probs.log().expand(n, 4), 1.0, top_k, top_p, torch.Generator().manual_seed(0))
+    ids = sample(probs.log().expand(n, 4), 1.0, top_k, top_p)
     left = torch.zeros(4)
     left[kept] = probs[kept] / probs[kept].sum()
     frequency = torch.bincount(ids, minlength=4) / n
@@ -171,7 +275,8 @@ def test_temperature():
     logits = torch.tensor([[0.0, 1.0, 3.0]])
     assert sample(logits, temperature=0).tolist() == [2]
     n = 20_000
-    cold = sample(logits.expand(n, 3), 0.5, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    cold = sample(logits.expand(n, 3), 0.5)
     expected = (logits / 0.5).softmax(-1)[0, 2].item()
     assert (cold == 2).float().mean().item() == pytest.approx(expected, abs=0.01)
 

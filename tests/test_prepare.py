@@ -329,6 +329,20 @@ def test_verify_from_the_command_line(stories):
     assert shards.verify('tiny', stories) == []
 
 
+def test_the_tokenizer_of_another_folder_can_be_used(tmp_path):
+    """Of a data set, or of a run's newest step, so that a model can be fine-tuned on the result."""
+    made = run(tmp_path, write_jsonl(tmp_path / 'a.jsonl'), tokenizer='bpe:300')
+    (tmp_path / 'run/step_0000010').mkdir(parents=True)
+    text = (tmp_path / 'd/tokenizer.json').read_text()
+    (tmp_path / 'run/step_0000010/tokenizer.json').write_text(text)
+    other = write_jsonl(tmp_path / 'b.jsonl', [f'Quite another text, {i}' for i in range(30)])
+    for folder in ('d', 'run'):
+        found = run(tmp_path, other, name=f'by_{folder}', tokenizer=str(tmp_path / folder))
+        assert found['tokenizer']['fingerprint'] == made['tokenizer']['fingerprint']
+    assert sorted(sum(decoded(tmp_path, 'by_run').values(), [])) == sorted(
+        f'Quite another text, {i}' for i in range(30))
+
+
 def test_verify_knows_the_tokenizer(tmp_path):
     run(tmp_path, write_jsonl(tmp_path / 'a.jsonl'))
     other = tokenizer.build('bpe:300', lambda: TEXTS)

@@ -3,6 +3,8 @@ Sampling as a user does it:
 prompts from anywhere, whole characters, the end of a document, refusals.
 """
 
+import json
+import re
 import subprocess
 import sys
 
@@ -37,20 +39,67 @@ def test_a_prompt_is_continued_and_a_seed_repeats(trained, capsys):
     assert draw[0].startswith('The fox counted') and draw[0] == draw[1] != draw[2]
 
 
-def test_sample_k_is_the_one_drawn_with_seed_plus_k(trained, capsys):
-    both = say(capsys, f'--model={trained}', '-p', 'The', '-m', 8, '--num_samples=2', '--seed=5',
-               '--temperature=1.5')
-    second = say(capsys, f'--model={trained}', '-p', 'The', '-m', 8, '--seed=6',
-                 '--temperature=1.5')
-    assert both.split('--- sample 2\n')[1] == second and both.startswith('--- sample 1\n')
+@pytest.mark.parametrize('batch_size', [1, 2, 8])
+def test_sample_k_is_the_one_drawn_with_seed_plus_k(trained, capsys, batch_size):
+    """In batches of any size, and alone."""
+    flags = [f'--model={trained}', '-p', 'The', '-m', 30, '--temperature=1.5', '--dtype=float32']
+    three = say(capsys, *flags, '--num_samples=3', '--seed=5', f'--batch_size={batch_size}')
+    third = say(capsys, *flags, '--seed=7')
+    assert three.split('--- sample 3\n')[1] == third and three.startswith('--- sample 1\n')
 
 
-def test_greedy_is_the_model_s_likeliest(trained, capsys):
-    found = say(capsys, f'--model={trained}', '-p', 'The fox', '-m', 6, '--temperature=0')
-    model, encoding = sample.checkpoints.load_model(trained)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_greedy_is_the_model_s_likeliest(trained, capsys, dtype):
+    found = say(capsys, f'--model={trained}', '-p', 'The fox', '-m', 6, '--temperature=0',
+                f'--dtype={dtype}')
+    model, encoding = sample.checkpoints.load_model(trained, dtype=getattr(torch, dtype))
     ids = torch.tensor([encoding.encode_ordinary('The fox')])
     expected = encoding.decode(model.generate(ids, 6, temperature=0)[0].tolist())
     assert found == expected + '\n'
+
+
+def test_json_holds_what_is_printed_and_explain_what_the_model_gave_each_token(trained, capsys):
+    flags = [f'--model={trained}', '-p', 'The fox', '-m', 6, '--seed=3', '--dtype=float32']
+    text = say(capsys, *flags)
+    line = json.loads(say(capsys, *flags, '--json', '--explain'))
+    assert line['prompt'] + line['text'] == text[:-1] and line['new_tokens'] == 6
+    assert line['seed'] == 3 and not line['ended']
+    model, encoding = sample.checkpoints.load_model(trained)
+    ids = [*encoding.encode_ordinary('The fox'), *(t['id'] for t in line['tokens'][-6:])]
+    assert encoding.decode(ids) == text[:-1] and len(line['tokens']) == len(ids) - 1
+    for n, fact in enumerate(line['tokens'], 1):
+        probs = model(torch.tensor([ids[:n]]))[0, -1].softmax(-1)
+        order = probs.argsort(descending=True).tolist()
+        assert fact['probability'] == pytest.approx(probs[ids[n]].item(), rel=1e-3)
+        assert order[fact['rank'] - 1] == ids[n] == fact['id']
+        assert [p for _, p in fact['likeliest']] == pytest.approx(
+            probs[order[:3]].tolist(), rel=1e-3)
+    table = say(capsys, *flags, '--explain').removeprefix(text).splitlines()
+    assert len(table) == 2 + len(ids) - 1 and sum(row.startswith('new') for row in table) == 6
+
+
+def test_a_conversation_goes_on_with_the_text_on_an_empty_line(trained):
+    done = subprocess.run([sys.executable, 'sample.py', '--device=cpu', f'--model={trained}', '-i',
+                           '-m', '4'], cwd=ROOT, input='The fox\n\nHe\n', capture_output=True,
+                          text=True)
+    first, second, third = done.stdout.split('> ')[1:4]
+    assert first.startswith('The fox') and second.startswith(first.strip()) and second != first
+    assert third.startswith('He') and done.returncode == 0
+    assert done.stderr.count('4 tokens in ') == 3
+
+
+def test_a_prompt_longer_than_the_block_is_read_from_its_end(trained, capsys):
+    sample.main(sample.Config(prompt='word ' * 40, max_new_tokens=4, model=str(trained),
+                              device='cpu'))
+    assert re.search(r'the prompt has \d+ tokens, of which the model reads the last',
+                     capsys.readouterr().err)
+
+
+def test_a_reader_that_has_enough_is_no_error(trained):
+    done = subprocess.run(f'{sys.executable} sample.py --device=cpu --model={trained} -m 300 '
+                          f'--num_samples=3 | head -1', shell=True, cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.stdout and 'Broken' not in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_prompts_come_from_files_and_standard_input(trained, tmp_path, capsys):
@@ -65,10 +114,11 @@ def test_prompts_come_from_files_and_standard_input(trained, tmp_path, capsys):
 
 def test_text_comes_in_whole_characters_and_ends_at_end_of_text():
     encoding = tokenizer.byte_pairs('bytes', [])
-    ids = [*'aé世😀'.encode(), encoding.eot_token, *b'not this']
-    pieces = list(sample.as_text((torch.tensor([i]) for i in ids), encoding))
+    ids, seen = [*'aé世😀'.encode(), encoding.eot_token, *b'not this'], []
+    pieces = list(sample.as_text(iter(ids), encoding, seen))
     assert ''.join(pieces) == 'aé世😀' and all('\ufffd' not in piece for piece in pieces)
-    broken = ''.join(sample.as_text((torch.tensor([i]) for i in '😀'.encode()[:2]), encoding))
+    assert seen == ids[:-8]
+    broken = ''.join(sample.as_text(iter('😀'.encode()[:2]), encoding, []))
     assert broken == '\ufffd'
 
 
@@ -86,7 +136,7 @@ def test_the_newest_checkpoint_under_out_is_found(trained, tmp_path):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['-p', 'word ' * 40], r'prompt: given \d+ tokens, expected at most 16'),
+    (['-i', '-p', '-'], 'not - with -i'), (['--batch_size=0'], '1 or more'),
     (['--temperature=-1'], '0 or more'), (['--top_p=0'], 'more than 0'),
     (['--top_k=-1'], '0 or more'), (['--num_samples=0'], '1 or more')])
 def test_refusals(trained, capsys, flags, words):
@@ -100,8 +150,8 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize('name, words', [
-    ('gpt2', 'openai-community/gpt2: not a folder here, and it could not be had'),
-    ('gpt-2', 'is not one of gpt2, '), ('out/nowhere/x', 'there is no such folder')])
+    ('gpt2', 'openai-community/gpt2: there is no such folder, it is not .* HF_HUB_OFFLINE is set'),
+    ('gpt-2', r'did you mean gpt2\?'), ('out/nowhere/x', 'there is no such folder')])
 def test_a_model_that_cannot_be_had(monkeypatch, name, words):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     with pytest.raises(ValueError, match=words):

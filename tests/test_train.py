@@ -132,12 +132,34 @@ def test_the_newest_and_the_best_checkpoints_are_kept(config, tmp_path):
     train.main(config(max_iters=12, eval_interval=2, keep=2, warmup_iters=0, decay_lr=False,
                       learning_rate=0.3))
     records = map(json.loads, (tmp_path / 'run/log.jsonl').read_text().splitlines())
-    val = {record['step']: record['val_loss'] for record in records
-           if 'val_loss' in record and record['step']}
+    val = {record['step']: record['val_loss'] for record in records if 'val_loss' in record}
     assert set(checkpoints.steps(tmp_path / 'run')) == {10, 12, min(val, key=val.get)}
     train.main(config(max_iters=8, eval_interval=2, always_save_checkpoint=False,
                       out_dir=str(tmp_path / 'b')))
     assert len(checkpoints.steps(tmp_path / 'b')) <= 2 and 8 in checkpoints.steps(tmp_path / 'b')
+
+
+def test_patience_ends_a_run_and_its_best_step_is_the_model(config, tmp_path, capsys):
+    """The same ruinous learning rate; a resumed run ends as soon, with more patience it goes on."""
+    ruin = config(max_iters=40, eval_interval=2, patience=3, warmup_iters=0, decay_lr=False,
+                  learning_rate=0.3, always_save_checkpoint=False)
+    assert train.main(ruin) == 0
+    val = losses(tmp_path / 'run', 'val_loss')
+    best = 2 * val.index(min(val))
+    last = 2 * (len(val) - 1)
+    assert last == best + 6 < 40
+    words = capsys.readouterr().out
+    assert f'ended at step {last}, 3 validations after the best' in words
+    assert f'best val_loss {min(val):.4f} at step {best}' in words
+    assert f'sample.py --model={tmp_path}/run` writes with that one' in words
+    assert set(checkpoints.steps(tmp_path / 'run')) == {best, last}
+    assert checkpoints.find(tmp_path / 'run').name == f'step_{best:07d}'
+    train.main(ruin)
+    assert 2 * (len(losses(tmp_path / 'run', 'val_loss')) - 2) == last
+    train.main(replace(ruin, patience=0, max_iters=last + 2))
+    assert last + 2 in checkpoints.steps(tmp_path / 'run')
+    shutil.rmtree(tmp_path / f'run/step_{best:07d}')                # then the newest will do
+    assert checkpoints.find(tmp_path / 'run').name == f'step_{last + 2:07d}'
 
 
 def test_validation_is_the_mean_over_every_token_of_the_split(config, stories):

@@ -1,0 +1,262 @@
+"""
+The real hub client against a hub on this machine, which serves models that transformers made here.
+
+The client reads its environment when it is imported, and so runs in processes of its own.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import ROOT, script
+
+import tokenizer
+
+transformers = pytest.importorskip('transformers')
+pytest.importorskip('huggingface_hub')
+
+BYTES = tokenizer.byte_pairs('bytes', [])
+SHAPE = dict(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=257)
+COMMIT = '0123456789abcdef0123456789abcdef01234567'
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves root/OWNER/NAME/FILE as huggingface.co does, and can be told to misbehave."""
+    daemon_threads = True
+
+    def __init__(self, root):
+        super().__init__(('127.0.0.1', 0), Answer)
+        self.root, self.requests = root, []
+        self.break_off, self.stall = 0, False       # so many downloads end, or hang, half way
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f'http://127.0.0.1:{self.server_port}'
+
+
+class Answer(BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+
+    def do_HEAD(self):
+        hub, match = self.server, re.fullmatch(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', self.path)
+        hub.requests.append((self.command, self.path, self.headers.get('Range')))
+        if not match:
+            return self.refuse(404, 'RepoNotFound')
+        repo, _, name = match.groups()
+        if repo == 'someone/gated':
+            return self.refuse(403, 'GatedRepo')
+        if repo == 'someone/private' and self.headers.get('Authorization') != 'Bearer secret':
+            return self.refuse(401, 'RepoNotFound')
+        if repo == 'someone/broken':
+            return self.refuse(500, 'Oops')
+        if not (hub.root / repo).is_dir():
+            return self.refuse(401, 'RepoNotFound')             # as huggingface.co answers this
+        file = hub.root / repo / name
+        if not file.exists():
+            return self.refuse(404, 'EntryNotFound')
+        data, first = file.read_bytes(), 0
+        if given := re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', '')):
+            first = int(given[1])
+        self.send_response(206 if first else 200)
+        for key, value in {'X-Repo-Commit': COMMIT, 'ETag': f'"{hash(data):x}"',
+                           'Content-Length': len(data) - first, 'Accept-Ranges': 'bytes',
+                           'Content-Range': f'bytes {first}-{len(data) - 1}/{len(data)}'}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == 'GET':
+            self.send(data[first:], name.endswith('.safetensors'))
+
+    do_GET = do_HEAD
+
+    def send(self, data, is_weights):
+        hub, half = self.server, len(data) // 2
+        if is_weights and (hub.break_off or hub.stall):
+            self.wfile.write(data[:half])
+            self.wfile.flush()
+            hub.break_off -= 1
+            while hub.stall:
+                time.sleep(0.05)
+            self.close_connection = True
+            return self.connection.close()
+        self.wfile.write(data)
+
+    def refuse(self, status, code):
+        self.send_response(status)
+        self.send_header('X-Error-Code', code)
+        self.send_header('X-Error-Message', 'no')
+        self.send_header('Content-Length', '0')
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    """{repository: transformers' model}, and the folder in which they lie for the hub."""
+    from safetensors.torch import save_file
+    root, made = tmp_path_factory.mktemp('hub'), {}
+    for seed, repo in enumerate(('someone/one', 'someone/shards', 'openai-community/gpt2',
+                                 'someone/private', 'someone/pickle', 'someone/llama',
+                                 'someone/large')):
+        torch.manual_seed(seed)
+        shape = SHAPE | ({'n_embd': 640} if 'large' in repo else {})    # 40 MB: read by 10 MB
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+        folder = root / repo
+        model.save_pretrained(folder, max_shard_size='60KB' if 'shards' in repo else '5GB')
+        (folder / 'tokenizer.json').write_text(tokenizer.to_json(BYTES))
+        made[repo] = model
+    bare = {name.removeprefix('transformer.'): p.contiguous()       # as OpenAI's files are
+            for name, p in made['openai-community/gpt2'].state_dict().items() if 'lm_' not in name}
+    for i in range(2):
+        bare[f'h.{i}.attn.bias'] = torch.ones(1, 1, 32, 32).tril()
+    save_file(bare, root / 'openai-community/gpt2/model.safetensors')
+    (root / 'someone/pickle/model.safetensors').rename(root / 'someone/pickle/pytorch_model.bin')
+    config = root / 'someone/llama/config.json'
+    config.write_text(json.dumps(json.loads(config.read_text()) | {'model_type': 'llama'}))
+    return root, made
+
+
+@pytest.fixture
+def hub(models, tmp_path):
+    with Hub(models[0]) as server:
+        server.env = {**os.environ, 'HF_ENDPOINT': server.url, 'HF_HOME': str(tmp_path / 'home'),
+                      'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
+        yield server
+        server.stall = False
+        server.shutdown()
+
+
+LOAD = '''
+import json, sys, torch, checkpoints
+found = {}
+for name in sys.argv[1:]:
+    try:
+        model, encoding = checkpoints.load_model(name)
+        found[name] = [model(torch.arange(9)[None])[0, -1].tolist(), encoding.n_vocab]
+    except ValueError as error:
+        found[name] = str(error)
+print(json.dumps(found), 'transformers' in sys.modules)
+'''
+
+
+def load(hub, *names, **env):
+    """{name: its logits after 0 … 8, or the error} as a new process finds them."""
+    done = subprocess.run([sys.executable, '-c', LOAD, *names], cwd=ROOT, env={**hub.env, **env},
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found, imported = done.stdout.rsplit(maxsplit=1)
+    assert imported == 'False', 'transformers was imported'
+    return json.loads(found)
+
+
+def check(model, found):
+    logits, vocab_size = found
+    expected = model(torch.arange(9)[None]).logits[0, -1]
+    torch.testing.assert_close(torch.tensor(logits), expected, rtol=1e-4, atol=1e-5)
+    assert vocab_size == 257
+
+
+def test_models_of_the_hub_are_those_of_transformers_and_stay_in_the_cache(hub, models):
+    """One file, shards with an index, OpenAI's names with masks; then again without a network."""
+    names = {'someone/one': 'someone/one', 'someone/shards': 'someone/shards',
+             'gpt2': 'openai-community/gpt2'}
+    for found in (load(hub, *names), load(hub, *names, HF_HUB_OFFLINE='1')):
+        for name, repo in names.items():
+            check(models[1][repo], found[name])
+    gets = [path for method, path, _ in hub.requests if method == 'GET' and 'safetensors' in path]
+    assert len(gets) == len(set(gets)) > 4, 'something was downloaded twice'
+
+
+def test_every_refusal_names_the_way_out(hub):
+    found = load(hub, 'someone/gated', 'someone/private', 'someone/nothing', 'openai/gpt-2',
+                 'gpt-2', 'someone/pickle', 'someone/llama', 'someone/broken', 'not a name',
+                 './nowhere', 'tests/nowhere')
+    for name, words in {
+            'someone/gated': r'accept the terms at http.*/someone/gated, and set HF_TOKEN',
+            'someone/private': r'or it is private \(then set HF_TOKEN\)$',
+            'someone/nothing': r'no such model at http://127',
+            'openai/gpt-2': 'did you mean gpt2\\?', 'gpt-2': 'did you mean gpt2\\?',
+            'someone/pickle': r'lacks config.json or model.safetensors \(pytorch_model.bin is not',
+            'someone/llama': 'not a GPT-2 that this program can run: model_type is',
+            'someone/broken': r'cannot be reached|could not be had',
+            'not a name': 'cannot be the name of a model',
+            './nowhere': 'there is no such folder$',
+            'tests/nowhere': 'there is no such folder$'}.items():
+        assert isinstance(found[name], str) and re.search(words, found[name]), found[name]
+        assert found[name].count('\n') == 0
+    assert not any(method == 'GET' and 'llama' in path and 'safetensors' in path
+                   for method, path, _ in hub.requests), 'weights that cannot be used were fetched'
+
+
+@pytest.mark.slow
+def test_a_token_opens_a_private_model(hub, models):
+    check(models[1]['someone/private'],
+          load(hub, 'someone/private', HF_TOKEN='secret')['someone/private'])
+
+
+def test_without_a_hub_the_error_says_what_to_do(hub):
+    found = load(hub, 'gpt2', 'openai-community/gpt-2', HF_HUB_OFFLINE='1')
+    assert re.search('HF_HUB_OFFLINE is set. Run this once with a network, name a mirror in '
+                     'HF_ENDPOINT, or give a folder that holds config.json', found['gpt2'])
+    assert 'did you mean gpt2?' in found['openai-community/gpt-2']
+    found = load(hub, 'gpt2', HF_ENDPOINT='http://127.0.0.1:9')
+    assert 'http://127.0.0.1:9 cannot be reached' in found['gpt2']
+
+
+@pytest.mark.slow
+def test_a_download_that_breaks_off_goes_on_where_it_was(hub, models):
+    hub.break_off = 2
+    check(models[1]['someone/large'], load(hub, 'someone/large')['someone/large'])
+    ranges = [given for method, path, given in hub.requests
+              if method == 'GET' and 'safetensors' in path]
+    assert ranges == [None, 'bytes=10485760-', 'bytes=20971520-']
+
+
+@pytest.mark.slow
+def test_a_download_that_is_killed_leaves_nothing_that_looks_whole(hub, models):
+    hub.stall = True
+    process = subprocess.Popen([sys.executable, '-c', LOAD, 'someone/one'], cwd=ROOT, env=hub.env)
+    deadline = time.monotonic() + 60
+    while not any('safetensors' in path and method == 'GET' for method, path, _ in hub.requests):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    hub.stall, hub.break_off = False, 0
+    found = load(hub, 'someone/one', HF_HUB_OFFLINE='1')['someone/one']
+    assert 'it is not (whole) in the cache' in found
+    check(models[1]['someone/one'], load(hub, 'someone/one')['someone/one'])
+
+
+@pytest.mark.slow
+def test_fine_tuning_from_download_to_sample(hub, tmp_path):
+    """The README's path on a small model: prepare, fine-tune from the hub with a shorter block,
+    go on, sample; the last is offline."""
+    text, data = tmp_path / 'verse.txt', tmp_path / 'data'
+    text.write_text('To be, or not to be, that is the question.\n' * 60)
+    script('data/prepare.py', f'--data_dir={data}', '--tokenizer=bytes', text, env=hub.env)
+    command = ['train.py', 'config/finetune.py', '--init_from=gpt2', '--dataset=verse',
+               f'--data_dir={data}', f'--out_dir={tmp_path}/run', '--block_size=16',
+               '--batch_size=4', '--total_batch_size=64', '--device=cpu', '--learning_rate=3e-3',
+               '--warmup_iters=0']
+    first = script(*command, '--max_iters=10', env=hub.env).stdout
+    assert 'a new run' in first and 'reads 16 tokens at a time' in first
+    again = script(*command, '--max_iters=40', env={**hub.env, 'HF_HUB_OFFLINE': '1'}).stdout
+    assert 'going on from' in again
+    losses = [float(loss) for loss in re.findall(r'val_loss (\d+\.\d+)', first + again)]
+    assert losses[0] > 5 and losses[-1] < 3
+    assert f'--model={tmp_path}/run' in again and 'the best' in again
+    done = script('sample.py', f'--model={tmp_path}/run', '-p', 'To be', '-m', '60',
+                  '--temperature=0', '--device=cpu', env={**hub.env, 'HF_HUB_OFFLINE': '1'})
+    assert done.stdout.startswith('To be') and len(done.stdout) > 60
