@@ -29,8 +29,8 @@ from model import GPT, SIZES, GPTConfig
 HERE = Path(__file__).resolve().parent
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
-NOT_READ = (' ({} is not read, since pickles can run programs: load it with transformers once, '
-            'where you trust it, and save_pretrained() writes safetensors)')
+NOT_READ = ('; pytorch_model.bin is not read, since a pickle can run programs: load it once with '
+            'transformers, if you trust it, whose save_pretrained() writes safetensors')
 HUB_NAMES = {**{name: f'openai-community/{name}' for name in SIZES},
              'distilgpt2': 'distilbert/distilgpt2'}
 
@@ -63,6 +63,7 @@ def from_hugging_face(model, tensors):
         p = missing.pop(name)
         tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
         rows = model.config.vocab_size if name == 'wte.weight' else len(p)
+        tensor = tensor[:rows] if name == 'wte.weight' else tensor  # some pad it in the file
         if tensor.shape != p[:rows].shape:
             raise ValueError(f'{name}: the file holds {tuple(tensor.shape)}, '
                              f'config.json promises {tuple(p[:rows].shape)}')
@@ -140,10 +141,8 @@ def weight_files(folder):
     if not index.exists() and whole.exists():
         return [whole]
     if not index.exists():
-        others = sorted(path.name for path in Path(folder).iterdir()
-                        if path.suffix in ('.bin', '.pt', '.ckpt', '.safetensors', '.h5'))
-        raise ValueError(f"{folder}: there is no {WEIGHTS} here{NOT_READ.format(', '.join(others))}"
-                         if others else f'{folder}: there are no weights here ({WEIGHTS})')
+        is_pickled = any(Path(folder).glob('*.bin'))
+        raise ValueError(f'{folder}: there are no weights here ({WEIGHTS}){NOT_READ * is_pickled}')
     files = [Path(folder) / name for name in shard_names(index)]
     if missing := [file.name for file in files if not file.exists()]:
         raise ValueError(f"{folder}: half of it is missing: {INDEX} names {', '.join(missing)}, "
@@ -159,13 +158,16 @@ def shard_names(index):
 
 
 def load_encoding(folder, vocab_size):
-    """The tiktoken.Encoding of the model in `folder`."""
-    path = Path(folder) / 'tokenizer.json'
-    if path.exists():
-        return tokenizer.load(path)
-    if vocab_size == SIZES['gpt2'].vocab_size:
-        return tokenizer.gpt2()
-    raise ValueError(f'{folder}: there is no tokenizer.json')
+    """The tiktoken.Encoding of the model in `folder`, of which it has vocab_size rows: as many as
+    there are tokens, or some more for padding, which are left out."""
+    path, gpt2 = Path(folder) / 'tokenizer.json', SIZES['gpt2']
+    if not path.exists() and not gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
+        raise ValueError(f'{folder}: there is no tokenizer.json')
+    encoding = tokenizer.load(path) if path.exists() else tokenizer.gpt2()
+    if encoding.n_vocab > vocab_size:
+        raise ValueError(f'{folder}: its tokenizer.json has {encoding.n_vocab:,} tokens, the model '
+                         f'knows {vocab_size:,}')
+    return encoding
 
 
 def load_model(name, device='cpu', dropout=0.0, dtype=torch.float32):
@@ -174,11 +176,14 @@ def load_model(name, device='cpu', dropout=0.0, dtype=torch.float32):
     The weights are read into the model tensor by tensor: there is never a second one in memory.
     """
     folder = find(name)
+    config = read_config(folder)
+    encoding = load_encoding(folder, config.vocab_size)
+    config = replace(config, dropout=dropout, vocab_size=encoding.n_vocab)
     with torch.device('meta'):                                      # no memory, no random numbers
-        model = GPT(replace(read_config(folder), dropout=dropout))
+        model = GPT(config)
     model.to(dtype).to_empty(device=device)
     load_weights(model, folder)
-    return model.eval(), load_encoding(folder, model.config.vocab_size)
+    return model.eval(), encoding
 
 
 def find(name):
@@ -245,8 +250,7 @@ def what_to_do(repo, error):
     if isinstance(error, errors.HFValidationError):
         return f'there is no such folder, and it cannot be the name of a model on the hub{hint}'
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return (f'the hub has this, but not as a GPT-2 to be read here: it lacks config.json or '
-                f"{WEIGHTS}{NOT_READ.format('pytorch_model.bin')}")
+        return f'the hub has no config.json or no {WEIGHTS} of it{NOT_READ}'
     if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
         why = ('HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else
                f'{constants.ENDPOINT} cannot be reached')

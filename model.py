@@ -148,6 +148,8 @@ class GPT(nn.Module):
         of the block for each quarter of it that is written.
         """
         B, T = ids.shape
+        if T == 0 or lengths is not None and lengths.min() < 1:
+            raise ValueError('a prompt without tokens; <|endoftext|> begins a text from nothing')
         start = ids.new_zeros(B) if lengths is None else T - lengths        # of each row's window
         generators = seed is not None and [torch.Generator().manual_seed(seed + b)
                                            for b in range(B)]
@@ -319,9 +321,12 @@ def pack(model):
     """Rearrange the weights of `model`, in place, for fast inference on a CPU, where F.linear does
     so at every call; a model that is packed can neither be trained nor saved.
 
-    Needs torch with oneDNN; without it, and on other devices, nothing is done.
+    Nothing is done on other devices, without oneDNN, or in a dtype that it has not on this CPU.
     """
-    if model.wte.weight.device.type != 'cpu' or not torch.backends.mkldnn.is_available():
+    weight, onednn = model.wte.weight, torch.backends.mkldnn.is_available()
+    if weight.device.type != 'cpu' or not onednn or not (
+            weight.dtype == torch.float32 or weight.dtype == torch.bfloat16
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return model
     for module in [module for block in model.h for module in (block.attn, block.mlp)]:
         for name, linear in list(module.named_children()):

@@ -353,7 +353,7 @@ def start(cfg, world, encoding, say):
     fine_tune = cfg.init_from not in ('auto', 'scratch', 'resume')
     torch.manual_seed(cfg.seed)
     if folder:
-        model, saved = load_checked(folder, encoding, cfg), checkpoints.load_training(folder)
+        model, saved = load_checked(folder, encoding, cfg, world), checkpoints.load_training(folder)
         if not fine_tune:                                           # else the shape is init_from's
             check_shape(model.config, shape, folder)
         changed = [f'{key} {saved["settings"].get(key)!r} -> {value!r}'
@@ -361,7 +361,7 @@ def start(cfg, world, encoding, say):
         say(f'going on from {folder}' + (f"; changed: {', '.join(changed)}" if changed else ''))
     elif fine_tune:
         source = distributed.on_main(world, checkpoints.find, cfg.init_from)
-        model, saved = load_checked(source, encoding, cfg), {}
+        model, saved = load_checked(source, encoding, cfg, world), {}
         crop_block(model, cfg.block_size)
         say(f'a new run in {cfg.out_dir}, from the weights in {source}; '
             f'it reads {cfg.block_size} tokens at a time')
@@ -371,9 +371,9 @@ def start(cfg, world, encoding, say):
     return model, saved
 
 
-def load_checked(folder, encoding, cfg):
+def load_checked(folder, encoding, cfg, world):
     """The model in `folder`, whose tokenizer must be that of the data set."""
-    model, theirs = checkpoints.load_model(folder, dropout=cfg.dropout)
+    model, theirs = checkpoints.load_model(folder, world.device, dropout=cfg.dropout)
     if tokenizer.fingerprint(theirs) != tokenizer.fingerprint(encoding):
         raise ValueError(f'{folder} was trained on tokens of {theirs.name} ({theirs.n_vocab:,}), '
                          f'the data set {cfg.dataset} holds those of another tokenizer, '

@@ -2,9 +2,13 @@
 
 import json
 import pickle
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 
 import checkpoints
 import tokenizer
@@ -55,6 +59,77 @@ def test_files_of_transformers_are_read_with_and_without_prefix(tmp_path):
         ids = torch.arange(16)[None]
         torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
         assert tokenizer.fingerprint(encoding) == tokenizer.fingerprint(BYTES)
+
+
+def test_a_padded_vocabulary_is_cut_to_the_tokens(tmp_path):
+    """Some save 50,304 rows for 50,257 tokens; ids beyond the tokenizer's would not decode."""
+    transformers = pytest.importorskip('transformers')
+    config = transformers.GPT2Config(**checkpoints.config_json(CONFIG, 0) | {'vocab_size': 300})
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='there is no tokenizer.json'):
+        checkpoints.load_model(tmp_path)
+    (tmp_path / 'tokenizer.json').write_text(tokenizer.to_json(BYTES))
+    model, encoding = checkpoints.load_model(tmp_path)
+    ids = torch.arange(16)[None]
+    assert model.config.vocab_size == 257 == encoding.n_vocab
+    torch.testing.assert_close(model(ids), theirs(ids).logits[..., :257], rtol=1e-4, atol=1e-5)
+    larger = tokenizer.build('bpe:310', lambda: ['a text of some length, more or less ' * 9])
+    assert larger.n_vocab > 257
+    (tmp_path / 'tokenizer.json').write_text(tokenizer.to_json(larger))
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(config | {'vocab_size': 257}))
+    with pytest.raises(ValueError, match=r'its tokenizer.json has \d+ tokens, the model knows 257'):
+        checkpoints.load_model(tmp_path)
+
+
+@pytest.mark.parametrize('content, words', [
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n', 'git lfs pull'),
+    (b'x' * 100, 'damaged or only half there'), (None, 'pytorch_model.bin is not read')])
+def test_weights_that_are_not_all_there_say_how_to_get_them(tmp_path, content, words):
+    _, folder = save(tmp_path)
+    folder = folder.rename(tmp_path / 'model')
+    (folder / 'manifest.json').unlink()
+    (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+    if content:
+        (folder / 'model.safetensors').write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        checkpoints.load_model(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    config = transformers.GPT2Config(**checkpoints.config_json(CONFIG, 0))
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path, max_shard_size='60KB')
+    (tmp_path / 'tokenizer.json').write_text(tokenizer.to_json(BYTES))
+    shards = sorted(tmp_path.glob('*.safetensors'))
+    assert len(shards) > 1 and checkpoints.load_model(tmp_path)
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=f'half of it is missing: .* names {shards[1].name}'):
+        checkpoints.load_model(tmp_path)
+    (tmp_path / 'model.safetensors.index.json').write_text('{"weight_map"')
+    with pytest.raises(ValueError, match='index.json is damaged'):
+        checkpoints.load_model(tmp_path)
+
+
+def test_the_weights_are_never_twice_in_memory(tmp_path):
+    """A new process loads 300 MB of weights, of which the largest takes 17; its peak is read off."""
+    config = GPTConfig(block_size=16, vocab_size=257, n_layer=6, n_head=2, n_embd=1024)
+    _, folder = save(tmp_path, config=replace(config, n_layer=1))
+    code = """
+import resource, sys, torch, checkpoints
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+checkpoints.load_model(sys.argv[1])                     # whatever loading takes at its first time
+before = peak()
+model, _ = checkpoints.load_model(sys.argv[2])
+weights = sum(p.numel() for p in model.parameters()) * 4 / 1e6
+print(weights, peak() - before)
+"""
+    _, large = save(tmp_path, 2, config=config)
+    done = subprocess.run([sys.executable, '-c', code, folder, large], cwd=ROOT, check=True,
+                          capture_output=True, text=True)
+    weights, grown = map(float, done.stdout.split())
+    assert weights > 300 and grown < weights + 40, (weights, grown)
 
 
 @pytest.mark.parametrize('change, words', [

@@ -186,7 +186,7 @@ def test_every_refusal_names_the_way_out(hub):
             'someone/private': r'or it is private \(then set HF_TOKEN\)$',
             'someone/nothing': r'no such model at http://127',
             'openai/gpt-2': 'did you mean gpt2\\?', 'gpt-2': 'did you mean gpt2\\?',
-            'someone/pickle': r'lacks config.json or model.safetensors \(pytorch_model.bin is not',
+            'someone/pickle': 'no model.safetensors of it; pytorch_model.bin is not read',
             'someone/llama': 'not a GPT-2 that this program can run: model_type is',
             'someone/broken': r'cannot be reached|could not be had',
             'not a name': 'cannot be the name of a model',

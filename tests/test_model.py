@@ -255,20 +255,36 @@ def test_generation_goes_on_past_the_block_and_repeats_with_its_seed():
     assert not torch.equal(net.generate(ids, 30), net.generate(ids, 30))
 
 
-@pytest.mark.parametrize('top_k, top_p, kept', [
-    (0, 1.0, [0, 1, 2, 3]), (2, 1.0, [0, 1]), (0, 0.75, [0, 1]), (0, 0.85, [0, 1, 2]),
-    (3, 0.5, [0]), (0, 0.01, [0])])
-def test_samples_follow_the_distribution_that_is_left(top_k, top_p, kept):
-    """Frequencies of 20,000 draws against the renormalised probabilities,
-    within five standard errors."""
+@pytest.mark.parametrize('seed', [None, 11])
+@pytest.mark.parametrize('temperature, top_k, top_p', [
+    (1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 7, 1.0), (1.5, 0, 0.8), (1.3, 20, 0.6), (1.0, 1, 1.0)])
+def test_samples_follow_the_distribution_that_is_left(temperature, top_k, top_p, seed):
+    """20,000 rows generate one token each: chi-square against probabilities computed by hand.
+
+    With a seed every row has a generator of its own, seeded by consecutive numbers.
+    """
     torch.manual_seed(0)
-    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    n = 20_000
-    ids = sample(probs.log().expand(n, 4), 1.0, top_k, top_p)
-    left = torch.zeros(4)
-    left[kept] = probs[kept] / probs[kept].sum()
-    frequency = torch.bincount(ids, minlength=4) / n
-    assert ((frequency - left).abs() <= 5 * (left * (1 - left) / n).sqrt()).all()
+    net, ids, n = pair(TINY, std=0.3)[0], random_ids(TINY, 1, 5), 20_000
+    found = net.generate(ids.expand(n, 5), 1, temperature=temperature, top_k=top_k, top_p=top_p,
+                         seed=seed)[:, 5]
+    weights = (net(ids)[0, -1].double() / temperature).exp()
+    order = weights.argsort(descending=True).tolist()[:top_k or None]
+    kept, total = [], sum(weights[i] for i in order)
+    while sum(weights[i] for i in kept) < top_p * total and len(kept) < len(order):
+        kept.append(order[len(kept)])
+    expected = n * weights[kept] / weights[kept].sum()
+    counts = torch.bincount(found, minlength=TINY.vocab_size)
+    assert counts[kept].sum() == n, 'a token that was cut off was drawn'
+    statistic = ((counts[kept] - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(kept) - 1) / 2).double()
+    assert len(kept) == 1 or torch.special.gammaincc(freedom, statistic / 2) > 1e-4
+
+
+def test_top_p_keeps_the_fewest_that_suffice():
+    probs, n = torch.tensor([0.5, 0.3, 0.15, 0.05]), 1000
+    for top_k, top_p, kept in ((2, 1.0, {0, 1}), (0, 0.75, {0, 1}), (0, 0.85, {0, 1, 2}),
+                               (3, 0.5, {0}), (0, 0.01, {0})):
+        assert set(sample(probs.log().expand(n, 4), 1.0, top_k, top_p).tolist()) == kept
 
 
 def test_temperature():
@@ -292,6 +308,8 @@ def test_refusals():
         GPT(replace(TINY, n_head=5))
     with pytest.raises(ValueError, match='17 tokens are more than the block of 16'):
         GPT(TINY)(random_ids(TINY, 1, 17))
+    with pytest.raises(ValueError, match='a prompt without tokens'):
+        GPT(TINY).generate(random_ids(TINY, 2, 0), 3)
     with pytest.raises(ValueError, match='block_size=32 is more than'):
         crop_block(GPT(TINY), 32)
 
