@@ -171,11 +171,15 @@ def load_encoding(folder, vocab_size):
 
 
 def load_model(name, device='cpu', dropout=0.0, dtype=torch.float32):
-    """(model, encoding) of the model called `name` (see find), on `device`, in eval mode.
+    """(model, encoding) of the model called `name` (see find), on `device`, in eval mode."""
+    return load_folder(find(name), device, dropout, dtype)
+
+
+def load_folder(folder, device='cpu', dropout=0.0, dtype=torch.float32):
+    """load_model() of a folder that find() gave.
 
     The weights are read into the model tensor by tensor: there is never a second one in memory.
     """
-    folder = find(name)
     config = read_config(folder)
     encoding = load_encoding(folder, config.vocab_size)
     config = replace(config, dropout=dropout, vocab_size=encoding.n_vocab)
@@ -371,11 +375,11 @@ def best_step(out_dir):
 
 
 def newest_of_all():
-    """The run under out/ that saved a whole checkpoint last, else checkpoint/, else None."""
+    """The run under out/ that saved a checkpoint last, else checkpoint/, else None."""
     saved = sorted(Path('out').rglob('step_*/manifest.json'), key=lambda path: path.stat().st_mtime)
-    runs = (path.parent.parent for path in reversed(saved) if not problem(path.parent))
     committed = HERE / 'checkpoint'
-    return next(runs, committed if (committed / 'config.json').exists() else None)
+    return (saved[-1].parent.parent if saved else
+            committed if (committed / 'config.json').exists() else None)
 
 
 def problem(folder):

@@ -164,7 +164,7 @@ class GPT(nn.Module):
             else:
                 new_ids = ids[:, -1:]
             places = padding(start - low, cache.length, new_ids.size(1)) if padded else {}
-            with plain_products(new_ids, self.wte.weight):
+            with plain_products(new_ids, self.wte.weight), torch.inference_mode():
                 logits = self.next_logits(self.hidden(new_ids, cache=cache, **places)[:, -1])
             next_ids = sample(logits, temperature, top_k, top_p, generators)
             if stop:
@@ -252,16 +252,17 @@ class Cache:
         c, weight = gpt.config, gpt.wte.weight
         shape = (c.n_layer, B, c.n_head, size, c.n_embd // c.n_head)
         dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=weight.device)
+        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=weight.device).unbind()
                                   for _ in range(2))
         self.length = 0
 
     def add(self, i, k, v):
         """Keep k and v (B, nh, T, hs) of layer i; all of its keys and values (B, nh, K, hs)."""
-        end = self.length + k.size(2)
-        self.keys[i, :, :, self.length:end] = k
-        self.values[i, :, :, self.length:end] = v
-        return (self.keys[i, :, :, :end], self.values[i, :, :, :end]) if self.length else (k, v)
+        both, T = ((self.keys[i], k), (self.values[i], v)), k.size(2)
+        for memory, new in both:
+            memory.narrow(2, self.length, T).copy_(new)
+        return [memory.narrow(2, 0, self.length + T) if self.length else new
+                for memory, new in both]
 
 
 def left_pad(prompts):

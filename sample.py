@@ -81,7 +81,7 @@ def load(name, device, dtype):
     name = name or checkpoints.newest_of_all()
     if name:
         folder = checkpoints.find(name)
-        return *checkpoints.load_model(folder, device, dtype=dtype), folder
+        return *checkpoints.load_folder(folder, device, dtype=dtype), folder
     torch.manual_seed(0)
     encoding = tokenizer.byte_pairs('bytes', [])
     config = GPTConfig(block_size=256, vocab_size=encoding.n_vocab, n_layer=2, n_head=2, n_embd=64)
@@ -117,6 +117,8 @@ def converse(cfg, gpt, encoding, text):
             text = write(cfg, gpt, encoding, text)
         except KeyboardInterrupt:
             print()
+        except ValueError as error:                     # a character the model does not know
+            print(error, file=sys.stderr)
 
 
 def write(cfg, gpt, encoding, text):

@@ -3,7 +3,7 @@
 #
 # Fine-tune GPT-2 on Shakespeare: 32,768 tokens an update, so 9 updates are an epoch. --init_from
 # takes gpt2 to gpt2-xl, a Hugging Face name or folder, or a run of ours; the data set must have
-# that model's tokenizer. Not yet measured with GPT-2's weights; docs/benchmarks.md has a smaller one.
+# that model's tokenizer. With GPT-2's weights not yet measured; docs/benchmarks.md has a small run.
 out_dir = 'out/finetune'
 init_from = 'gpt2'
 dataset = 'shakespeare'

@@ -113,7 +113,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def test_the_weights_are_never_twice_in_memory(tmp_path):
-    """A new process loads 300 MB of weights, of which the largest takes 17; its peak is read off."""
+    """A new process loads 300 MB, the largest tensor of 17 MB; its peak is read off."""
     config = GPTConfig(block_size=16, vocab_size=257, n_layer=6, n_head=2, n_embd=1024)
     _, folder = save(tmp_path, config=replace(config, n_layer=1))
     code = """
