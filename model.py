@@ -250,10 +250,10 @@ class Cache:
 
     def __init__(self, gpt, B, size):
         c, weight = gpt.config, gpt.wte.weight
-        shape = (c.n_layer, B, c.n_head, size, c.n_embd // c.n_head)
+        shape = (B, c.n_head, size, c.n_embd // c.n_head)
         dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=weight.device).unbind()
-                                  for _ in range(2))
+        self.keys, self.values = ([torch.empty(shape, dtype=dtype, device=weight.device)
+                                   for _ in range(c.n_layer)] for _ in range(2))
         self.length = 0
 
     def add(self, i, k, v):
