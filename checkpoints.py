@@ -214,29 +214,39 @@ def find(name):
 
 
 def from_hub(repo):
-    """The folder, in the Hugging Face cache, of the model `repo` on the hub; what is not there yet
-    is downloaded. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE do what they always do."""
-    from huggingface_hub import errors, hf_hub_download
+    """The folder, in the Hugging Face cache, of the model `repo` on the hub.
+
+    What is whole in the cache is taken as it is, without a network; else it is downloaded, or the
+    download goes on. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE do what they always do.
+    """
+    from huggingface_hub import errors
     try:
-        folder = Path(hf_hub_download(repo, 'config.json')).parent
-        read_config(folder)                             # refused before its weights are downloaded
-        fetch = partial(hf_hub_download, repo, revision=folder.name)
-        try:
-            fetch(WEIGHTS)
-        except errors.EntryNotFoundError as error:
-            try:
-                index = Path(fetch(INDEX))
-            except errors.EntryNotFoundError:
-                raise error from None
-            for name in shard_names(index):
-                fetch(name)
-        with suppress(errors.EntryNotFoundError):       # load_encoding says when that matters
-            fetch('tokenizer.json')
-        return folder
+        with suppress(errors.LocalEntryNotFoundError):
+            return hub_files(repo, local_files_only=True)
+        return hub_files(repo)
     except Exception as error:                          # each way to fail has a class of its own
         if type(error) is ValueError:
             raise                                       # ours
         raise ValueError(f'{repo}: {what_to_do(repo, error)}') from None
+
+
+def hub_files(repo, **how):
+    from huggingface_hub import errors, hf_hub_download
+    folder = Path(hf_hub_download(repo, 'config.json', **how)).parent
+    read_config(folder)                                 # refused before its weights are downloaded
+    fetch = partial(hf_hub_download, repo, revision=folder.name, **how)
+    with suppress(errors.EntryNotFoundError):           # load_encoding says when that matters
+        fetch('tokenizer.json')
+    try:
+        fetch(WEIGHTS)
+    except errors.EntryNotFoundError as error:
+        try:
+            index = Path(fetch(INDEX))
+        except errors.EntryNotFoundError:
+            raise error from None
+        for name in shard_names(index):
+            fetch(name)
+    return folder
 
 
 def what_to_do(repo, error):

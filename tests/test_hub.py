@@ -137,7 +137,8 @@ def hub(models, tmp_path):
 
 
 LOAD = '''
-import json, sys, torch, checkpoints
+import json, sys, time, torch, checkpoints
+time.sleep = lambda seconds: None           # the client waits half a minute between its trials
 found = {}
 for name in sys.argv[1:]:
     try:
@@ -175,6 +176,9 @@ def test_models_of_the_hub_are_those_of_transformers_and_stay_in_the_cache(hub, 
             check(models[1][repo], found[name])
     gets = [path for method, path, _ in hub.requests if method == 'GET' and 'safetensors' in path]
     assert len(gets) == len(set(gets)) > 4, 'something was downloaded twice'
+    hub.requests.clear()
+    check(models[1]['someone/one'], load(hub, 'someone/one')['someone/one'])
+    assert not any('someone/one' in path for _, path, _ in hub.requests), 'the cache was not used'
 
 
 def test_every_refusal_names_the_way_out(hub):
