@@ -167,7 +167,8 @@ def test_a_tokenizer_is_not_trained_on_validation_text(tmp_path):
     assert val and marked and not any(b'zq' in token for token in tokenizer.token_bytes(enc))
 
 
-@pytest.mark.parametrize('delay', [0.0, 0.15, 0.4])
+@pytest.mark.parametrize('delay', [0.15, *(pytest.param(delay, marks=pytest.mark.slow)
+                                           for delay in (0.0, 0.4))])
 def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, delay):
     source = write_jsonl(tmp_path / 'a.jsonl',
                          [f'{i} ' + 'lorem ipsum dolor ' * 50 for i in range(3000)])

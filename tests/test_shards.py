@@ -129,6 +129,7 @@ def test_a_data_set_smaller_than_one_update(tmp_path):
         TokenBatches(tokens(tmp_path, 25), 26, seed=0)
 
 
+@pytest.mark.slow
 def test_reading_needs_no_memory_that_grows_with_the_corpus(tmp_path):
     """200 MB of (sparse) shards read in a random order: peak memory grows by less than 20 MB."""
     write(tmp_path / 'd', [0] * 8)

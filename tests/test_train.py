@@ -201,9 +201,10 @@ def test_a_gpu_has_the_peak_of_its_data_sheet_or_none():
 
 # Where it goes on.
 
-@pytest.mark.parametrize('changes', [
-    {}, {'optimizer': 'muon'}, {'dtype': 'bfloat16'}, {'dtype': 'float16'},
-    {'schedule': 'wsd', 'cooldown_iters': 4}], ids=str)
+@pytest.mark.parametrize('changes', [{}, {'optimizer': 'muon'}, *(
+    pytest.param(changes, marks=pytest.mark.slow) for changes in (
+        {'dtype': 'bfloat16'}, {'dtype': 'float16'}, {'schedule': 'wsd', 'cooldown_iters': 4}))],
+    ids=str)
 def test_a_resumed_run_equals_one_that_never_stopped_to_the_last_bit(
         config, tmp_path, stories, changes):
     """Dropout on; 12 updates of 64 sequences pass the end of the epoch several times."""
@@ -226,8 +227,9 @@ def test_micro_batches_and_their_number_change_nothing_but_rounding(config, tmp_
     assert losses(tmp_path / 'b') == pytest.approx(losses(tmp_path / 'run'), rel=1e-5)
 
 
-@pytest.mark.parametrize('damage', [
-    'truncated', 'flipped', 'no manifest', 'manifest is not json', 'half written'])
+@pytest.mark.parametrize('damage', ['truncated', 'flipped', *(
+    pytest.param(damage, marks=pytest.mark.slow)
+    for damage in ('no manifest', 'manifest is not json', 'half written'))])
 def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(
         config, tmp_path, damage, capsys):
     train.main(config())
