@@ -12,6 +12,7 @@ The only reader and writer of checkpoints. A checkpoint is a Hugging Face model 
 import hashlib
 import json
 import os
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -94,6 +95,8 @@ def read_config(folder):
         facts = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8'))
     except ValueError as error:
         raise ValueError(f'{folder}/config.json is damaged ({error})') from None
+    if not isinstance(facts, dict):
+        raise ValueError(f'{folder}/config.json is damaged (it holds no settings)')
     expected = {'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
                 'n_inner': [None, 4 * facts.get('n_embd', 0)], 'tie_word_embeddings': [True],
                 'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
@@ -138,7 +141,7 @@ def load_weights(model, folder):
 def weight_files(folder):
     """The files that hold the weights in `folder`; ValueError names what is missing."""
     index, whole = Path(folder) / INDEX, Path(folder) / WEIGHTS
-    if not index.exists() and whole.exists():
+    if whole.exists():
         return [whole]
     if not index.exists():
         is_pickled = any(Path(folder).glob('*.bin'))
@@ -161,11 +164,17 @@ def load_encoding(folder, vocab_size):
     """The tiktoken.Encoding of the model in `folder`, of which it has vocab_size rows: as many as
     there are tokens, or some more for padding, which are left out."""
     path, gpt2 = Path(folder) / 'tokenizer.json', SIZES['gpt2']
-    if not path.exists() and not gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
-        raise ValueError(f'{folder}: there is no tokenizer.json')
-    encoding = tokenizer.load(path) if path.exists() else tokenizer.gpt2()
+    if path.exists():
+        encoding = tokenizer.load(path)
+    elif (path.parent / 'vocab.json').exists():                     # as older models have it
+        encoding = tokenizer.load_pair(path.parent / 'vocab.json', path.parent / 'merges.txt')
+    elif gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
+        encoding = tokenizer.gpt2()
+    else:
+        raise ValueError(f'{folder}: there is no tokenizer.json, nor vocab.json and merges.txt; '
+                         f"put the model's there (save_pretrained() of its tokenizer writes them)")
     if encoding.n_vocab > vocab_size:
-        raise ValueError(f'{folder}: its tokenizer.json has {encoding.n_vocab:,} tokens, the model '
+        raise ValueError(f'{folder}: its tokenizer has {encoding.n_vocab:,} tokens, the model '
                          f'knows {vocab_size:,}')
     return encoding
 
@@ -196,19 +205,23 @@ def find(name):
 
     Raises ValueError when there is none, saying what to do.
     """
-    name, folder = str(name), Path(name)
+    name, folder = str(name), Path(name).expanduser()
     if (folder / 'config.json').exists():
-        ours = folder.name.startswith('step_') or (folder / 'manifest.json').exists()
+        ours = re.fullmatch(r'step_\d{7,}', folder.name) or (folder / 'manifest.json').exists()
         if ours and (wrong := problem(folder)):
             raise ValueError(f'{folder}: {wrong}; an earlier step of the run may be whole')
         return folder
     if folder.is_dir():
         found = best_step(folder) or newest_step(folder)[0]
         if found is None:
-            raise ValueError(f'{folder}: there is no checkpoint in this folder')
+            raise ValueError(f'{folder}: there is no checkpoint in this folder, '
+                             f'and no config.json of a model')
         return found
-    if name.startswith(('.', '/', '~')) or name.count('/') > 1 or '/' in name and (
-            folder.parent.exists()):
+    if folder.is_file():
+        raise ValueError(f'{name}: is a file, expected the folder of a model')
+    first, *others = folder.parts or ('',)
+    if first in ('.', '..', '/', 'out') or name.startswith(('.', '~')) or len(others) > 1 or (
+            others and Path(first).exists()):
         raise ValueError(f'{name}: there is no such folder')
     return from_hub(HUB_NAMES.get(name, name))
 
@@ -227,16 +240,24 @@ def from_hub(repo):
     except Exception as error:                          # each way to fail has a class of its own
         if type(error) is ValueError:
             raise                                       # ours
-        raise ValueError(f'{repo}: {what_to_do(repo, error)}') from None
+        near = [] if repo in HUB_NAMES.values() else get_close_matches(
+            repo.split('/')[-1], HUB_NAMES, 1)
+        hint = f'. Did you mean {near[0]}?' if near else ''
+        raise ValueError(f'{repo}: {what_to_do(repo, error)}{hint}') from None
 
 
 def hub_files(repo, **how):
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
     folder = Path(hf_hub_download(repo, 'config.json', **how)).parent
     read_config(folder)                                 # refused before its weights are downloaded
     fetch = partial(hf_hub_download, repo, revision=folder.name, **how)
-    with suppress(errors.EntryNotFoundError):           # load_encoding says when that matters
-        fetch('tokenizer.json')
+    for wanted in (['tokenizer.json'], ['vocab.json', 'merges.txt']):
+        if None in (known := [try_to_load_from_cache(repo, name, revision=folder.name)
+                              for name in wanted]):     # not there, and not known to be missing
+            with suppress(errors.RemoteEntryNotFoundError):     # load_encoding says if that matters
+                known = [fetch(name) for name in wanted]
+        if all(isinstance(path, str) for path in known):
+            break
     try:
         fetch(WEIGHTS)
     except errors.EntryNotFoundError as error:
@@ -252,28 +273,25 @@ def hub_files(repo, **how):
 def what_to_do(repo, error):
     """Why a model could not be had from the hub, and the way out."""
     from huggingface_hub import constants, errors
-    name = repo.split('/')[-1]
-    near = [] if repo in HUB_NAMES.values() else get_close_matches(name, HUB_NAMES, 1)
-    hint = f'; did you mean {near[0]}?' if near else ''
     if isinstance(error, errors.GatedRepoError):
         return (f'its owner wants to know who you are: accept the terms at {constants.ENDPOINT}/'
                 f'{repo}, and set HF_TOKEN to a token of yours')
     if isinstance(error, errors.RepositoryNotFoundError):
         return (f'there is no such folder here and no such model at {constants.ENDPOINT}, '
-                f'or it is private (then set HF_TOKEN){hint}')
+                f'or it is private (then set HF_TOKEN)')
     if isinstance(error, errors.HFValidationError):
-        return f'there is no such folder, and it cannot be the name of a model on the hub{hint}'
+        return f'there is no such folder, and it cannot be the name of a model on the hub'
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return f'the hub has no config.json or no {WEIGHTS} of it{NOT_READ}'
     if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
         why = ('HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else
                f'{constants.ENDPOINT} cannot be reached')
         return (f'there is no such folder, it is not (whole) in the cache '
-                f'{constants.HF_HUB_CACHE}, and {why}{hint}. Run this once with a network, name a '
+                f'{constants.HF_HUB_CACHE}, and {why}. Run this once with a network, name a '
                 f'mirror in HF_ENDPOINT, or give a folder that holds config.json, {WEIGHTS} and '
                 f'tokenizer.json')
     reason = str(error).strip().splitlines() or ['no reason given']
-    return f'could not be had from {constants.ENDPOINT} ({type(error).__name__}: {reason[0]}){hint}'
+    return f'could not be had from {constants.ENDPOINT} ({type(error).__name__}: {reason[0]})'
 
 
 # Saving: into a temporary folder, synced to the disk, renamed.

@@ -73,10 +73,10 @@ class GPT(nn.Module):
     def hidden(self, ids, *, positions=None, mask=None, cache=None):
         """Final hidden states (B, T, C) of ids (B, T), after ln_f.
 
-        cache: a Cache; its tokens stand before `ids` in the block, which are added to it.
-        positions (T,) or (B, T): places in the block; if not given, those after the cache.
-        mask: bool, broadcast to (B, nh, T, K), True where a query (row) may see a key, of which
-            there are K = T and as many as the cache holds; causal if not given.
+        cache: a Cache, whose tokens come before these; keys and values of these are added to it.
+        positions (T,) or (B, T): places in the block; if not given, those after the cache's.
+        mask: bool, broadcast to (B, nh, T, K), True where a query (row) may see a key. K counts
+            the tokens of the cache and these. Causal if not given.
         """
         T, before = ids.size(1), cache.length if cache else 0
         if before + T > self.config.block_size:
@@ -136,25 +136,28 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, ids, max_new_tokens, *, lengths=None, temperature=1.0, top_k=0, top_p=1.0,
                seed=None, stop=()):
-        """Yield the next ids (B,) after ids (B, T), up to max_new_tokens times.
+        """Yield the next ids (B,) after ids (B, T), up to max_new_tokens times; eval() comes first.
 
         lengths (B,): row b's prompt is the last lengths[b] of its ids (see left_pad); else all.
         temperature, top_k, top_p: see sample(). seed: row b is drawn with seed + b, and so is
             the same, in float32, alone and in any batch; torch's own generator if not given.
-        stop: ids that end a row, which then repeats its own; the end of all ends the stream.
+        stop: a list of ids; one ends its row, which repeats it until all rows have ended.
 
         Past the block the window slides: when the block is full, a row drops its oldest quarter,
         and the rest is read anew from position 0. That costs a forward pass over three quarters
-        of the block for each quarter of it that is written.
+        of the block for each quarter of it that is written; rows of different lengths come to it
+        at different times, and each time all of them are read.
         """
         B, T = ids.shape
-        if T == 0 or lengths is not None and lengths.min() < 1:
-            raise ValueError('a prompt without tokens; <|endoftext|> begins a text from nothing')
-        start = ids.new_zeros(B) if lengths is None else T - lengths        # of each row's window
+        lengths = torch.as_tensor([T] * B if lengths is None else lengths, device=ids.device)
+        if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
+            raise ValueError(f'the lengths of {B} prompts: given {lengths.tolist()}, expected {B} '
+                             f'from 1 to {T}; <|endoftext|> alone begins a text from nothing')
+        start = T - lengths                                                 # of each row's window
         generators = seed is not None and [torch.Generator().manual_seed(seed + b)
                                            for b in range(B)]
         ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
-        cache, padded = None, False
+        cache = None
         for left in range(max_new_tokens, 0, -1):
             if cache is None or cache.length == self.config.block_size:     # read, or read anew
                 start = slide(start, ids.size(1), self.config.block_size)
@@ -189,7 +192,10 @@ class GPT(nn.Module):
         return logits
 
     def generate(self, ids, max_new_tokens, **options):
-        """ids (B, T) continued by the ids that stream() yields with these options: (B, T + new)."""
+        """ids (B, T), padding and all, and what stream() yields with these options: (B, T + new).
+
+        Row b's new text is [b, T:], up to its stop id.
+        """
         new = self.stream(ids, max_new_tokens, **options)
         return torch.cat((ids, *(next_ids[:, None] for next_ids in new)), dim=1)
 
@@ -266,15 +272,16 @@ class Cache:
 
 
 def left_pad(prompts):
-    """(ids (B, T), lengths (B,)) of B lists of ids: zeros stand before all but the longest."""
+    """(ids (B, T), lengths (B,)) for stream(), of B lists of ids: zeros before all but the longest.
+    """
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     rows = [[0] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts]
     return torch.tensor(rows), lengths
 
 
 def slide(start, end, block_size):
-    """Where the windows (B,) begin that began at `start`, so that those up to `end` fit the block:
-    moved by quarters of it, a row's own length alone deciding."""
+    """Where windows that began at `start` (B,) begin, if they are to reach to `end` and fit the
+    block: moved on by the fewest quarters of it."""
     quarter = max(1, block_size // 4)
     excess = (end - start - block_size).clamp(min=0)
     return start + (excess + quarter - 1) // quarter * quarter
@@ -320,7 +327,7 @@ class PackedLinear(nn.Module):
 
 def pack(model):
     """Rearrange the weights of `model`, in place, for fast inference on a CPU, where F.linear does
-    so at every call; a model that is packed can neither be trained nor saved.
+    so at every call; a packed model is not to be trained or saved, since its weights are gone.
 
     Nothing is done on other devices, without oneDNN, or in a dtype that it has not on this CPU.
     """
@@ -364,6 +371,6 @@ def crop_block(model, block_size):
     """Shorten the block of `model`, in place, by cutting off its last positions."""
     if block_size > model.config.block_size:
         raise ValueError(f'block_size={block_size} is more than '
-                         f'the {model.config.block_size} of this model')
+                         f'the {model.config.block_size} of this model; give that or less')
     model.config = replace(model.config, block_size=block_size)
     model.wpe.weight = nn.Parameter(model.wpe.weight[:block_size].detach().clone())

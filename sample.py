@@ -22,11 +22,11 @@ import checkpoints
 import tokenizer
 from configurator import run, settings
 from distributed import pick_device, pick_dtype
-from model import GPT, GPTConfig, pack
+from model import GPT, GPTConfig, pack, slide
 
 # -----------------------------------------------------------------------------
-prompt = ''             # also -p; FILE:name.txt reads a file, - reads standard input;
-                        # '': from <|endoftext|>
+prompt = ''             # also -p; FILE:name.txt reads a file, - standard input, less the newline
+                        # that ends it; '': from <|endoftext|>
 max_new_tokens = 100    # also -m
 model = ''              # a run's folder (its best step), a step, a Hugging Face folder, gpt2 to
                         # gpt2-xl, another GPT-2 on the hub; '': the newest run under out/, else
@@ -41,8 +41,8 @@ explain = False         # under each sample: every token's probability, rank and
 json = False            # a line of JSON for each sample instead of text
 batch_size = 8          # samples drawn at once
 device = 'auto'         # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
-dtype = 'auto'          # 'float32', 'bfloat16', 'float16'; auto: bfloat16 where native; float32,
-                        # in which a sample is the same alone and in a batch, for --explain
+dtype = 'auto'          # 'float32': a sample is the same alone and in a batch; 'bfloat16',
+                        # 'float16'; auto: bfloat16 where native, but float32 for --explain
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
@@ -53,14 +53,14 @@ def main(cfg):
     check(cfg)
     device = pick_device(cfg.device)
     dtype, _ = pick_dtype('float32' if cfg.explain and cfg.dtype == 'auto' else cfg.dtype, device)
+    text = read_prompt(cfg.prompt)
     gpt, encoding, where = load(cfg.model, device, dtype)
     print(f'model: {where}', file=sys.stderr)
     if dtype == torch.float32 or min(cfg.num_samples, cfg.batch_size) > 1:
         pack(gpt)                                       # one row in bfloat16 is faster as it is
-    text = read_prompt(cfg.prompt)
     if cfg.interactive:
         return converse(cfg, gpt, encoding, text)
-    write(cfg, gpt, encoding, text)
+    write(cfg, gpt, encoding, text, prompt_ids(text, encoding))
 
 
 def check(cfg):
@@ -97,7 +97,8 @@ def read_prompt(prompt):
     elif prompt.startswith('FILE:'):
         raw = Path(prompt[5:]).read_bytes()
     try:
-        return raw.decode('utf-8')
+        text = raw.decode('utf-8')
+        return text.removesuffix('\n') if prompt == '-' or prompt.startswith('FILE:') else text
     except UnicodeDecodeError as error:
         raise ValueError(f'prompt: not UTF-8 ({error.reason} at byte {error.start})') from None
 
@@ -108,49 +109,55 @@ def converse(cfg, gpt, encoding, text):
         import readline                                 # arrow keys, where there are any # noqa
     print('A prompt and Enter; Enter alone goes on with the text; Ctrl-C interrupts it, '
           'Ctrl-D ends.', file=sys.stderr)
+    ids, is_terminal = prompt_ids(text, encoding), sys.stdin.isatty()
     while True:
         try:
-            text = input('> ') or text
+            if line := input('> ' if is_terminal else ''):
+                text, ids = line, prompt_ids(line, encoding)
+            text, ids = write(cfg, gpt, encoding, text, ids)
         except EOFError:
-            return print()
-        try:
-            text = write(cfg, gpt, encoding, text)
-        except KeyboardInterrupt:
-            print()
+            return print(end='\n' if is_terminal else '')
         except ValueError as error:                     # a character the model does not know
             print(error, file=sys.stderr)
 
 
-def write(cfg, gpt, encoding, text):
-    """Print the samples that continue `text`, and on stderr how fast; the last one's whole text."""
-    ids, eot = prompt_ids(text, encoding), tokenizer.eot_id(encoding)
-    if len(ids) > gpt.config.block_size:
-        print(f'the prompt has {len(ids):,} tokens, of which the model reads the last, as many as '
-              f'fit its block of {gpt.config.block_size:,}', file=sys.stderr)
-    seconds, count, whole = [], 0, text                     # seconds: of each token, or row of them
+def write(cfg, gpt, encoding, text, ids):
+    """Print the samples that continue `text`, of which the ids are `ids`, and on stderr how fast.
+
+    (text, ids) of the last sample, from its beginning; in a conversation Ctrl-C ends it early.
+    """
+    start, eot = window(0, len(ids), gpt), tokenizer.eot_id(encoding)
+    if start:
+        print(f'the prompt has {len(ids):,} tokens, the block {gpt.config.block_size:,}: the model '
+              f'reads the last {len(ids) - start:,}', file=sys.stderr)
+    seconds, count, whole, drawn = [], 0, text, []          # seconds: of each token, or row of them
     for k, new_ids in enumerate(draw(cfg, gpt, ids, eot, seconds)):
         if cfg.num_samples > 1 and not cfg.json:
             print(f'--- sample {k + 1}', flush=True)
         if not cfg.json:
             print(text, end='', flush=True)
         whole, drawn = text, []
-        for piece in as_text(new_ids, encoding, drawn):
-            whole += piece
-            if not cfg.json:
-                print(piece, end='', flush=True)
+        try:
+            for piece in as_text(new_ids, encoding, drawn):
+                whole += piece
+                if not cfg.json:
+                    print(piece, end='', flush=True)
+        except KeyboardInterrupt:
+            if not cfg.interactive:
+                raise
         count += len(drawn)
-        facts = explain_tokens(gpt, encoding, ids + drawn) if cfg.explain else []
+        facts = explain_tokens(gpt, encoding, ids, drawn) if cfg.explain else []
         if cfg.json:
             print(dumps({'prompt': text, 'text': whole[len(text):], 'seed': cfg.seed + k,
                          'new_tokens': len(drawn), 'ended': eot in drawn[-1:],
                          **({'tokens': facts} if cfg.explain else {})}), flush=True)
         else:
             print(flush=True)
-            print_table(facts, len(drawn))
+            print_table(facts)
     if count:
         print(f'{count} tokens in {sum(seconds):.2f} s: {count / sum(seconds):.1f} tokens per '
               f'second, the first after {seconds[0]:.2f} s', file=sys.stderr)
-    return whole
+    return whole, ids + [i for i in drawn if i != eot]
 
 
 def prompt_ids(text, encoding):
@@ -199,36 +206,43 @@ def as_text(new_ids, encoding, seen):
     yield decode(b'', final=True)
 
 
+def window(start, end, gpt):
+    """Where the window begins from which the model predicts the token at `end`."""
+    return slide(torch.tensor(start), end, gpt.config.block_size).item()
+
+
 @torch.no_grad()
-def explain_tokens(gpt, encoding, ids):
-    """A dict for every token but the first of `ids`, of the last that fit the block: what the model
-    gave it, before temperature, top_k and top_p, and the three it held likeliest."""
-    ids = torch.tensor(ids[-gpt.config.block_size:], device=gpt.wte.weight.device)
-    if len(ids) < 2:
-        return []
-    probs = gpt(ids[None, :-1])[0].float().softmax(dim=-1)                  # (T - 1, V)
-    found = probs.gather(1, ids[1:, None])                                  # (T - 1, 1)
-    ranks = 1 + (probs > found).sum(dim=1)
-    top = probs.topk(min(3, probs.size(1)))
-    return [{'token': shown(encoding, i), 'id': i, 'probability': p, 'rank': rank,
-             'likeliest': [[shown(encoding, j), q] for j, q in zip(others, their_probs)]}
-            for i, p, rank, others, their_probs in zip(
-                ids[1:].tolist(), found[:, 0].tolist(), ranks.tolist(),
-                top.indices.tolist(), top.values.tolist())]
+def explain_tokens(gpt, encoding, given, new):
+    """A dict for every token but the first of `given` + `new` ids: the probability that the model
+    gave it, before temperature, top_k and top_p, its rank, and the three likeliest."""
+    ids, facts, start, end = torch.tensor(given + new, device=gpt.wte.weight.device), [], 0, 1
+    while end < len(ids):
+        start, begin = window(start, end, gpt), end             # predicted from start: begin to end
+        end = min(len(ids), start + gpt.config.block_size + 1)
+        x = gpt.hidden(ids[None, start:end - 1])[0, begin - start - 1:]     # (n, C)
+        probs = gpt.head(x).float().softmax(dim=-1)                    # (n, V)
+        found = probs.gather(1, ids[begin:end, None])                       # (n, 1)
+        ranks = 1 + (probs > found).sum(dim=1)
+        top = probs.topk(min(3, probs.size(1)))
+        for n, i in enumerate(ids[begin:end].tolist()):
+            others = zip(top.indices[n].tolist(), top.values[n].tolist())
+            facts.append({'token': shown(encoding, i), 'id': i, 'new': begin + n >= len(given),
+                          'probability': found[n].item(), 'rank': ranks[n].item(),
+                          'likeliest': [[shown(encoding, j), p] for j, p in others]})
+    return facts
 
 
 def shown(encoding, i):
     return encoding.decode_single_token_bytes(i).decode('utf-8', 'backslashreplace')
 
 
-def print_table(facts, new_tokens):
+def print_table(facts):
     if facts:
         print('\n        token            probability    rank   the likeliest')
-    for k, fact in enumerate(facts):
-        new = k >= len(facts) - new_tokens
+    for fact in facts:
         others = '  '.join(f'{token!r} {p:.1%}' for token, p in fact['likeliest'])
-        print(f"{'new' if new else 'given':6}  {fact['token']!r:16} {fact['probability']:11.2%} "
-              f"{fact['rank']:7,}   {others}")
+        print(f"{'new' if fact['new'] else 'given':6}  {fact['token']!r:16} "
+              f"{fact['probability']:11.2%} {fact['rank']:7,}   {others}")
 
 
 if __name__ == '__main__':

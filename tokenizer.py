@@ -185,11 +185,13 @@ def from_json(text, name=''):
     """The Encoding in the text of a tokenizer.json: ours, or any with GPT-2's byte-level BPE."""
     data = json.loads(text)
     vocab, kind = data['model']['vocab'], data['model']['type']
-    if kind == 'WordLevel':
+    if kind == 'WordLevel' and all(len(token) == 1 for token in vocab):
         return characters(sorted(vocab, key=vocab.get))
     added = {token['content']: token['id'] for token in data['added_tokens']}
     to_byte = {char: byte for byte, char in byte_characters().items()}
-    if kind != 'BPE' or (data['pre_tokenizer'] or {}).get('type') != 'ByteLevel':
+    splits = data['pre_tokenizer'] or {}
+    if (kind != 'BPE' or data.get('normalizer') or splits.get('type') != 'ByteLevel'
+            or splits.get('add_prefix_space') or not splits.get('use_regex', True)):
         raise ValueError(f"this tokenizer ({kind}) is not GPT-2's byte-level BPE")
     ranks = {bytes(to_byte[char] for char in token): i
              for token, i in vocab.items() if token not in added}
@@ -201,9 +203,23 @@ def from_json(text, name=''):
                              mergeable_ranks=ranks, special_tokens=added)
 
 
+def load_pair(vocab, merges):
+    """The Encoding of GPT-2's older pair of files, vocab.json and merges.txt."""
+    try:
+        ids = json.loads(Path(vocab).read_text(encoding='utf-8'))
+        lines = Path(merges).read_text(encoding='utf-8').splitlines()
+        return from_json(json.dumps({
+            'model': {'type': 'BPE', 'vocab': ids, 'merges': [
+                line for line in lines if line and not line.startswith('#version')]},
+            'added_tokens': [{'content': EOT, 'id': ids[EOT]}] if EOT in ids else [],
+            'pre_tokenizer': {'type': 'ByteLevel'}}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{vocab}: cannot be used as a tokenizer ({error})') from None
+
+
 def load(path):
     """The Encoding of the tokenizer.json at `path`; ValueError when it cannot be used."""
     try:
         return from_json(Path(path).read_text(encoding='utf-8'))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path}: cannot be used as a tokenizer ({error})') from None

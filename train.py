@@ -354,8 +354,13 @@ def start(cfg, world, encoding, say):
     torch.manual_seed(cfg.seed)
     if folder:
         model, saved = load_checked(folder, encoding, cfg, world), checkpoints.load_training(folder)
-        if not fine_tune:                                           # else the shape is init_from's
-            check_shape(model.config, shape, folder)
+        began = saved['settings']['init_from']
+        if fine_tune and began != cfg.init_from:
+            raise ValueError(f'{cfg.out_dir} holds a run with init_from={began}, given '
+                             f'{cfg.init_from}; give another --out_dir to begin from that')
+        if fine_tune:                                               # all but the block is its own
+            shape = replace(model.config, block_size=cfg.block_size)
+        check_shape(model.config, shape, folder)
         changed = [f'{key} {saved["settings"].get(key)!r} -> {value!r}'
                    for key, value in asdict(cfg).items() if saved['settings'].get(key) != value]
         say(f'going on from {folder}' + (f"; changed: {', '.join(changed)}" if changed else ''))
@@ -373,11 +378,12 @@ def start(cfg, world, encoding, say):
 
 def load_checked(folder, encoding, cfg, world):
     """The model in `folder`, whose tokenizer must be that of the data set."""
-    model, theirs = checkpoints.load_model(folder, world.device, dropout=cfg.dropout)
+    model, theirs = checkpoints.load_folder(folder, world.device, dropout=cfg.dropout)
     if tokenizer.fingerprint(theirs) != tokenizer.fingerprint(encoding):
         raise ValueError(f'{folder} was trained on tokens of {theirs.name} ({theirs.n_vocab:,}), '
                          f'the data set {cfg.dataset} holds those of another tokenizer, '
-                         f'{encoding.name} ({encoding.n_vocab:,}); prepare it with the same one')
+                         f'{encoding.name} ({encoding.n_vocab:,}); prepare it with '
+                         f'--tokenizer={folder}')
     return model
 
 

@@ -83,7 +83,7 @@ def test_a_padded_vocabulary_is_cut_to_the_tokens(tmp_path):
     (tmp_path / 'tokenizer.json').write_text(tokenizer.to_json(larger))
     config = json.loads((tmp_path / 'config.json').read_text())
     (tmp_path / 'config.json').write_text(json.dumps(config | {'vocab_size': 257}))
-    with pytest.raises(ValueError, match=r'its tokenizer.json has \d+ tokens, the model knows 257'):
+    with pytest.raises(ValueError, match=r'its tokenizer has \d+ tokens, the model knows 257'):
         checkpoints.load_model(tmp_path)
 
 

@@ -189,7 +189,7 @@ def test_every_refusal_names_the_way_out(hub):
             'someone/gated': r'accept the terms at http.*/someone/gated, and set HF_TOKEN',
             'someone/private': r'or it is private \(then set HF_TOKEN\)$',
             'someone/nothing': r'no such model at http://127',
-            'openai/gpt-2': 'did you mean gpt2\\?', 'gpt-2': 'did you mean gpt2\\?',
+            'openai/gpt-2': 'Did you mean gpt2\\?', 'gpt-2': 'Did you mean gpt2\\?',
             'someone/pickle': 'no model.safetensors of it; pytorch_model.bin is not read',
             'someone/llama': 'not a GPT-2 that this program can run: model_type is',
             'someone/broken': r'cannot be reached|could not be had',
@@ -212,7 +212,7 @@ def test_without_a_hub_the_error_says_what_to_do(hub):
     found = load(hub, 'gpt2', 'openai-community/gpt-2', HF_HUB_OFFLINE='1')
     assert re.search('HF_HUB_OFFLINE is set. Run this once with a network, name a mirror in '
                      'HF_ENDPOINT, or give a folder that holds config.json', found['gpt2'])
-    assert 'did you mean gpt2?' in found['openai-community/gpt-2']
+    assert 'Did you mean gpt2?' in found['openai-community/gpt-2']
     found = load(hub, 'gpt2', HF_ENDPOINT='http://127.0.0.1:9')
     assert 'http://127.0.0.1:9 cannot be reached' in found['gpt2']
 

@@ -308,8 +308,9 @@ def test_refusals():
         GPT(replace(TINY, n_head=5))
     with pytest.raises(ValueError, match='17 tokens are more than the block of 16'):
         GPT(TINY)(random_ids(TINY, 1, 17))
-    with pytest.raises(ValueError, match='a prompt without tokens'):
-        GPT(TINY).generate(random_ids(TINY, 2, 0), 3)
+    for lengths in (None, [5, 1], [1, 0], [1]):
+        with pytest.raises(ValueError, match='the lengths of 2 prompts: given'):
+            GPT(TINY).generate(random_ids(TINY, 2, 3 if lengths else 0), 3, lengths=lengths)
     with pytest.raises(ValueError, match='block_size=32 is more than'):
         crop_block(GPT(TINY), 32)
 

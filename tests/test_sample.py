@@ -5,8 +5,10 @@ prompts from anywhere, whole characters, the end of a document, refusals.
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -82,16 +84,44 @@ def test_a_conversation_goes_on_with_the_text_on_an_empty_line(trained):
     done = subprocess.run([sys.executable, 'sample.py', '--device=cpu', f'--model={trained}', '-i',
                            '-m', '4'], cwd=ROOT, input='The fox\n\nHe\n', capture_output=True,
                           text=True)
-    first, second, third = done.stdout.split('> ')[1:4]
-    assert first.startswith('The fox') and second.startswith(first.strip()) and second != first
-    assert third.startswith('He') and done.returncode == 0
-    assert done.stderr.count('4 tokens in ') == 3
+    assert done.returncode == 0 and done.stderr.count('4 tokens in ') == 3
+    first = done.stdout[:done.stdout.index('The fox', 1)].removesuffix('\n')
+    second = done.stdout[len(first) + 1:]
+    assert first.startswith('The fox') and second.startswith(first) and '\nHe' in second
+
+
+def test_ctrl_c_in_a_conversation_keeps_what_was_written(trained):
+    """A long first turn and a short second one, which begins with all of it."""
+    process = subprocess.Popen([sys.executable, 'sample.py', '--device=cpu', f'--model={trained}',
+                                '-i', '-m', '100000', '--temperature=0'], cwd=ROOT, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdin.write('The fox\n')
+    process.stdin.flush()
+    begun = process.stdout.read(3000)
+    process.send_signal(signal.SIGINT)
+    process.stdin.write('\n')
+    process.stdin.flush()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    first, second = (begun + out).strip().split('\n')
+    assert process.returncode == 0 and err.count('tokens per second') == 2
+    assert first.startswith('The fox') and second.startswith(first)
+
+
+def test_explain_tells_what_was_used_beyond_the_block(trained, capsys):
+    """Greedy tokens are of rank 1 wherever the window was."""
+    line = json.loads(say(capsys, f'--model={trained}', '-p', 'word ' * 20, '-m', 40, '--json',
+                          '--temperature=0', '--explain'))
+    new = [fact for fact in line['tokens'] if fact['new']]
+    assert len(new) == line['new_tokens'] > 16 and {fact['rank'] for fact in new} == {1}
 
 
 def test_a_prompt_longer_than_the_block_is_read_from_its_end(trained, capsys):
     sample.main(sample.Config(prompt='word ' * 40, max_new_tokens=4, model=str(trained),
                               device='cpu'))
-    assert re.search(r'the prompt has \d+ tokens, of which the model reads the last',
+    assert re.search(r'the prompt has \d+ tokens, the block 16: the model reads the last 1\d',
                      capsys.readouterr().err)
 
 
@@ -103,12 +133,12 @@ def test_a_reader_that_has_enough_is_no_error(trained):
 
 
 def test_prompts_come_from_files_and_standard_input(trained, tmp_path, capsys):
-    (tmp_path / 'p.txt').write_text('The fox')
+    (tmp_path / 'p.txt').write_text('The fox\n')
     flags = [f'--model={trained}', '-m', 5]
     expected = say(capsys, *flags, '-p', 'The fox')
     assert say(capsys, *flags, '-p', f'FILE:{tmp_path}/p.txt') == expected
     done = subprocess.run([sys.executable, 'sample.py', '--device=cpu', *map(str, flags),
-                           '-p', '-'], cwd=ROOT, input='The fox', capture_output=True, text=True)
+                           '-p', '-'], cwd=ROOT, input='The fox\n', capture_output=True, text=True)
     assert done.stdout == expected and str(trained) in done.stderr
 
 
@@ -151,7 +181,7 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path):
 
 @pytest.mark.parametrize('name, words', [
     ('gpt2', 'openai-community/gpt2: there is no such folder, it is not .* HF_HUB_OFFLINE is set'),
-    ('gpt-2', r'did you mean gpt2\?'), ('out/nowhere/x', 'there is no such folder')])
+    ('gpt-2', r'Did you mean gpt2\?'), ('out/nowhere/x', 'there is no such folder')])
 def test_a_model_that_cannot_be_had(monkeypatch, name, words):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     with pytest.raises(ValueError, match=words):

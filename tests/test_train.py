@@ -310,6 +310,10 @@ def test_fine_tuning_starts_from_the_weights_and_resumes_itself(config, tmp_path
     assert losses(tmp_path / 'tuned', 'val_loss')[0] < best + 0.5
     train.main(replace(tune, max_iters=6))
     assert len(losses(tmp_path / 'tuned')) == 6
+    for change, words in (({'init_from': 'gpt2'}, 'holds a run with init_from='),
+                          ({'block_size': 16}, 'has block_size=8, given block_size=16')):
+        with pytest.raises(ValueError, match=words):
+            train.main(replace(tune, max_iters=8, **change))
 
 
 def test_diverging_ends_with_status_3_and_keeps_what_was_good(config, tmp_path, capsys):
