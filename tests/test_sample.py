@@ -105,7 +105,7 @@ def test_ctrl_c_in_a_conversation_keeps_what_was_written(trained):
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    first, second = (begun + out).strip().split('\n')
+    first, second = (begun + out).split('\n')[:2]
     assert process.returncode == 0 and err.count('tokens per second') == 2
     assert first.startswith('The fox') and second.startswith(first)
 
