@@ -92,6 +92,8 @@ class Answer(BaseHTTPRequestHandler):
     def refuse(self, status, code):
         self.send_response(status)
         self.send_header('X-Error-Code', code)
+        if code == 'EntryNotFound':
+            self.send_header('X-Repo-Commit', COMMIT)           # the client notes what is missing
         self.send_header('X-Error-Message', 'no')
         self.send_header('Content-Length', '0')
         self.end_headers()
@@ -107,7 +109,7 @@ def models(tmp_path_factory):
     root, made = tmp_path_factory.mktemp('hub'), {}
     for seed, repo in enumerate(('someone/one', 'someone/shards', 'openai-community/gpt2',
                                  'someone/private', 'someone/pickle', 'someone/llama',
-                                 'someone/large')):
+                                 'someone/large', 'someone/pair')):
         torch.manual_seed(seed)
         shape = SHAPE | ({'n_embd': 640} if 'large' in repo else {})    # 40 MB: read by 10 MB
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
@@ -121,6 +123,11 @@ def models(tmp_path_factory):
         bare[f'h.{i}.attn.bias'] = torch.ones(1, 1, 32, 32).tril()
     save_file(bare, root / 'openai-community/gpt2/model.safetensors')
     (root / 'someone/pickle/model.safetensors').rename(root / 'someone/pickle/pytorch_model.bin')
+    pair = root / 'someone/pair'                                    # GPT-2's older tokenizer files
+    vocab = json.loads((pair / 'tokenizer.json').read_text())['model']['vocab']
+    (pair / 'vocab.json').write_text(json.dumps(vocab | {tokenizer.EOT: 256}))
+    (pair / 'merges.txt').write_text('#version: 0.2\n')
+    (pair / 'tokenizer.json').unlink()
     config = root / 'someone/llama/config.json'
     config.write_text(json.dumps(json.loads(config.read_text()) | {'model_type': 'llama'}))
     return root, made
@@ -161,6 +168,7 @@ def load(hub, *names, **env):
 
 
 def check(model, found):
+    assert isinstance(found, list), found
     logits, vocab_size = found
     expected = model(torch.arange(9)[None]).logits[0, -1]
     torch.testing.assert_close(torch.tensor(logits), expected, rtol=1e-4, atol=1e-5)
@@ -170,7 +178,7 @@ def check(model, found):
 def test_models_of_the_hub_are_those_of_transformers_and_stay_in_the_cache(hub, models):
     """One file, shards with an index, OpenAI's names with masks; then again without a network."""
     names = {'someone/one': 'someone/one', 'someone/shards': 'someone/shards',
-             'gpt2': 'openai-community/gpt2'}
+             'gpt2': 'openai-community/gpt2', 'someone/pair': 'someone/pair'}
     for found in (load(hub, *names), load(hub, *names, HF_HUB_OFFLINE='1')):
         for name, repo in names.items():
             check(models[1][repo], found[name])
@@ -179,6 +187,19 @@ def test_models_of_the_hub_are_those_of_transformers_and_stay_in_the_cache(hub, 
     hub.requests.clear()
     check(models[1]['someone/one'], load(hub, 'someone/one')['someone/one'])
     assert not any('someone/one' in path for _, path, _ in hub.requests), 'the cache was not used'
+
+
+def test_weights_cached_without_their_tokenizer_get_it_from_the_hub(hub, models):
+    """As transformers' from_pretrained() leaves them; GPT-2's own would be a wrong guess."""
+    code = """
+from huggingface_hub import hf_hub_download
+for name in ('config.json', 'model.safetensors'):
+    hf_hub_download('someone/one', name)
+"""
+    subprocess.run([sys.executable, '-c', code], env=hub.env, check=True, capture_output=True)
+    found = load(hub, 'someone/one', HF_HUB_OFFLINE='1')['someone/one']
+    assert 'it is not (whole) in the cache' in found
+    check(models[1]['someone/one'], load(hub, 'someone/one')['someone/one'])
 
 
 def test_every_refusal_names_the_way_out(hub):

@@ -3,6 +3,7 @@ Encodings against GPT-2's real one, against transformers' reading of our tokeniz
 and round trips.
 """
 
+import json
 import random
 
 import numpy as np
@@ -106,3 +107,29 @@ def test_a_foreign_tokenizer_is_refused():
     with pytest.raises(ValueError, match='Unigram'):
         from_json('{"model": {"type": "Unigram", "vocab": []}, '
                   '"added_tokens": [], "pre_tokenizer": null}')
+
+
+@pytest.mark.parametrize('change', [
+    {'normalizer': {'type': 'Lowercase'}},
+    {'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': True}},
+    {'pre_tokenizer': {'type': 'ByteLevel', 'use_regex': False}},
+    {'model': {'type': 'WordLevel', 'vocab': {'word': 0}}}])
+def test_a_tokenizer_that_encodes_otherwise_is_refused(tmp_path, change):
+    data = json.loads(tokenizer.to_json(tokenizer.byte_pairs('bytes', [])))
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(data | change))
+    with pytest.raises(ValueError, match='cannot be used as a tokenizer'):
+        tokenizer.load(tmp_path / 'tokenizer.json')
+
+
+def test_the_older_pair_of_files_is_the_same_tokenizer(tmp_path):
+    made = tokenizer.build('bpe:300', lambda: ['the cat and the hat sat on the mat '] * 9)
+    model = json.loads(tokenizer.to_json(made))['model']
+    (tmp_path / 'vocab.json').write_text(json.dumps(
+        model['vocab'] | {tokenizer.EOT: made.eot_token}))
+    (tmp_path / 'merges.txt').write_text('\n'.join(
+        ['#version: 0.2', *(' '.join(pair) for pair in model['merges'])]))
+    found = tokenizer.load_pair(tmp_path / 'vocab.json', tmp_path / 'merges.txt')
+    assert tokenizer.fingerprint(found) == tokenizer.fingerprint(made)
+    (tmp_path / 'merges.txt').unlink()
+    with pytest.raises(ValueError, match='cannot be used as a tokenizer'):
+        tokenizer.load_pair(tmp_path / 'vocab.json', tmp_path / 'merges.txt')
