@@ -1,14 +1,16 @@
-# make quickstart | test | test-all. `make PYTHON=python3.12 VENV=~/env …` uses another Python or environment.
+# make quickstart | test | test-all | table3. `make PYTHON=python3.12 VENV=~/env …` uses another Python or environment.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+MODEL ?= gpt2
 
-.PHONY: help install quickstart test test-all clean
+.PHONY: help install quickstart test test-all table3 clean
 
 help:
 	@echo 'make quickstart   prepare text, train a small GPT, let it write: about 5 minutes on 2 CPU cores'
 	@echo 'make test         the tests, under 3 minutes; no network'
 	@echo 'make test-all     and the slow ones: several processes, kills, real runs'
+	@echo 'make table3       MODEL=gpt2: the benchmarks of the GPT-2 paper, measured and printed'
 
 install: $(VENV)/.installed
 
@@ -37,6 +39,16 @@ test: install
 
 test-all: install
 	$(RUN) -m pytest -q --slow
+
+# What has no result yet is measured (a GPU is a great help); what cannot be is named in the table.
+RESULTS = out/results/$(subst :,_,$(subst /,_,$(MODEL)))
+table3: install
+	@test -f $(RESULTS)/cbt-paper-valid-detok-CN-NE.json || $(RUN) eval_cbt.py --model=$(MODEL) || true
+	@for name in lambada-paper lambada-harness wikitext2-paper wikitext2-harness ptb-paper enwik8-paper \
+	    text8-paper wikitext103-paper 1bw-paper; do \
+	  test -f $(RESULTS)/$$name.json || \
+	  $(RUN) eval_lm.py --model=$(MODEL) --task=$${name%-*} --protocol=$${name#*-} || true; done
+	$(RUN) eval_lm.py --model=$(MODEL) --table3
 
 clean:
 	rm -rf $(VENV) .pytest_cache

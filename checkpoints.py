@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import tokenizer
+from distributed import on_main, pick_dtype
 from model import GPT, SIZES, GPTConfig
 
 HERE = Path(__file__).resolve().parent
@@ -189,6 +190,8 @@ def load_folder(folder, device='cpu', dropout=0.0, dtype=torch.float32):
 
     The weights are read into the model tensor by tensor: there is never a second one in memory.
     """
+    if str(folder).startswith('random:'):
+        return random_model(str(folder)[7:], device, dropout, dtype)
     config = read_config(folder)
     encoding = load_encoding(folder, config.vocab_size)
     config = replace(config, dropout=dropout, vocab_size=encoding.n_vocab)
@@ -199,13 +202,41 @@ def load_folder(folder, device='cpu', dropout=0.0, dtype=torch.float32):
     return model.eval(), encoding
 
 
+def open_for(world, name, dtype):
+    """(model, encoding, where it was found) of an evaluation, on every process of `world`.
+
+    name '' is the newest run. Rank 0 finds, and downloads, for all. On a GPU float32 products may
+    be of TF32, as those of the published numbers were.
+    """
+    where = on_main(world, find, name or newest_of_all() or '')
+    torch.set_float32_matmul_precision('high')
+    return *load_folder(where, world.device, dtype=pick_dtype(dtype, world.device)[0]), where
+
+
+def official_name(name):
+    """'gpt2' … 'gpt2-xl' if `name` stands for OpenAI's weights, else ''."""
+    name = name.removeprefix('openai-community/')
+    return name if name in SIZES else ''
+
+
+def random_model(size, device, dropout, dtype):
+    """What 'random:gpt2' stands for: a model of that size as it is before training, by seed 0."""
+    if size not in SIZES:
+        raise ValueError(f"random:{size}: expected random: and one of {', '.join(SIZES)}")
+    torch.manual_seed(0)
+    return GPT(replace(SIZES[size], dropout=dropout)).to(device, dtype).eval(), tokenizer.gpt2()
+
+
 def find(name):
     """The folder that holds the model called `name`: a folder of the Hugging Face kind, one of our
     steps, a run (its best step, else its newest), 'gpt2' … 'gpt2-xl', or another GPT-2 on the hub.
+    'random:gpt2' stands for itself.
 
     Raises ValueError when there is none, saying what to do.
     """
     name, folder = str(name), Path(name).expanduser()
+    if name.startswith('random:'):
+        return name
     if (folder / 'config.json').exists():
         ours = re.fullmatch(r'step_\d{7,}', folder.name) or (folder / 'manifest.json').exists()
         if ours and (wrong := problem(folder)):

@@ -128,6 +128,15 @@ def broadcast(value):
     return box[0]
 
 
+def gather(value):
+    """The `value` of every rank (plain types and tensors on the CPU), on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def on_main(world, function, *args):
     """function(*args) run on rank 0 alone: its result, or the error it raised, on every rank."""
     result = error = None

@@ -75,11 +75,12 @@ class GPT(nn.Module):
 
         cache: a Cache, whose tokens come before these; keys and values of these are added to it.
         positions (T,) or (B, T): places in the block; if not given, those after the cache's.
+            Where they repeat, as for alternatives side by side, T may exceed the block.
         mask: bool, broadcast to (B, nh, T, K), True where a query (row) may see a key. K counts
             the tokens of the cache and these. Causal if not given.
         """
         T, before = ids.size(1), cache.length if cache else 0
-        if before + T > self.config.block_size:
+        if positions is None and before + T > self.config.block_size:
             raise ValueError(f'{before + T} tokens are more than '
                              f'the block of {self.config.block_size}')
         if positions is None:

@@ -46,6 +46,9 @@ eval_iters = 0              # nanoGPT's spelling: eval_tokens = eval_iters * bat
 eval_only = False           # validate once, write nothing, leave
 log_interval = 10           # updates between lines in the log
 sample_interval = 0         # updates between samples in samples.jsonl, 0: none
+hellaswag_interval = 0      # updates between HellaSwag scores, each after a checkpoint, 0: none
+hellaswag_limit = 0         # of its first so many questions, 0: of all 10,042
+hellaswag_data = ''         # FILE with them; '': the official one, downloaded once
 save_minutes = 10.0         # and a checkpoint every so many minutes; 0: only at validations
 keep = 2                    # checkpoints kept: the newest so many, and the best
 always_save_checkpoint = True   # False: keep only the newest and the best
@@ -115,6 +118,7 @@ def main(cfg):
     train_tokens, val_tokens = (Tokens(cfg.dataset, split, encoding.n_vocab, cfg.data_dir)
                                 for split in ('train', 'val'))
     train_data = TokenBatches(train_tokens, cfg.block_size, cfg.seed)
+    questions = load_questions(cfg, world, encoding)
     lock = take_lock(cfg, world)
     model, saved = start(cfg, world, encoding, say)
     shards = check_same_data(saved, manifest, cfg)
@@ -149,7 +153,8 @@ def main(cfg):
         # once in a while: save, and only then validate: if validating fails, nothing is lost
         finished = now.step >= cfg.max_iters
         due = finished or now.step % cfg.eval_interval == 0
-        if (due or save_due or asked_to_stop) and saved_at != now.step:
+        quiz = questions and (finished or now.step % cfg.hellaswag_interval == 0)
+        if (due or quiz or save_due or asked_to_stop) and saved_at != now.step:
             state = {'progress': asdict(now), 'settings': asdict(cfg), 'shards': shards,
                      'optimizer': checkpoints.optimizer_state(model, optimizers),
                      'scaler': scaler.state_dict()}
@@ -170,6 +175,10 @@ def main(cfg):
         if saved_at == now.step and world.is_main:
             keep_newest = cfg.keep if cfg.always_save_checkpoint else 1
             checkpoints.prune(cfg.out_dir, keep_newest, now.best_step)
+        if quiz and not asked_to_stop:
+            scores = score_hellaswag(model, encoding, questions, world)
+            log.write(step=now.step, tokens=now.position * cfg.block_size, **scores)
+            say(f"step {now.step}: hellaswag {scores['hellaswag']:.2%} of {len(questions):,}")
         if cfg.sample_interval and now.step % cfg.sample_interval == 0 and world.is_main:
             log.sample(now.step, draw_sample(model, encoding, cfg.seed))
         if finished or asked_to_stop or skipped_in_a_row >= cfg.max_skipped:
@@ -246,7 +255,8 @@ def check(cfg):
                 'eval_tokens', 'log_interval', 'max_skipped', 'keep'):
         if getattr(cfg, key) < 1:
             raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 1 or more')
-    for key in ('max_iters', 'eval_iters', 'sample_interval', 'save_minutes', 'total_batch_size',
+    for key in ('max_iters', 'eval_iters', 'sample_interval', 'hellaswag_interval',
+                'hellaswag_limit', 'save_minutes', 'total_batch_size',
                 'gradient_accumulation_steps', 'weight_decay', 'grad_clip', 'warmup_iters',
                 'lr_decay_iters', 'cooldown_iters', 'min_lr', 'patience'):
         if getattr(cfg, key) < 0:
@@ -531,6 +541,28 @@ def evaluate(model, tokens, cfg, world, autocast):
     model.train()
     nats = distributed.all_reduce(nats.to(world.device) if world.device.type == 'cuda' else nats)
     return nats.item() / count, count
+
+
+def load_questions(cfg, world, encoding):
+    """HellaSwag's rows, if the run is to be scored by them: what could fail, fails at the start."""
+    if not cfg.hellaswag_interval:
+        return []
+    import hellaswag
+    rows, _ = distributed.on_main(world, hellaswag.benchmarks.hellaswag, cfg.hellaswag_data)
+    rows = rows[:cfg.hellaswag_limit or None]
+    for row in rows:
+        hellaswag.render(row, encoding, 'completion')
+    return rows
+
+
+def score_hellaswag(model, encoding, rows, world):
+    """What `python hellaswag.py` would say of this step, on the uncompiled model in float32."""
+    import hellaswag
+    model.eval()
+    answers = hellaswag.evaluate(model, encoding, rows, world=world)
+    model.train()
+    return {'hellaswag': sum(answers['acc_norm']) / len(rows),
+            'hellaswag_sum': sum(answers['acc']) / len(rows)}
 
 
 def draw_sample(model, encoding, seed):

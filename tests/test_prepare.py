@@ -294,14 +294,14 @@ def test_a_download_is_checked_and_renamed(tmp_path, server, monkeypatch):
 
 
 @pytest.mark.parametrize('path, sha256, words', [
-    ('/cut', None, 'IncompleteRead|its sha256 is'), ('/nothing', None, '404'),
+    ('/cut', None, 'the connection broke off'), ('/nothing', None, '404'),
     ('/whole', 'ab' * 32, 'its sha256 is')])
 def test_a_bad_download_leaves_no_file(tmp_path, server, monkeypatch, path, sha256, words):
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
     url, _, right = server
     with pytest.raises(ValueError, match=f'could not download.*({words}).*put it at'):
         fetch.fetch(url + path, tmp_path / 'file.txt', sha256 or right)
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / 'file.txt').exists()
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ COMMANDS = [line.partition('  #')[0].strip()
             for block in BLOCKS for line in block.splitlines() if line.strip()]
 HEADERS = [line[2:].partition('   #')[0] for path in sorted(ROOT.glob('config/*.py'))
            for line in path.read_text().splitlines() if re.match(r'# (python|torchrun) ', line)]
-NEEDS_A_HUB = ('--dataset=shakespeare', 'gpt2', 'shakespeare_char', 'finetune')    # or GPUs
+NEEDS_A_HUB = ('--dataset=shakespeare', 'gpt2', 'shakespeare_char', 'finetune',
+               '--compare')                             # or GPUs, or results
 
 
 def script_and_arguments(command):
@@ -33,8 +34,8 @@ def script_and_arguments(command):
 def test_a_command_parses(command, monkeypatch):
     name, arguments = script_and_arguments(command)
     if name is None:
-        assert re.match(r'make (quickstart|test)|python3 -m venv|pip install -r requirements.txt',
-                        command), command
+        assert re.match(r'make (quickstart|test|table3)|python3 -m venv|'
+                        r'pip install -r requirements.txt', command), command
         return
     module = __import__(name[:-3].replace('/', '.'), fromlist=['Config'])
     monkeypatch.chdir(ROOT)
@@ -44,7 +45,7 @@ def test_a_command_parses(command, monkeypatch):
 
 def test_the_make_targets_exist():
     text = (ROOT / 'Makefile').read_text()
-    for target in ('quickstart', 'test', 'test-all'):
+    for target in ('quickstart', 'test', 'test-all', 'table3'):
         assert re.search(rf'^{target}:', text, re.MULTILINE)
 
 

@@ -1,0 +1,284 @@
+"""
+The test sets of the evaluations: one table of where they come from, one reader for each.
+
+A file that is not there is downloaded, once, into data/benchmarks/, and checked; a file of one's
+own is read from `path`. Every reader gives (what is in it, facts), where facts say which file it
+was, its sha256, and whether it is the official one, with which published numbers were measured.
+Raises ValueError naming file and line where a file is not what it should be.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from data.fetch import fetch
+
+PLACE = Path(__file__).resolve().parent / 'benchmarks'
+WIKITEXT = 'https://wikitext.smerity.com/'
+SOURCES = {     # name: (url, sha256 of what it gives, the file in an archive)
+    'hellaswag': ('https://raw.githubusercontent.com/rowanz/hellaswag/master/data/'
+                  'hellaswag_val.jsonl',
+                  '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588', ''),
+    'lambada': ('https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl',
+                '4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226', ''),
+    'cbt': ('http://www.thespermwhale.com/jaseweston/babi/CBTest.tgz',
+            '932df0cadc1337b2a12b4c696b1041c1d1c6d4b6bd319874c6288f02e4a61e92', 'CBTest/data/'),
+    'wikitext2': (WIKITEXT + 'wikitext-2-v1.zip',
+                  '92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c',
+                  'wikitext-2/wiki.test.tokens'),
+    'wikitext2-raw': (WIKITEXT + 'wikitext-2-raw-v1.zip',
+                      'ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11',
+                      'wikitext-2-raw/wiki.test.raw'),
+    'wikitext103': (WIKITEXT + 'wikitext-103-v1.zip',
+                    '242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590',
+                    'wikitext-103/wiki.test.tokens'),
+    'enwik8': ('https://mattmahoney.net/dc/enwik8.zip',
+               '547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc', 'enwik8'),
+    'text8': ('https://mattmahoney.net/dc/text8.zip',
+              'a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232', 'text8'),
+    '1bw': ('http://www.statmt.org/lm-benchmark/'
+            '1-billion-word-language-modeling-benchmark-r13output.tar.gz',
+            '01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e',
+            '1-billion-word-language-modeling-benchmark-r13output/'
+            'heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050'),
+}
+PTB = ('ptb.test.txt', 'dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0')
+KNOWN = {       # sha256 of files taken out of these archives
+    'wikitext2-raw': '173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08',
+    'enwik8': '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'}
+CBT_BLOBS = {   # git's names (sha1) of the unmodified files begin so
+    ('CN', 'valid'): 'dbe54c05', ('CN', 'test'): 'dd2475af', ('NE', 'valid'): '7f702d10',
+    ('NE', 'test'): '212bb2d0', ('V', 'valid'): '19ceb44a', ('V', 'test'): '2959302b',
+    ('P', 'valid'): 'a74aab34', ('P', 'test'): 'b24728c1'}
+CBT_SIZES = {'valid': '2000ex', 'test': '2500ex'}
+
+
+class Question(NamedTuple):
+    """One of the Children's Book Test (Hill et al. 2015), in tokens between blanks."""
+    sentences: list         # 20 of them
+    query: str              # the 21st, with XXXXX in the place of a word
+    answer: str
+    candidates: list        # 10, the answer among them
+    where: str              # file:line
+
+
+def obtain(name, path=''):
+    """(bytes, facts) of the test set `name`, or of the file `path`, which may be its archive."""
+    if path:
+        raw, source = read_bytes(path), Path(path)
+        member = SOURCES[name][2] if name in SOURCES else ''
+        if raw[:2] == b'PK' and member:
+            official = hashlib.sha256(raw).hexdigest() == SOURCES[name][1]
+            return unzip(raw, member, path), facts(source, raw, official)
+        known = {KNOWN.get(name), PTB[1] if name == 'ptb' else SOURCES[name][1]}
+        return refuse_pages(raw, path), facts(
+            source, raw, hashlib.sha256(raw).hexdigest() in known)
+    if name == 'ptb':
+        if not (PLACE / PTB[0]).exists():
+            raise ValueError(f'the Penn Treebank is licensed by the LDC and not to be had freely: '
+                             f'put its test set, {PTB[0]} (449,945 bytes, sha256 {PTB[1]}), '
+                             f'at {PLACE / PTB[0]}')
+        return obtain(name, PLACE / PTB[0])
+    url, sha256, member = SOURCES[name]
+    if url.endswith('.tar.gz'):
+        raw = read_bytes(unpack(name, [member])[0])
+        return raw, facts(PLACE / Path(member).name, raw, True)
+    archive = fetch(url, PLACE / Path(url).name, sha256)
+    raw = archive.read_bytes()
+    return unzip(raw, member, archive) if member else raw, facts(archive, raw, True)
+
+
+def facts(path, raw, official):
+    return {'path': str(path), 'sha256': hashlib.sha256(raw).hexdigest(), 'official': official}
+
+
+def read_bytes(path):
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ValueError(f'{path}: cannot read this file ({error.strerror})') from None
+
+
+def refuse_pages(raw, path):
+    head = raw[:200].lstrip(b'\xef\xbb\xbf \r\n').lower()
+    if head.startswith((b'<!doctype', b'<html', b'version https://git-lfs')):
+        what = 'a Git LFS pointer' if head.startswith(b'version') else 'a web page'
+        raise ValueError(f'{path}: is {what}, not the data: download the file itself')
+    return raw
+
+
+def unzip(raw, member, path):
+    try:
+        return zipfile.ZipFile(io.BytesIO(raw)).read(member)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f'{path}: cannot be unpacked ({error})') from None
+
+
+def unpack(name, members):
+    """Paths, beside the .tar.gz of `name`, of these files in it; unpacked once, then kept."""
+    paths = [PLACE / Path(member).name for member in members]
+    if not all(path.exists() for path in paths):
+        url, sha256, _ = SOURCES[name]
+        wanted = dict(zip(members, paths))
+        with tarfile.open(fetch(url, PLACE / Path(url).name, sha256)) as archive:
+            for entry in archive:
+                if path := wanted.pop(entry.name.removeprefix('./'), None):
+                    aside = path.with_name(f'{path.name}.{os.getpid()}.partial')
+                    aside.write_bytes(archive.extractfile(entry).read())
+                    os.replace(aside, path)
+                if not wanted:
+                    break
+    return paths
+
+
+def lines_of(raw, path):
+    """(file:line, text) of every line, whatever ends it; a byte order mark is passed over."""
+    for number, line in enumerate(raw.removeprefix(b'\xef\xbb\xbf').split(b'\n'), start=1):
+        try:
+            yield f'{path}:{number}', line.decode('utf-8').removesuffix('\r')
+        except UnicodeDecodeError as error:
+            raise ValueError(f'{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})'
+                             ) from None
+
+
+def text_of(raw, path):
+    return '\n'.join(line for _, line in lines_of(raw, path))
+
+
+def json_lines(raw, path):
+    for where, line in lines_of(raw, path):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise ValueError(f'{where}: not JSON, or cut off: {line[:60]!r}') from None
+            if not isinstance(row, dict):
+                raise ValueError(f'{where}: expected an object, given {line[:60]!r}')
+            yield where, row
+
+
+def hellaswag(path=''):
+    """Rows of HellaSwag's validation set (Zellers et al. 2019): dicts with at least ctx, four
+    endings and the label, 0 to 3."""
+    raw, found = obtain('hellaswag', path)
+    rows = []
+    for where, row in json_lines(raw, found['path']):
+        endings, label = row.get('endings'), row.get('label')
+        if not isinstance(row.get('ctx'), str) or not row['ctx'].strip():
+            raise ValueError(f"{where}: expected a text 'ctx', given {row.get('ctx')!r}")
+        if not (isinstance(endings, list) and len(endings) == 4
+                and all(isinstance(ending, str) and ending.strip() for ending in endings)):
+            raise ValueError(f"{where}: expected four texts 'endings', given {endings!r}")
+        label = int(label) if str(label) in '0123' and str(label) else label
+        if type(label) is not int or not 0 <= label <= 3:
+            raise ValueError(f'{where}: label: given {label!r}, expected 0 to 3 '
+                             f'(the test set comes without labels)')
+        rows.append({**row, 'label': label})
+    return some(rows, found)
+
+
+def some(rows, found):
+    if not rows:
+        raise ValueError(f"{found['path']}: there is nothing in this file")
+    return rows, found
+
+
+def lambada(path=''):
+    """The 5,153 passages of LAMBADA (Paperno et al. 2016), as OpenAI keeps them."""
+    raw, found = obtain('lambada', path)
+    texts = []
+    for where, row in json_lines(raw, found['path']):
+        if not isinstance(row.get('text'), str) or len(row['text'].split()) < 2:
+            raise ValueError(f"{where}: expected a 'text' of two words or more, "
+                             f"given {row.get('text')!r}")
+        texts.append(row['text'])
+    return some(texts, found)
+
+
+def cbt(subset, split, path='', skip_bad=False):
+    """(Questions, facts) of the Children's Book Test; facts count those that were skipped.
+
+    path: the file, or a folder in which it lies under its own name.
+    """
+    name = f'cbtest_{subset}_{split}_{CBT_SIZES[split]}.txt'
+    if path:
+        path = Path(path).expanduser()
+        path = path / name if path.is_dir() else path
+    else:
+        path = unpack('cbt', [SOURCES['cbt'][2] + name])[0]
+    raw = refuse_pages(read_bytes(path), path)
+    blob = hashlib.sha1(b'blob %d\0' % len(raw) + raw).hexdigest()
+    found = facts(path, raw, blob.startswith(CBT_BLOBS[subset, split]))
+    questions, block, skipped = [], [], 0
+    for where, line in [*lines_of(raw, path), (f'{path}: end', '')]:
+        if line.strip():
+            block.append((where, line))
+        elif block:
+            try:
+                questions.append(question(block))
+            except ValueError:
+                if not skip_bad:
+                    raise
+                skipped += 1
+            block = []
+    return some(questions, {**found, 'skipped': skipped})
+
+
+def question(block):
+    """The Question of 21 (file:line, text); ValueError says where it is not one."""
+    texts = []
+    for number, (where, line) in enumerate(block, start=1):
+        found, _, text = line.partition(' ')
+        if found != str(number) or number > 21:
+            raise ValueError(f'{where}: expected line {number} of 21 of a question, '
+                             f'given {line[:60]!r}')
+        texts.append(text)
+    where = block[-1][0]
+    if len(block) < 21:
+        raise ValueError(f'{where}: this question has {len(block)} lines, expected 21')
+    query, answer, _, candidates, *_ = (*re.split('\t', texts[20]), '', '', '')
+    candidates = candidates.split('|')
+    if query.split(' ').count('XXXXX') != 1:
+        raise ValueError(f'{where}: expected one XXXXX, given {query!r}')
+    if len(candidates) != 10 or len(set(candidates)) != 10 or not all(candidates):
+        raise ValueError(f"{where}: expected 10 different candidates, "
+                         f"given {len(candidates)}: {'|'.join(candidates)!r}")
+    if answer not in candidates:
+        raise ValueError(f'{where}: the answer {answer!r} is not one of {candidates}')
+    return Question(texts[:20], query, answer, candidates, where)
+
+
+def cbt_books(split, path=''):
+    """{sentence: book} of the books from which the questions of a split were made; {} if the file
+    cbt_valid.txt or cbt_test.txt does not lie beside them."""
+    path = Path(path or PLACE)
+    file = (path if path.is_dir() else path.parent) / f'cbt_{split}.txt'
+    books, book = {}, ''
+    for _, line in lines_of(read_bytes(file), file) if file.exists() else ():
+        if line.startswith('_BOOK_TITLE_'):
+            book = line.partition(':')[2].strip().removesuffix('.out').removesuffix('.txt')
+        else:
+            books[line] = book
+    return books
+
+
+def articles(text):
+    """The 62 articles of WikiText's test set as lm-eval-harness takes them apart, headings and all.
+
+    An article begins at a heading of the first level.
+    """
+    found, lines = [], []
+    for line in text.split('\n'):
+        plain = line.replace('= = =', '===').replace('= =', '==').strip()
+        if plain.startswith('= ') and plain.endswith(' ='):
+            found.append('\n'.join(lines))
+            lines = []
+        lines.append(line)
+    found.append('\n'.join(lines))
+    return [article for article in found[:-1] if article.strip()] + found[-1:]

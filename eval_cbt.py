@@ -1,0 +1,237 @@
+"""
+Children's Book Test (Hill et al. 2015): which of ten words belongs in the blank of the sentence
+that follows twenty others, zero-shot, by the likelihood of the word and the rest of its sentence.
+
+    python eval_cbt.py --model=gpt2                 # CN and NE, 2,000 questions each, as the paper
+    python eval_cbt.py --model=gpt2 --subset=CN,NE,V,P --split=test
+    python eval_cbt.py --model=gpt2 --preset=mindspore
+    torchrun --standalone --nproc_per_node=8 eval_cbt.py --model=gpt2-xl
+
+A preset says how a question is made a text; any of its parts can be set apart from it:
+paper       validation set, detokenized, sentences joined by a blank (GPT-2 paper, section 3.2)
+mindspore   as it is, <|endoftext|> before and after, two blanks before the query
+seed        test set, common nouns, as it is, nothing between the sentences and the query
+"""
+
+import json
+import time
+from collections import defaultdict
+
+import checkpoints
+import distributed
+import likelihood
+import results
+import tokenizer
+from configurator import run, settings
+from data import benchmarks
+
+# -----------------------------------------------------------------------------
+model = ''              # also -m; gpt2 to gpt2-xl, another GPT-2 on the hub, a folder, a run (its
+                        # best step), random:gpt2 (untrained); '': the newest run under out/
+preset = 'paper'        # or 'mindspore', 'seed': what the settings that are '' stand for
+split = ''              # 'valid', 2,000 questions of a subset, or 'test', 2,500
+subset = ()             # of CN (common nouns), NE (named entities), V (verbs), P (prepositions)
+text = ''               # 'detok': as people write it; 'raw': the tokens as they are, with blanks
+data = ''               # FOLDER with cbtest_CN_valid_2000ex.txt and so on, or FILE of one subset;
+                        # '': the official ones, downloaded once
+download = False        # only download and unpack the questions (120 MB)
+skip_bad = False        # pass over malformed questions, counting them, instead of stopping
+limit = 0               # only the first so many of each subset, 0: all
+share = True            # False: a row for each candidate, the plain way
+batch_tokens = 0        # tokens read at once, padding included; 0: 8192 on a CPU, else 65536
+device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
+dtype = 'float32'       # or 'bfloat16', 'float16'
+out = ''                # where the result is written; '': out/results/MODEL/cbt-PRESET-SPLIT.json
+dump = ''               # FILE for a line of JSON on each question
+compare = ()            # two results, --compare=a.json,b.json: is the second better?
+# -----------------------------------------------------------------------------
+Config = settings(globals())
+
+SHORT = {'-m': 'model', '-d': 'device'}
+KINDS = {'CN': 'common nouns', 'NE': 'named entities', 'V': 'verbs', 'P': 'prepositions'}
+PRESETS = {                 # split, subset, text, between sentences and query, with <|endoftext|>
+    'paper': ('valid', ('CN', 'NE'), 'detok', ' ', False),
+    'mindspore': ('valid', ('CN', 'NE'), 'raw', '  ', True),
+    'seed': ('test', ('CN',), 'raw', '', False)}
+PUBLISHED = {               # per cent, by preset, model and subset
+    'paper': {size: {name: (row[f'cbt-{name}'], 'GPT-2 paper') for name in ('CN', 'NE')}
+              for size, row in results.TABLE3.items()},
+    'mindspore': {size: {'CN': (cn, 'MindSpore model zoo'), 'NE': (ne, 'MindSpore model zoo')}
+                  for size, cn, ne in (('gpt2', 87.85, 85.10), ('gpt2-medium', 92.10, 87.55),
+                                       ('gpt2-large', 93.70, 89.10))},
+    'seed': {'gpt2': {'CN': (86.84, 'SeekDeeper')}}}
+
+
+def main(cfg):
+    if cfg.compare:
+        return print(results.compare(cfg.compare))
+    split, subset, text, gap, eot = chosen(cfg)
+    world = distributed.join(cfg.device)
+    sets, books = distributed.on_main(world, read, cfg, split, subset)
+    if cfg.download:
+        return print('\n'.join(found['path'] for _, found in sets.values()))
+    gpt, encoding, where = checkpoints.open_for(world, cfg.model, cfg.dtype)
+    started, scores, tokens, cut = time.perf_counter(), {}, 0, 0
+    for name, (questions, _) in sets.items():
+        items = [render(question, encoding, text, gap, eot) for question in questions]
+        scores[name] = likelihood.ending_loglikelihoods(
+            gpt, items, share=cfg.share, batch_tokens=cfg.batch_tokens, world=world, progress=True)
+        tokens += sum(len(row.ids) for item in items
+                      for row in likelihood.rows_of(*item, cfg.share))
+        cut += sum(likelihood.excess(item, gpt.config.block_size) > 0 for item in items)
+    if world.is_main:
+        finish(cfg, world, gpt, where, sets, books, scores, started, tokens, cut)
+    distributed.leave()
+
+
+def chosen(cfg):
+    """(split, subset, text, gap, eot): the preset's, with what is set in its place."""
+    if cfg.preset not in PRESETS:
+        raise ValueError(f"preset: given {cfg.preset!r}, expected one of {', '.join(PRESETS)}")
+    split, subset, text, gap, eot = PRESETS[cfg.preset]
+    split, subset, text = cfg.split or split, cfg.subset or subset, cfg.text or text
+    for key, given, choices in (('split', [split], ('valid', 'test')), ('text', [text],
+                                ('detok', 'raw')), ('subset', subset, ('CN', 'NE', 'V', 'P'))):
+        if wrong := [value for value in given if value not in choices]:
+            raise ValueError(f"{key}: given {wrong[0]!r}, expected one of {', '.join(choices)}")
+    for key in ('limit', 'batch_tokens'):
+        if getattr(cfg, key) < 0:
+            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
+    return split, subset, text, gap, eot
+
+
+def read(cfg, split, subset):
+    """({subset: (Questions, facts)}, {sentence: book})."""
+    sets = {name: benchmarks.cbt(name, split, cfg.data, cfg.skip_bad) for name in subset}
+    books = benchmarks.cbt_books(split, cfg.data)
+    return {name: (questions[:cfg.limit or None], found)
+            for name, (questions, found) in sets.items()}, books
+
+
+def render(question, encoding, text='detok', gap=' ', eot=False):
+    """(context, ten endings) of a question as ids: what the ten texts begin with in common, and
+    what follows it in each."""
+    before, after = question.query.split('XXXXX')
+    before = f"{' '.join(question.sentences)}{gap}{before}"
+    if text == 'detok':
+        begun = attach(before.split())
+        texts = [''.join(attach(f'{candidate}{after}'.split(), *begun)[0])
+                 for candidate in question.candidates]
+    else:
+        texts = [f'{before}{candidate}{after}' for candidate in question.candidates]
+    # a token never reaches over a blank that begins a word: what comes before one that all texts
+    # share can be encoded once
+    same = common(texts)
+    cut = texts[0].rfind(' ', 0, same)
+    while cut > 0 and any(other[cut + 1:cut + 2].isspace() for other in texts):
+        cut = texts[0].rfind(' ', 0, cut)
+    cut = max(cut, 0)
+    start = tokenizer.encode(encoding, texts[0][:cut]).tolist()
+    tails = [tokenizer.encode(encoding, text[cut:]).tolist() for text in texts]
+    mark = [tokenizer.eot_id(encoding)] if eot and tokenizer.eot_id(encoding) is not None else []
+    same = min(common(tails), *(len(tail) - 1 for tail in tails))
+    return mark + start + tails[0][:same], [tail[same:] + mark for tail in tails]
+
+
+def common(sequences):
+    """How many items all of these texts or lists begin with in common."""
+    low, high = min(sequences), max(sequences)
+    return next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+
+
+BRACKETS = {'-LRB-': '(', '-RRB-': ')', '-LSB-': '[', '-RSB-': ']', '-LCB-': '{', '-RCB-': '}'}
+CONTRACTED = ("n't", "'s", "'ll", "'re", "'ve", "'d", "'m")
+
+
+def detokenize(text):
+    """Stanford CoreNLP's tokens as people write them: quotes, brackets, contractions and
+    punctuation next to their words, `` and '' as ", a single ` as '."""
+    return ''.join(attach(text.split())[0])
+
+
+def attach(words, pieces=(), glued=True, quoted=False):
+    """(pieces, glued, quoted): the pieces of text that words make, each with the blank before it if
+    there is one. glued: the next word follows without a blank. quoted: a single quote is open.
+
+    A single ' closes, or is a possessive; it opens where none is open, punctuation stands before,
+    and no ` follows.
+    """
+    pieces = list(pieces)
+    for word, following in zip(words, [*words[1:], '']):
+        word, last = BRACKETS.get(word, word), pieces[-1][-1] if pieces else ''
+        left = right = False                    # no blank on this side
+        if word in ('``', "''"):
+            left, right, word = word == "''", word == '``', '"'
+        elif word == '`' or word == "'" and (
+                not quoted and last in '.,:;!?"-\'' and following != '`'):
+            right, quoted, word = True, True, "'"
+        elif word == "'":
+            left, quoted = True, quoted and last == 's'
+        elif word == '--':
+            left = right = True
+        elif word in '([{' or word.lower() == "'t":
+            right = True                        # 'tis
+        elif not word.strip(')]},.;:!?%') or word.lower() in CONTRACTED:
+            left = True
+        elif word == 'not' and pieces and pieces[-1].strip().lower() == 'can':
+            left = True                         # cannot
+        pieces.append(word if left or glued else f' {word}')
+        glued = right
+    return pieces, glued, quoted
+
+
+def judge(question, ten):
+    """(whether the likeliest candidate is the answer, whether the one is that the text has most
+    often); of equals the first is chosen."""
+    sums = [score.sum for score in ten]
+    words = ' '.join([*question.sentences, question.query]).split(' ')
+    counts = [words.count(candidate) for candidate in question.candidates]
+    return (question.candidates[sums.index(max(sums))] == question.answer,
+            question.candidates[counts.index(max(counts))] == question.answer)
+
+
+def finish(cfg, world, gpt, where, sets, books, scores, started, tokens, cut):
+    """Print the result and write it."""
+    split, subset, text, *_ = chosen(cfg)
+    facts = [found for _, found in sets.values()]
+    data = {'path': ', '.join(found['path'] for found in facts),
+            'sha256': '-'.join(found['sha256'] for found in facts),
+            'official': all(found['official'] for found in facts),
+            'skipped': sum(found['skipped'] for found in facts)}
+    as_preset = (split, text) == PRESETS[cfg.preset][::2] and not cfg.limit and data['official']
+    size, measures, notes = checkpoints.official_name(cfg.model), {}, []
+    for name, (questions, _) in sets.items():
+        answers = [judge(question, ten) for question, ten in zip(questions, scores[name])]
+        right, frequent = zip(*answers)
+        published = PUBLISHED[cfg.preset].get(size, {}).get(name) if as_preset else None
+        measures[name] = results.accuracy(right, KINDS[name], published and [published])
+        notes.append(f'{name}: the candidate that the text has most often: '
+                     f'{results.shown(results.accuracy(frequent))}')
+        by_book = defaultdict(list)
+        for question, hit in zip(questions, right):
+            by_book[books.get(question.sentences[0], '')].append(hit)
+        notes += [f'{name}: {sum(part) / len(part):7.2%} of {len(part):4} of {book}'
+                  for book, part in sorted(by_book.items()) if book]
+    if cut:
+        notes.append(f'{cut} questions are longer than the block of {gpt.config.block_size} and '
+                     f'lost the beginning of their text')
+    if data['skipped']:
+        notes.append(f"{data['skipped']} malformed questions were skipped")
+    result = results.record(
+        "Children's Book Test", cfg, '-'.join(['cbt', cfg.preset, split, text, *subset]), gpt,
+        where, data, measures, protocol=f'{cfg.preset}, {split}, {text}', started=started,
+        world=world, tokens=tokens, notes=[*notes, 'chance: 10 %'])
+    results.finish(result, cfg.out, cfg.limit)
+    if cfg.dump:
+        with open(cfg.dump, 'w', encoding='utf-8') as file:
+            for name, (questions, _) in sets.items():
+                for question, ten in zip(questions, scores[name]):
+                    file.write(json.dumps({
+                        'subset': name, 'where': question.where, 'answer': question.answer,
+                        'right': judge(question, ten)[0], 'candidates': question.candidates,
+                        'sums': [score.sum for score in ten],
+                        'counts': [score.count for score in ten]}) + '\n')
+
+
+if __name__ == '__main__':
+    run(main, Config, short=SHORT)

@@ -1,0 +1,405 @@
+"""
+How well a GPT predicts text: the language-modelling columns of the GPT-2 paper's Table 3, and any
+text file.
+
+    python eval_lm.py --model=gpt2 --task=lambada               # or wikitext2, enwik8, ...
+    python eval_lm.py --model=gpt2 --task=wikitext2 --protocol=harness
+    python eval_lm.py --model=out/mine --file=book.txt --stride=128
+    python eval_lm.py --model=gpt2 --table3                     # all results there are, as Table 3
+    torchrun --standalone --nproc_per_node=8 eval_lm.py --model=gpt2-xl --task=enwik8
+
+Protocols, whose numbers are not to be compared with each other; docs/evaluation.md has the reasons:
+paper       nearest to what is known of OpenAI's: for LAMBADA the last word, stop words excluded;
+            else detokenized where a detokenizer can be undone, a short stride, and the loss over
+            the number of words, bytes or characters that the file had before
+harness     lm-evaluation-harness (lambada_openai, wikitext)
+hf          transformers' documentation: WikiText-2 by token, lines joined by two newlines
+last-token  LAMBADA: is the last token the likeliest?
+"""
+
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import checkpoints
+import distributed
+import likelihood
+import results
+import tokenizer
+from configurator import run, settings
+from data import benchmarks
+
+# -----------------------------------------------------------------------------
+model = ''              # also -m; gpt2 to gpt2-xl, another GPT-2 on the hub, a folder, a run (its
+                        # best step), random:gpt2 (untrained); '': the newest run under out/
+task = 'lambada'        # or wikitext2, wikitext103, ptb, enwik8, text8, 1bw
+protocol = 'paper'      # or harness, hf, last-token, where the task has them
+data = ''               # FILE of the task; '': the official one, downloaded once
+file = ''               # any text FILE instead of a task
+stride = 0              # tokens that a window scores; 0: as the protocol has it
+detok = 'auto'          # undo the tokenization of wikitext2, wikitext103 and ptb; auto: of all but
+                        # wikitext103, whose published number was measured without
+download = False        # only download the data
+limit = 0               # only the first so many passages of lambada, else characters; 0: all
+batch_tokens = 0        # tokens read at once, padding included; 0: 8192 on a CPU, else 65536
+device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
+dtype = 'float32'       # or 'bfloat16', 'float16'
+out = ''                # where the result is written; '': out/results/MODEL/TASK-PROTOCOL.json
+table3 = False          # print the results of --model under out/results as the paper's Table 3
+compare = ()            # two results, --compare=a.json,b.json: is the second better?
+# -----------------------------------------------------------------------------
+Config = settings(globals())
+
+SHORT = {'-m': 'model', '-d': 'device'}
+TASKS = {                   # title, protocols, the paper's unit, its stride
+    'lambada': ('LAMBADA', ('paper', 'harness', 'last-token'), 'word', 0),
+    'wikitext2': ('WikiText-2', ('paper', 'harness', 'hf'), 'word', 32),
+    'ptb': ('Penn Treebank', ('paper',), 'word', 32),
+    'enwik8': ('enwik8', ('paper',), 'byte', 512),
+    'text8': ('text8', ('paper',), 'character', 512),
+    'wikitext103': ('WikiText-103', ('paper',), 'word', 32),
+    '1bw': ('1 Billion Word', ('paper',), 'word', 0)}
+HARNESS = {                 # measured by others: value, source
+    ('lambada', 'harness', 'gpt2'): {'accuracy': (32.56, 'lm-evaluation-harness #2159'),
+                                     'perplexity': (40.06, 'lm-evaluation-harness #2159')},
+    ('lambada', 'last-token', 'gpt2'): {'accuracy': (46.67, 'cybertronai/bflm')},
+    ('wikitext2', 'harness', 'gpt2'): {'word': (37.37, 'transformers #13761')},
+    ('wikitext2', 'hf', 'gpt2'): {'token': (29.94, "transformers' documentation")},
+    ('wikitext2', 'hf', 'gpt2-large'): {'token': (19.44, "transformers' documentation")}}
+STOP_WORDS = frozenset('''
+    a about above after again against all am an and any are as at be because been before being below
+    between both but by can could did do does doing down during each few for from further had has
+    have having he her here hers herself him himself his how i if in into is it its itself just me
+    more most my myself no nor not now of off on once only or other our ours ourselves out over own
+    same shall she should so some such than that the their theirs them themselves then there these
+    they this those through to too under until up very was we were what when where which while who
+    whom why will with would you your yours yourself yourselves'''.split())
+
+
+def main(cfg):
+    if cfg.compare:
+        return print(results.compare(cfg.compare))
+    if cfg.table3:
+        return print(table(cfg.model))
+    check(cfg)
+    world = distributed.join(cfg.device)
+    read = benchmarks.lambada if cfg.task == 'lambada' and not cfg.file else corpus
+    given = (cfg.data,) if read is benchmarks.lambada else (cfg,)
+    texts, found = distributed.on_main(world, read, *given)
+    if cfg.download:
+        return print(found['path'])
+    gpt, encoding, where = checkpoints.open_for(world, cfg.model, cfg.dtype)
+    started = time.perf_counter()
+    how = {'batch_tokens': cfg.batch_tokens, 'world': world, 'progress': True}
+    evaluate = lambada if read is benchmarks.lambada else rolling
+    measures, tokens, notes = evaluate(cfg, gpt, encoding, texts, how)
+    if world.is_main:
+        title = TASKS[cfg.task][0] if not cfg.file else Path(cfg.file).name
+        name = f'{cfg.task}-{cfg.protocol}' if not cfg.file else f'file-{Path(cfg.file).stem}'
+        published(cfg, measures, found)
+        result = results.record(title, cfg, name, gpt, where, found, measures, notes=notes,
+                                protocol=cfg.protocol if not cfg.file else 'text', tokens=tokens,
+                                started=started, world=world)
+        results.finish(result, cfg.out, cfg.limit)
+    distributed.leave()
+
+
+def check(cfg):
+    if cfg.task not in TASKS:
+        raise ValueError(f"task: given {cfg.task!r}, expected one of {', '.join(TASKS)}, "
+                         f'or --file=ANY.txt')
+    if not cfg.file and cfg.protocol not in TASKS[cfg.task][1]:
+        raise ValueError(f'protocol: given {cfg.protocol!r}, but {cfg.task} has '
+                         f"{', '.join(TASKS[cfg.task][1])}")
+    for key in ('limit', 'batch_tokens', 'stride'):
+        if getattr(cfg, key) < 0:
+            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
+
+
+def published(cfg, measures, found):
+    """Add the figures that others have measured, where this is the same measurement."""
+    size = checkpoints.official_name(cfg.model)
+    if cfg.file or cfg.limit or not found['official'] or size not in results.TABLE3:
+        return
+    row, source = results.TABLE3[size], 'GPT-2 paper'
+    figures = HARNESS.get((cfg.task, cfg.protocol, size), {})
+    if cfg.protocol == 'paper' and cfg.task == 'lambada':
+        figures = {'accuracy': (row['lambada-acc'], source),
+                   'perplexity': (row['lambada-ppl'], source)}
+    elif cfg.protocol == 'paper':
+        figures = {TASKS[cfg.task][2]: (row[cfg.task], source)}
+    for key, figure in figures.items():
+        measures[key]['published'].append(figure)
+
+
+# LAMBADA: the last word of a passage.
+
+def lambada(cfg, gpt, encoding, texts, how):
+    """(measures, tokens read, notes) of passages of text."""
+    texts = texts[:cfg.limit or None]
+    pairs = [last_word(text, encoding, cfg.protocol) for text in texts]
+    banned = never_last(encoding) if cfg.protocol == 'paper' else None
+    # one token more than the word: what the model would say after it tells whether the word ends
+    items = [(context, [[*word, 0]]) for context, word in pairs]
+    scores = [one for one, in likelihood.ending_loglikelihoods(gpt, items, banned=banned, **how)]
+    right = [score.likeliest[:-1].tolist() == word and (
+        cfg.protocol != 'paper' or ends_word(encoding, score.likeliest[-1].item()))
+        for (_, word), score in zip(pairs, scores)]
+    nats = [-score.logprobs[:-1].double().sum().item() for score in scores]
+    about = {'paper': 'the last word, stop words excluded', 'harness': 'the last word',
+             'last-token': 'the last token'}[cfg.protocol]
+    measures = {'accuracy': results.accuracy(right, about)}
+    if cfg.protocol != 'last-token':            # one of half a word is not LAMBADA's
+        measures['perplexity'] = results.per_unit(nats, [1] * len(nats), 'word', about=about)
+    return measures, sum(len(context) + len(word) for context, word in pairs), []
+
+
+def last_word(text, encoding, protocol):
+    """(context, what is to be predicted) of a passage as lists of ids."""
+    if protocol == 'paper':                     # OpenAI's preparation (openai/gpt-2 #131)
+        text = '\n' + text.replace('“', '"').replace('”', '"').strip()
+        cut = re.search(r'\s\S+$', text).start()
+    else:
+        cut = text.rindex(' ')
+    ids = tokenizer.encode(encoding, text).tolist()
+    start = len(tokenizer.encode(encoding, text[:cut].rstrip(' ')))
+    start = len(ids) - 1 if protocol == 'last-token' else start
+    return ids[:start], ids[start:]
+
+
+def never_last(encoding):
+    """bool (V,): tokens that are a stop word or punctuation, and so no guess at a last word."""
+    words = [encoding.decode_single_token_bytes(i).decode('utf-8', 'ignore').strip().lower()
+             for i in range(encoding.n_vocab)]
+    return torch.tensor([word in STOP_WORDS or bool(word) and not any(map(str.isalnum, word))
+                         for word in words])
+
+
+def ends_word(encoding, i):
+    """Whether the token i after a word means that the word has ended."""
+    after = encoding.decode_single_token_bytes(i).decode('utf-8', 'replace')
+    return not re.match(r"['’]?\w", after)
+
+
+# Texts: the loss of every token, over as many words, bytes or characters as the file had.
+
+class Corpus(NamedTuple):
+    documents: list         # texts, each scored by itself
+    units: dict             # how many words, bytes and characters they were before detokenizing
+    bits: float = 0.0       # what it takes to say which lines were detokenized
+    note: str = ''
+
+
+def corpus(cfg):
+    """(Corpus, facts) of the file or of the task's test set."""
+    if cfg.file:
+        raw = benchmarks.refuse_pages(benchmarks.read_bytes(cfg.file), cfg.file)
+        found = {**benchmarks.facts(cfg.file, raw, True)}
+    else:
+        raws = cfg.task == 'wikitext2' and cfg.protocol != 'paper'
+        raw, found = benchmarks.obtain('wikitext2-raw' if raws else cfg.task, cfg.data)
+    if cfg.task in ('enwik8', 'text8') and not cfg.file:
+        raw = raw[-5_000_000:]
+        while raw[0] & 0xC0 == 0x80:            # not within a character
+            raw = raw[1:]
+    text = benchmarks.text_of(raw, found['path']) if raw.strip() else ''
+    text = text[:cfg.limit or None]
+    if not text:
+        raise ValueError(f"{found['path']}: there is no text in this file")
+    return as_corpus(text, cfg), found
+
+
+def as_corpus(text, cfg):
+    words, units = len(text.split()), {'byte': len(text.encode()), 'character': len(text)}
+    lines = text.removesuffix('\n').split('\n')
+    if cfg.file or cfg.task in ('enwik8', 'text8'):
+        return Corpus([text], {'word': words, **units})
+    if cfg.protocol == 'harness':
+        pages = benchmarks.articles(text)
+        return Corpus([harness_detokenize(page) for page in pages], {
+            'word': sum(len(re.split(r'\s+', page)) for page in pages),
+            'byte': sum(len(page.encode()) for page in pages),
+            'character': sum(map(len, pages))})
+    if cfg.protocol == 'hf':
+        rows = [line + '\n' if line.strip() else '' for line in lines]
+        return Corpus(['\n\n'.join(rows)], {'word': words, **units})
+    units = {'word': words + len(lines), **units}                   # a line ends in <eos>
+    if cfg.task == '1bw':
+        return Corpus([line + '\n' for line in lines], units)
+    if cfg.detok is False or cfg.detok == 'auto' and cfg.task == 'wikitext103':
+        return Corpus([text], units)
+    rules = PTB_RULES if cfg.task == 'ptb' else RULES
+    lines = [line.strip() for line in lines]
+    plain = [detokenize(line, rules) for line in lines]
+    undone = [tokenize(line, rules) == before for line, before in zip(plain, lines)]
+    return Corpus(['\n'.join(a if same else b for a, b, same in zip(plain, lines, undone))],
+                  units, bits=sum(map(bool, lines)),
+                  note=f'{undone.count(False)} of {len(lines)} lines cannot be detokenized and '
+                       f'undone: they stay as they are, and every line costs a bit to say so')
+
+
+# Detokenizing that can be undone: (pattern, replacement) and the pair that reverses it. A full stop
+# after an initial or one of these abbreviations was never apart from it.
+FULL_STOP = (r'(?<![ .][A-Za-z])(?<!^[A-Za-z])(?<!\.\.)(?<!\b(?:Mr|Dr|St|Jr|Sr|vs|No|Lt|Co|Ft|Mt))'
+             r'(?<!\b(?:Mrs|Col|Gen|Rev|Sgt|Inc))\.')
+CONTRACTED = r"'(?=(?:s|re|ve|ll|d|m)\b)"
+RULES = (
+    ((r' @-@ ', '-'), (r'(?<=[\w>])-(?=[\w<])', ' @-@ ')),
+    ((r' @,@ ', ','), (r'(?<=[\d>]),(?=[\d<])', ' @,@ ')),
+    ((r' @\.@ ', '.'), (r'(?<=[\d>])\.(?=[\d<])', ' @.@ ')),
+    ((r'" ([^"]*) "', r'"\1"'), (r'"([^"]*)"', r'" \1 "')),
+    ((r'([(\[]) ', r'\1'), (r'([(\[])', r'\1 ')),
+    ((r' ([)\]])', r'\1'), (r'([)\]])', r' \1')),
+    ((f' {CONTRACTED}', "'"), (rf'(?<=[\w>")]){CONTRACTED}', " '")),
+    ((r" 't\b", "'t"), (r"(?<=\w)'t\b", " 't")),
+    ((r' ([,;:!?.])(?= |$|")', r'\1'), (rf'(?<=[^ ])([,;:!?]|{FULL_STOP})(?= |$|")', r' \1')))
+PTB_RULES = (
+    ((r" n't\b", "n't"), (r"(?<=\w)n't\b", " n't")),
+    ((f' {CONTRACTED}', "'"), (rf'(?<=[\w>]){CONTRACTED}', " '")),
+    ((r'([$#]) N', r'\1N'), (r'([$#])N', r'\1 N')),
+    ((r'N %', 'N%'), (r'N%', 'N %')))
+
+
+def detokenize(line, rules):
+    for (pattern, replacement), _ in rules:
+        line = re.sub(pattern, replacement, line)
+    return line
+
+
+def tokenize(line, rules):
+    for _, (pattern, replacement) in reversed(rules):
+        line = re.sub(pattern, replacement, line)
+    return line
+
+
+def harness_detokenize(text):
+    """What lm-evaluation-harness (and Megatron) makes of WikiText; it cannot be undone."""
+    text = text.replace("s '", "s'")
+    for mark in '-,.':
+        text = text.replace(f' @{mark}@ ', mark)
+    for mark in ':;.!?,':
+        text = text.replace(f' {mark} ', f'{mark} ')
+    for left, right in ('()', '[]', '{}', '""', "''"):
+        inside = rf'[^{re.escape(right)}]*?'
+        text = re.sub(rf'{re.escape(left)}\s*({inside})\s*{re.escape(right)}',
+                      lambda match, both=(left, right): match.group(1).join(both), text)
+    for marks, short in (('= = = =', '===='), ('= = =', '==='), ('= =', '=='), (' ° ', '°'),
+                         (' \n', '\n'), ('\n ', '\n'), (' N ', ' 1 '), (" 's", "'s")):
+        text = text.replace(marks, short)
+    return text
+
+
+def rolling(cfg, gpt, encoding, texts, how):
+    """(measures, tokens read, notes) of a Corpus: one total, over every unit there is."""
+    block = gpt.config.block_size
+    title, _, unit, stride = TASKS[cfg.task]
+    if cfg.file:
+        unit, stride = 'token', 512
+    stride = min(cfg.stride or (0 if cfg.protocol in ('harness', 'hf') else stride) or block, block)
+    eot = tokenizer.eot_id(encoding)
+    documents = [tokenizer.encode(encoding, text) for text in texts.documents]
+    scores = likelihood.rolling_loglikelihoods(gpt, documents, stride, prefix=eot, **how)
+    count = sum(score.count for score in scores)
+    if not count:
+        raise ValueError('one token is no text: there is nothing to predict')
+    size = min(block, max(1, count // 20))      # the pieces of which the interval is reckoned
+    pieces = [piece for score in scores for piece in score.logprobs.double().split(size)]
+    extra = texts.bits * torch.tensor(2.0).log().item() / count             # nats of each token
+    nats = [-piece.sum().item() + extra * len(piece) for piece in pieces]
+    unit = 'token' if cfg.protocol == 'hf' else unit
+    measures = {}
+    for name, many in {'token': count, **texts.units}.items():
+        bits = name in ('byte', 'character')
+        about = f"{'bits' if bits else 'perplexity'} per {name}, {many:,} of them"
+        measures[name] = results.per_unit(nats, [len(piece) * many / count for piece in pieces],
+                                          name, bits=bits, about=about)
+    measures = {unit: measures.pop(unit), **measures}                       # the headline first
+    tokens = sum(len(row.ids) for ids in documents
+                 for row in likelihood.windows(ids, block, stride, eot))
+    notes = [f'{len(documents)} text{"s" if len(documents) > 1 else ""}, {sum(nats):,.1f} nats; '
+             f'windows of {block} tokens, stride {stride}']
+    notes += [texts.note] if texts.note else []
+    if eot is None:
+        notes.append('the first token is not scored: this tokenizer has none to read before it')
+    return measures, tokens, notes
+
+
+# Table 3.
+
+LINES = (   # title, column of results.TABLE3, the result it is found in, its measure
+    ('LAMBADA (perplexity)', 'lambada-ppl', 'lambada-paper', 'perplexity'),
+    ('LAMBADA (accuracy)', 'lambada-acc', 'lambada-paper', 'accuracy'),
+    ('CBT common nouns', 'cbt-CN', 'cbt-paper-valid-detok-CN-NE', 'CN'),
+    ('CBT named entities', 'cbt-NE', 'cbt-paper-valid-detok-CN-NE', 'NE'),
+    ('WikiText-2 (perplexity)', 'wikitext2', 'wikitext2-paper', 'word'),
+    ('PTB (perplexity)', 'ptb', 'ptb-paper', 'word'),
+    ('enwik8 (bits per byte)', 'enwik8', 'enwik8-paper', 'byte'),
+    ('text8 (bits per char)', 'text8', 'text8-paper', 'character'),
+    ('WikiText-103 (perplexity)', 'wikitext103', 'wikitext103-paper', 'word'),
+    ('1BW (perplexity)', '1bw', '1bw-paper', 'word'))
+
+
+def table(model):
+    """The paper's Table 3 of one model, from the results under out/results."""
+    model = model or 'gpt2'
+    size, missing = checkpoints.official_name(model), {}
+    paper = results.TABLE3.get(size, {})
+    found = {path.stem: results.read(path) for path in results.folder(model).glob('*.json')}
+
+    def measure(name, key):
+        if name not in found:
+            missing[name] = command(name, model)
+        return found.get(name, {}).get('measures', {}).get(key)
+
+    rows = [('', 'measured', '95 %', 'count', 'paper', 'by harness', 'published')]
+    for title, column, name, key in LINES:
+        task = name.partition('-')[0]
+        in_harness = task in TASKS and 'harness' in TASKS[task][1]
+        theirs = HARNESS.get((task, 'harness', size), {}).get(key)
+        rows.append((title, *figures(measure(name, key)),
+                     f'{paper[column]:g}' if column in paper else '-',
+                     figures(measure(f'{task}-harness', key))[0] if in_harness else '-',
+                     f'{theirs[0]:g}' if theirs else '-'))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [f'Table 3 of the GPT-2 paper, for {model}']
+    lines += ['  '.join(f'{cell:>{width}}' if i else f'{cell:{width}}'
+                        for i, (cell, width) in enumerate(zip(row, widths))) for row in rows]
+    folders = sorted({f"weights {one['model']['sha256'][:8]}: {one['model']['folder']}"
+                      for one in found.values()})
+    lines += folders + ['not all of the same weights: measure again what is older'] * (
+        len(folders) > 1)
+    lines += [f'{name}: {one["data"]["path"]} is not the official file'
+              for name, one in found.items() if not one['data']['official']]
+    return '\n'.join([*lines, *['not measured yet:'] * bool(missing),
+                      *(f'  {how}' for how in missing.values())])
+
+
+def figures(measure):
+    """(value, interval, count) as they stand in the table."""
+    if measure is None:
+        return '-', '-', '-'
+    if 'correct' in measure:
+        return (f"{measure['value']:.2%}", f"{measure['low']:.2%} to {measure['high']:.2%}",
+                f"{measure['correct']}/{measure['count']}")
+    digits = 3 if measure['bits'] else 2
+    return (f"{measure['value']:.{digits}f}",
+            f"{measure['low']:.{digits}f} to {measure['high']:.{digits}f}",
+            f"{measure['count']:,} {measure['unit']}s")
+
+
+def command(name, model):
+    """What measures the result `name`; for PTB also what has to be brought."""
+    if name.startswith('cbt'):
+        return f'python eval_cbt.py --model={model}'
+    task, protocol = name.split('-')
+    bring = f' (first put its test set at {benchmarks.PLACE / benchmarks.PTB[0]})'
+    return (f'python eval_lm.py --model={model} --task={task}'
+            f"{f' --protocol={protocol}' if protocol != 'paper' else ''}"
+            f"{bring if task == 'ptb' else ''}")
+
+
+if __name__ == '__main__':
+    run(main, Config, short=SHORT)

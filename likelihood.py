@@ -1,0 +1,241 @@
+"""
+Log-likelihoods: of endings given a context, and of long texts. Knows no data set.
+
+The endings of an item share one row, in which the context is read once:
+
+    ids         context   ending 1   ending 2        a token sees the context before it
+    positions   0 .. C-1  C ..       C ..            and its own ending, not the others
+
+This is the same computation as a row for each ending, which share=False does, and agrees with it
+to rounding. Only the hidden states from which a scored token is predicted go through the head.
+
+A model is a GPT, or any callable from ids (B, T) to logits (B, T, V); to share it must take
+positions (B, T) and a bool mask (B, 1, T, T) by name. One of transformers is
+`lambda ids: model(ids).logits`, with share=False.
+"""
+
+import math
+import sys
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import distributed
+
+LOGITS_AT_ONCE = 2 ** 25    # the head is applied to as many positions as give so many logits
+
+
+class Score(NamedTuple):
+    sum: float              # log-probability of all tokens, in nats
+    count: int              # how many tokens they are
+    logprobs: torch.Tensor  # (count,) float32, of each token
+    likeliest: torch.Tensor     # (count,) ids that the model would have chosen in their place
+
+
+class Row(NamedTuple):
+    """What the model reads, the columns whose predictions are scored, and what they are to be."""
+    ids: torch.Tensor       # (T,)
+    columns: torch.Tensor   # (N,)
+    targets: torch.Tensor   # (N,)
+    positions: torch.Tensor = None  # (T,), and of a shared row
+    branch: torch.Tensor = None     # (T,): 0 the context, k its k-th ending
+
+
+def ending_loglikelihoods(model, items, *, share=True, block_size=None, banned=None, **how):
+    """A list of Scores, one for each ending, of every item (context, [ending, ...]) of ids.
+
+    share=False reads one row for each ending. block_size: that of the model, if it does not say;
+        of an item that is longer the same number of tokens is cut from the left of the context
+        for all endings (see excess). banned: ids (V,) as bool that are never the likeliest first
+        token. how: batch_tokens, device, world, progress: see score_rows.
+
+    Raises ValueError for an empty context or ending, and for one too long for the block.
+    """
+    block_size = block_size or block_of(model)
+    rows, counts = [], []
+    for i, (context, endings) in enumerate(items):
+        if not len(context) or not all(map(len, endings)):
+            raise ValueError(f'item {i}: a context and its endings need at least one token each')
+        cut = excess((context, endings), block_size)
+        if cut >= len(context):
+            raise ValueError(f'item {i}: an ending of {max(map(len, endings))} tokens leaves no '
+                             f'room for a context in a block of {block_size}')
+        rows.append(rows_of(context[cut:], endings, share))
+        counts.append([len(ending) for ending in endings])
+    scored = iter(score_rows(model, [row for part in rows for row in part], banned=banned, **how))
+    scores = []
+    for part, lengths in zip(rows, counts):
+        logprobs, likeliest = (torch.cat(parts) for parts in zip(*[next(scored) for _ in part]))
+        scores.append([Score(a.double().sum().item(), len(a), a, b)
+                       for a, b in zip(logprobs.split(lengths), likeliest.split(lengths))])
+    return scores
+
+
+def excess(item, block_size):
+    """How many tokens of an item (context, endings) do not fit the block with its longest ending.
+    """
+    context, endings = item
+    return max(0, len(context) + max(map(len, endings)) - 1 - (block_size or math.inf))
+
+
+def rows_of(context, endings, share=True):
+    """The Rows in which the endings of one context are scored: one if they share it."""
+    context, *endings = [torch.as_tensor(ids, dtype=torch.long) for ids in (context, *endings)]
+    C = len(context)
+    if not share or len(endings) == 1:
+        return [Row(torch.cat((context, ending[:-1])), torch.arange(C - 1, C - 1 + len(ending)),
+                    ending) for ending in endings]
+    positions, columns, branch, T = [torch.arange(C)], [], [torch.zeros(C, dtype=torch.long)], C
+    for k, ending in enumerate(endings, start=1):
+        n = len(ending) - 1                     # its last token is predicted, but predicts nothing
+        columns += [torch.tensor([C - 1]), torch.arange(T, T + n)]
+        positions.append(torch.arange(C, C + n))
+        branch.append(torch.full((n,), k))
+        T += n
+    return [Row(torch.cat((context, *(ending[:-1] for ending in endings))), torch.cat(columns),
+                torch.cat(endings), torch.cat(positions), torch.cat(branch))]
+
+
+def rolling_loglikelihood(model, ids, stride=0, **how):
+    """The Score of one long text of ids; see rolling_loglikelihoods."""
+    return rolling_loglikelihoods(model, [ids], stride, **how)[0]
+
+
+def rolling_loglikelihoods(model, texts, stride=0, *, prefix=None, block_size=None, **how):
+    """The Score of each text, every token being scored once, with as much before it as fits.
+
+    A window is a block of tokens; the first scores all of its predictions, each further one the
+    next `stride` (0: a whole block, which shares nothing with the one before), so that a token has
+    at least block_size - stride tokens before it. The windows are those of lm-eval-harness.
+    prefix: an id read before each text; without one the first token is not scored.
+    """
+    block_size = block_size or block_of(model)
+    stride = stride or block_size
+    if not 1 <= stride <= block_size:
+        raise ValueError(f'stride: given {stride}, expected 1 to {block_size}, the block')
+    rows = [windows(ids, block_size, stride, prefix) for ids in texts]
+    scored = iter(score_rows(model, [row for part in rows for row in part], **how))
+    scores = []
+    for part in rows:
+        both = [next(scored) for _ in part]
+        logprobs = torch.cat([a for a, _ in both] or [torch.empty(0)])
+        likeliest = torch.cat([b for _, b in both] or [torch.empty(0)])
+        scores.append(Score(logprobs.double().sum().item(), len(logprobs), logprobs, likeliest))
+    return scores
+
+
+def windows(ids, block_size, stride, prefix=None):
+    ids, rows, done = torch.as_tensor(ids, dtype=torch.long), [], 1         # ids[:done] are scored
+    if prefix is not None:
+        ids = torch.cat((torch.tensor([prefix]), ids))
+    while done < len(ids):
+        end = min(len(ids), done + (block_size if done == 1 else stride))
+        read = ids[max(0, end - 1 - block_size):end - 1]
+        rows.append(Row(read, torch.arange(len(read) - (end - done), len(read)), ids[done:end]))
+        done = end
+    return rows
+
+
+def block_of(model):
+    return getattr(getattr(model, 'config', None), 'block_size', None)
+
+
+@torch.inference_mode()
+def score_rows(model, rows, *, banned=None, batch_tokens=0, device=None, world=None,
+               progress=False):
+    """(logprobs (N,), likeliest (N,)) of every Row, on the CPU.
+
+    Rows are sorted by length and read in batches of batch_tokens, padding included (0: 8192 on a
+    CPU, else 65536); one that does not fit in the memory of a GPU is halved. device: the model's,
+    if it does not say. world: processes that share the batches; what a batch holds does not depend
+    on their number, and so no result does. progress: show a bar.
+
+    Raises ValueError, with the row's number, where a model gives NaN.
+    """
+    if device is None:
+        device = next(model.parameters()).device if hasattr(model, 'parameters') else 'cpu'
+    device = torch.device(device)
+    batches = divide(rows, batch_tokens or (8192 if device.type == 'cpu' else 65536))
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    bar = tqdm(total=sum(len(row.ids) for batch in batches[rank::size] for _, row in batch),
+               unit='tok', unit_scale=True, disable=not progress or rank > 0, leave=False,
+               mininterval=0.5 if sys.stderr.isatty() else 10)
+    done = {}
+    for batch in batches[rank::size]:
+        results = score_batch(model, [row for _, row in batch], banned, device)
+        for (i, row), (logprobs, likeliest) in zip(batch, results):
+            if logprobs.isnan().any():
+                raise ValueError(f'the model gives NaN for row {i}: its weights are damaged, '
+                                 f'or the dtype is too narrow for them')
+            done[i] = logprobs, likeliest
+            bar.update(len(row.ids))
+    bar.close()
+    for part in distributed.gather(done) if world else []:
+        done.update(part)
+    return [done[i] for i in range(len(rows))]
+
+
+def divide(rows, batch_tokens):
+    """Batches of (number, row), the longest first, each of at most batch_tokens with its padding.
+    """
+    batches = []
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
+        longest = len(batches[-1][0][1].ids) if batches else batch_tokens
+        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
+            batches.append([])
+        batches[-1].append((i, rows[i]))
+    return batches
+
+
+def score_batch(model, rows, banned, device):
+    try:
+        return read_batch(model, rows, banned, device)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise ValueError(f'a row of {len(rows[0].ids)} tokens does not fit in the memory of '
+                             f'{device}; --dtype=bfloat16 needs half of it') from None
+    torch.cuda.empty_cache()
+    half = len(rows) // 2
+    return [result for part in (rows[:half], rows[half:])
+            for result in score_batch(model, part, banned, device)]
+
+
+def read_batch(model, rows, banned, device):
+    T, counts = max(len(row.ids) for row in rows), [len(row.targets) for row in rows]
+    ids = pad([row.ids for row in rows], T, 0, device)                      # (B, T)
+    places = {}
+    if any(row.branch is not None for row in rows):
+        branch = pad([torch.zeros_like(row.ids) if row.branch is None else row.branch
+                      for row in rows], T, -1, device)                      # -1: padding
+        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+        positions = [torch.arange(len(row.ids)) if row.positions is None else row.positions
+                     for row in rows]
+        places = {'positions': pad(positions, T, 0, device),                # (B, T)
+                  'mask': (causal & seen)[:, None]}                         # (B, 1, T, T)
+    x = getattr(model, 'hidden', model)(ids, **places)                      # (B, T, C or V)
+    which = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
+    columns = torch.cat([row.columns for row in rows])
+    first = columns == torch.cat([row.columns[:1].expand(len(row.columns)) for row in rows])
+    x = x[which.to(device), columns.to(device)]                             # (N, C or V)
+    targets = torch.cat([row.targets for row in rows]).to(device)           # (N,)
+    logprobs, likeliest, head = [], [], getattr(model, 'head', lambda x: x)
+    size = max(1, LOGITS_AT_ONCE // head(x[:1]).size(-1))
+    for part in (slice(start, start + size) for start in range(0, len(targets), size)):
+        logits = head(x[part]).float()                                      # (n, V)
+        found = logits.gather(1, targets[part, None])[:, 0]
+        logprobs.append(found - logits.logsumexp(dim=-1))
+        if banned is not None:
+            logits = logits.masked_fill(first[part, None].to(device) & banned.to(device), -math.inf)
+        likeliest.append(logits.argmax(dim=-1))
+    return list(zip(torch.cat(logprobs).cpu().split(counts),
+                    torch.cat(likeliest).cpu().split(counts)))
+
+
+def pad(parts, T, value, device):
+    """Tensors (n,) as rows of one (B, T), filled up with `value` at the right."""
+    rows = torch.full((len(parts), T), value)
+    for row, part in zip(rows, parts):
+        row[:len(part)] = part
+    return rows.to(device)

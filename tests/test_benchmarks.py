@@ -1,0 +1,240 @@
+"""The readers of the test sets: what they read, what they refuse, where the files come from."""
+
+import hashlib
+import http.server
+import io
+import json
+import tarfile
+import threading
+import time
+import zipfile
+
+import pytest
+
+from data import benchmarks, fetch
+
+ROW = {'ctx': 'A man sits. he', 'label': 2, 'endings': ['a b.', 'c d.', 'e.', 'f g.']}
+CANDIDATES = 'fox|hen|dog|cat|cow|ant|bee|elk|owl|pig'
+
+
+def question(k=0, **changed):
+    """The 21 lines of a question, and the empty one after it."""
+    parts = {'query': f'The XXXXX {k} ran .', 'answer': 'dog', 'candidates': CANDIDATES, **changed}
+    story = [f'{i} Sentence {i} of {k} .' for i in range(1, 21)]
+    return '\n'.join([*story, f"21 {parts['query']}\t{parts['answer']}\t\t{parts['candidates']}",
+                      '', ''])
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_hellaswag_rows_are_read(tmp_path):
+    text = json.dumps(ROW) + '\r\n\n' + json.dumps({**ROW, 'label': '3'}) + '\n'
+    rows, facts = benchmarks.hellaswag(write(tmp_path / 'a', b'\xef\xbb\xbf' + text.encode()))
+    assert [row['label'] for row in rows] == [2, 3] and not facts['official']
+    assert facts['sha256'] == fetch.digest(tmp_path / 'a')
+
+
+@pytest.mark.parametrize('content, words', [
+    ('', 'there is nothing in this file'),
+    ('<!DOCTYPE html><html>', 'is a web page, not the data'),
+    ('version https://git-lfs.github.com/spec/v1\noid sha256:00', 'is a Git LFS pointer'),
+    (json.dumps(ROW) + '\n' + json.dumps(ROW)[:30], 'a:2: not JSON, or cut off'),
+    ('[1, 2]', 'a:1: expected an object'),
+    (json.dumps({**ROW, 'ctx': ' '}), "a:1: expected a text 'ctx', given ' '"),
+    (json.dumps({**ROW, 'endings': ['a', 'b', 'c']}), "a:1: expected four texts 'endings'"),
+    (json.dumps({**ROW, 'endings': ['a', 'b', 'c', ' ']}), "a:1: expected four texts 'endings'"),
+    (json.dumps({k: v for k, v in ROW.items() if k != 'label'}), 'label: given None.*test set'),
+    (json.dumps({**ROW, 'label': ''}), "label: given '', expected 0 to 3"),
+    (json.dumps({**ROW, 'label': 4}), 'label: given 4, expected 0 to 3'),
+    (json.dumps({**ROW, 'label': True}), 'label: given True, expected 0 to 3'),
+    (b'{"ctx": "caf\xe9"}', 'a:1: not UTF-8')])
+def test_hellaswag_refuses_by_file_and_line(tmp_path, content, words):
+    with pytest.raises(ValueError, match=words):
+        benchmarks.hellaswag(write(tmp_path / 'a', content))
+
+
+@pytest.mark.parametrize('content', ['{"text": "one"}', '{"text": 3}', '{"ctx": "a b"}'])
+def test_lambada_refuses_what_has_no_last_word(tmp_path, content):
+    with pytest.raises(ValueError, match="a:1: expected a 'text' of two words"):
+        benchmarks.lambada(write(tmp_path / 'a', content))
+
+
+@pytest.mark.parametrize('end', ['\n', '', '\n\n\n', '\r\n'])
+def test_cbt_questions_are_read(tmp_path, end):
+    text = (question(1) + question(2)).rstrip('\n') + end
+    text = text.replace('\n', '\r\n') if '\r' in end else text
+    questions, facts = benchmarks.cbt('CN', 'valid', write(tmp_path / 'a', text))
+    assert len(questions) == 2 and len(questions[0].sentences) == 20
+    assert questions[1].query == 'The XXXXX 2 ran .' and questions[1].answer == 'dog'
+    assert questions[0].candidates == CANDIDATES.split('|')
+    assert questions[0].where.endswith('a:21') and not facts['official']
+
+
+@pytest.mark.parametrize('content, words', [
+    (question().replace('2 Sentence 2', '3 Sentence 2'), 'a:2: expected line 2 of 21'),
+    (question().replace('\n5 Sentence', '\nSentence'), 'a:5: expected line 5 of 21'),
+    ('\n'.join(question().split('\n')[:15]), 'a:15: this question has 15 lines, expected 21'),
+    (question().rstrip('\n') + '\n22 and one more\n', 'a:22: expected line 22 of 21'),
+    (question(query='No blank .'), 'a:21: expected one XXXXX'),
+    (question(query='XXXXX and XXXXX .'), 'a:21: expected one XXXXX'),
+    (question(candidates=CANDIDATES[4:]), 'expected 10 different candidates, given 9'),
+    (question(candidates=CANDIDATES + '|yak'), 'expected 10 different candidates, given 11'),
+    (question(candidates=CANDIDATES.replace('owl', 'fox')), 'expected 10 different candidates'),
+    (question(candidates=CANDIDATES.replace('owl', '')), 'expected 10 different candidates'),
+    (question(answer='yak'), "the answer 'yak' is not one of"),
+    (question().replace('Sentence 3', 'Séntence').encode('latin-1'), 'a:3: not UTF-8'),
+    ('\n\n', 'there is nothing in this file')])
+def test_cbt_refuses_by_file_and_line(tmp_path, content, words):
+    with pytest.raises(ValueError, match=words):
+        benchmarks.cbt('CN', 'valid', write(tmp_path / 'a', content))
+
+
+def test_cbt_skips_what_is_malformed_when_told_to_and_counts_it(tmp_path):
+    text = question(1) + question(2, answer='yak') + question(3)
+    questions, facts = benchmarks.cbt('CN', 'valid', write(tmp_path / 'a', text), skip_bad=True)
+    assert [q.query[10] for q in questions] == ['1', '3'] and facts['skipped'] == 1
+
+
+def test_real_cbt_questions(real):
+    """13 of the original ones: punctuation, possessives and verbs among the candidates."""
+    counts = {name: len(benchmarks.cbt(name, 'valid', real(f'cbt/real/cbtest_{name}_train.txt'))[0])
+              for name in ('CN', 'NE', 'P', 'V')}
+    assert counts == {'CN': 2, 'NE': 4, 'P': 3, 'V': 4}
+
+
+def test_every_rebuilt_cbt_question_belongs_to_a_book(real):
+    books = benchmarks.cbt_books('valid', real('cbt/raw'))
+    assert len(set(books.values())) == 5
+    questions, _ = benchmarks.cbt('NE', 'valid',
+                                  real('cbt/rebuilt/cbtest_NE_valid_2000ex.rebuilt.txt'))
+    assert len(questions) == 2000
+    assert all(sentence in books for q in questions for sentence in q.sentences)
+
+
+def test_articles_begin_at_headings_of_the_first_level():
+    text = ' \n = A = \n \n One . \n = = B = = \n Two . \n \n = C D = \n Three . \n'
+    assert benchmarks.articles(text) == [' = A = \n \n One . \n = = B = = \n Two . \n ',
+                                         ' = C D = \n Three . \n']
+
+
+# Where the files come from: a server that breaks off, goes on by Range, or lies.
+
+class Server(http.server.BaseHTTPRequestHandler):
+    files, ranges, break_after = {}, [], None
+
+    def do_GET(self):
+        body = self.files.get(self.path)
+        if body is None:
+            return self.send_error(404)
+        asked = self.headers.get('Range')
+        self.ranges.append(asked)
+        start = int(asked[6:-1]) if asked and self.path != '/no_ranges' else 0
+        if start >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header('Content-Length', str(len(body) - start))
+        self.end_headers()
+        end = start + self.break_after if self.break_after else len(body)
+        self.wfile.write(body[start:end])
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr(benchmarks, 'PLACE', tmp_path / 'benchmarks')
+    Server.files, Server.ranges, Server.break_after = {}, [], None
+    yield f'http://127.0.0.1:{httpd.server_port}'
+    httpd.shutdown()
+
+
+def serve(monkeypatch, url, name, path, content, member=''):
+    Server.files[path] = content
+    sha256 = hashlib.sha256(content).hexdigest()
+    monkeypatch.setitem(benchmarks.SOURCES, name, (url + path, sha256, member))
+
+
+@pytest.mark.parametrize('path', ['/file', '/no_ranges'])
+def test_a_download_that_broke_off_goes_on(server, tmp_path, path):
+    """Within one call where tries are left, else in the next; nothing is fetched twice from a
+    server that can go on, and one that cannot is read from the start."""
+    body = bytes(range(256)) * 40
+    Server.files[path], Server.break_after = body, 4096
+    sha256, place = hashlib.sha256(body).hexdigest(), tmp_path / 'x'
+    with pytest.raises(ValueError, match='the connection broke off'):
+        fetch.fetch(server + path, place, sha256, tries=2)
+    assert not place.exists() and (tmp_path / 'x.partial').exists()
+    if path == '/no_ranges':
+        Server.break_after = None
+    fetch.fetch(server + path, place, sha256)
+    assert place.read_bytes() == body and not (tmp_path / 'x.partial').exists()
+    if path == '/file':
+        assert Server.ranges == [None, 'bytes=4096-', 'bytes=8192-']
+    fetch.fetch(server + path, place, sha256)                       # there already
+    assert len(Server.ranges) == 3
+
+
+def test_what_was_left_behind_wrong_is_fetched_anew(server, tmp_path):
+    """A partial file of other bytes, shorter or longer than the right one, harms nothing."""
+    body = b'the right bytes' * 99
+    Server.files['/file'], sha256 = body, hashlib.sha256(body).hexdigest()
+    for garbage in (b'wrong', body + b'and more'):
+        write(tmp_path / 'x.partial', garbage)
+        fetch.fetch(server + '/file', tmp_path / 'x', sha256)
+        assert (tmp_path / 'x').read_bytes() == body
+        (tmp_path / 'x').unlink()
+
+
+def test_test_sets_are_downloaded_once_checked_and_unpacked(server, monkeypatch, tmp_path):
+    serve(monkeypatch, server, 'hellaswag', '/hellaswag_val.jsonl', json.dumps(ROW).encode())
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, 'w') as archive:
+        archive.writestr('wikitext-2/wiki.test.tokens', ' = A = \n')
+    serve(monkeypatch, server, 'wikitext2', '/wt2.zip', zipped.getvalue(),
+          'wikitext-2/wiki.test.tokens')
+    tarred = io.BytesIO()
+    with tarfile.open(fileobj=tarred, mode='w:gz') as archive:
+        for name in ('CN_valid_2000ex', 'NE_valid_2000ex'):
+            entry = tarfile.TarInfo(f'./CBTest/data/cbtest_{name}.txt')
+            entry.size = len(question().encode())
+            archive.addfile(entry, io.BytesIO(question().encode()))
+    serve(monkeypatch, server, 'cbt', '/CBTest.tgz', tarred.getvalue(), 'CBTest/data/')
+    for _ in range(2):
+        rows, facts = benchmarks.hellaswag()
+        assert rows == [ROW] and facts['official']
+        assert benchmarks.obtain('wikitext2')[0] == b' = A = \n'
+        for subset in ('CN', 'NE'):
+            assert len(benchmarks.cbt(subset, 'valid')[0]) == 1
+    assert len(Server.ranges) == 3
+    found = {path.name for path in benchmarks.PLACE.iterdir()}
+    assert found == {'hellaswag_val.jsonl', 'wt2.zip', 'CBTest.tgz', 'cbtest_CN_valid_2000ex.txt',
+                     'cbtest_NE_valid_2000ex.txt'}
+    # the same archive, given by hand
+    raw, facts = benchmarks.obtain('wikitext2', benchmarks.PLACE / 'wt2.zip')
+    assert raw == b' = A = \n' and facts['official']
+    with pytest.raises(ValueError, match='cannot be unpacked'):
+        benchmarks.obtain('wikitext2', write(tmp_path / 'a.zip', zipped.getvalue()[:50]))
+
+
+def test_without_a_network_the_error_says_what_to_put_where(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmarks, 'PLACE', tmp_path)
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+    sha256 = benchmarks.SOURCES['lambada'][1]
+    monkeypatch.setitem(benchmarks.SOURCES, 'lambada',
+                        ('http://127.0.0.1:9/lambada_test.jsonl', sha256, ''))
+    with pytest.raises(ValueError, match=f'could not download http://127.0.0.1:9/lambada_test.jsonl'
+                                         f'.*sha256 {sha256}.*put it at '
+                                         f'{tmp_path}/lambada_test.jsonl'):
+        benchmarks.lambada()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=f'LDC.*dd65dff3.*{tmp_path}/ptb.test.txt'):
+        benchmarks.obtain('ptb')
+    with pytest.raises(ValueError, match='cannot read this file'):
+        benchmarks.lambada(tmp_path / 'nothing')

@@ -1,0 +1,212 @@
+"""HellaSwag: models of which the accuracy is known, the protocols, the script, the live curve."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import script
+
+import checkpoints
+import hellaswag
+import results
+import tokenizer
+import train
+from data import benchmarks
+from model import GPT, GPTConfig
+
+BYTES = tokenizer.byte_pairs('bytes', [])
+ROWS = [{'ctx': f'{name} sits down. {who}', 'ctx_a': f'{name} sits down.', 'ctx_b': who,
+         'activity_label': 'Sitting [header] down', 'label': k % 4, 'ind': k,
+         'source_id': ('activitynet~v' if k % 3 else 'wikihow~1'), 'split_type': 'indomain',
+         'endings': [f'{verb} [step] the {thing}.' for verb, thing in zip(
+             ('eats', 'sees', 'writes down', 'is'), ('cat' * (1 + k % 3), 'sun', 'sum', 'table'))]}
+        for k, (name, who) in enumerate((a, b) for a in ('A man', 'Bob', 'The dog')
+                                        for b in ('he', 'she', 'then', 'nobody'))]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / 'rows.jsonl'
+    path.write_text('\n'.join(map(json.dumps, ROWS)))
+    return path
+
+
+class Knowing:
+    """A model that has read the rows: +10 on each next token of the chosen ending, -10 on those of
+    the others, found by what was seen so far."""
+
+    class config:
+        block_size = 512
+
+    def __init__(self, protocol, choose):
+        self.next = {}
+        for row in ROWS:
+            context, endings = hellaswag.render(row, BYTES, protocol)
+            for k, ending in sorted(enumerate(endings), key=lambda e: e[0] == choose(row)):
+                ids = [*context, *ending]
+                for n in range(len(context), len(ids)):
+                    self.next[tuple(ids[:n])] = ids[n], 10.0 if k == choose(row) else -10.0
+
+    def __call__(self, ids, positions=None, mask=None):
+        logits = torch.zeros(*ids.shape, BYTES.n_vocab)
+        for b, t in ((b, t) for b in range(len(ids)) for t in range(ids.size(1))):
+            seen = ids[b, :t + 1] if mask is None else ids[b][mask[b, 0, t]]
+            if found := self.next.get(tuple(seen.tolist())):
+                logits[b, t, found[0]] = found[1]
+        return logits
+
+
+@pytest.mark.parametrize('protocol', hellaswag.PROTOCOLS)
+@pytest.mark.parametrize('share', [True, False])
+def test_an_oracle_is_always_right_and_its_opposite_never(protocol, share):
+    """In both measures: no row is lost, and every ending is scored from its first token on."""
+    for choose, right in ((lambda row: row['label'], 12), (lambda row: (row['label'] + 1) % 4, 0)):
+        found = hellaswag.evaluate(Knowing(protocol, choose), BYTES, ROWS, protocol, share=share)
+        assert (sum(found['acc_norm']), sum(found['acc'])) == (right, right)
+
+
+def test_a_constant_scorer_takes_the_shortest_and_the_first():
+    """By the sum the fewest tokens win; by the mean of tokens all are equal and the first is
+    taken; by characters the most characters for a token."""
+    for protocol in hellaswag.PROTOCOLS:
+        items = [hellaswag.render(row, BYTES, protocol) for row in ROWS]
+        scores = [[SimpleNamespace(sum=-4.0 * len(e), count=len(e)) for e in endings]
+                  for _, endings in items]
+        found = hellaswag.judge(ROWS, scores, protocol)
+        lengths = [[len(e) for e in endings] for _, endings in items]
+        assert found['acc'] == [row['label'] == n.index(min(n)) for row, n in zip(ROWS, lengths)]
+        if protocol == 'completion':
+            assert found['acc_norm'] == [row['label'] == 0 for row in ROWS]
+        else:
+            rates = [[len(hellaswag.clean(e)) / n for e, n in zip(row['endings'], ns)]
+                     for row, ns in zip(ROWS, lengths)]
+            assert found['acc_norm'] == [row['label'] == r.index(max(r))
+                                         for row, r in zip(ROWS, rates)]
+
+
+def test_the_protocols_render_as_their_authors_do():
+    """completion: the text as it is; lm-eval: activity, capital, no brackets, one blank for two."""
+    row = {**ROWS[0], 'ctx_a': 'A [title] b  c.', 'ctx_b': 'he MAY',
+           'ctx': 'A [title] b  c. he MAY'}
+    context, endings = hellaswag.render(row, BYTES, 'completion')
+    assert BYTES.decode(list(context)) == row['ctx']
+    assert BYTES.decode(list(endings[0])) == ' eats [step] the cat.'
+    context, endings = hellaswag.render(row, BYTES, 'lm-eval')
+    assert BYTES.decode(list(context)) == 'Sitting down: A. b c. He may'
+    assert BYTES.decode(list(endings[0])) == ' eats the cat.'
+    with pytest.raises(ValueError, match="no 'ctx_a', which the protocol lm-eval needs"):
+        hellaswag.render({k: v for k, v in row.items() if k != 'ctx_a'}, BYTES, 'lm-eval')
+
+
+def test_parts_encoded_alone_are_the_whole_encoded(real):
+    """For GPT-2's tokens, over original rows: no token reaches over the blank before an ending."""
+    encoding = tokenizer.gpt2()
+    rows, _ = benchmarks.hellaswag(real('hellaswag/hellaswag_val_original_500.jsonl'))
+    for row in rows:
+        for protocol in hellaswag.PROTOCOLS:
+            context, endings = hellaswag.render(row, encoding, protocol)
+            texts = row['ctx'], row['endings']
+            if protocol == 'lm-eval':
+                texts = encoding.decode(list(context)), map(hellaswag.clean, row['endings'])
+            for ending, ids in zip(texts[1], endings):
+                whole = tokenizer.encode(encoding, f'{texts[0]} {ending}').tolist()
+                assert whole == [*context, *ids]
+
+
+def test_the_dummy_share_of_label_0(real):
+    """A scorer of equal means is right where the label is 0: 2,515 of 10,042."""
+    rows, _ = benchmarks.hellaswag(real('hellaswag/hellaswag_val_cleaned.jsonl'))
+    scores = [[SimpleNamespace(sum=-4.0, count=1)] * 4 for _ in rows]
+    assert sum(hellaswag.judge(rows, scores, 'completion')['acc_norm']) == 2515
+
+
+def test_the_script_from_end_to_end(data, stories, tmp_path):
+    """A run is scored twice, plainly and shared: the same answers, the JSON and a line a question;
+    the comparison of the two is within noise."""
+    run = tmp_path / 'run'
+    script('train.py', '--dataset=tiny', f'--data_dir={stories}', f'--out_dir={run}', '--n_layer=1',
+           '--n_head=2', '--n_embd=16', '--block_size=64', '--batch_size=2', '--max_iters=2',
+           '--compile=False', '--dtype=float32', '--hellaswag_interval=1', '--hellaswag_limit=5',
+           f'--hellaswag_data={data}')
+    log = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
+    curve = {record['step']: record for record in log if 'hellaswag' in record}
+    assert list(curve) == [0, 1, 2]
+    first = script('hellaswag.py', '-m', run, f'--data={data}', '--out', tmp_path / 'a.json',
+                   f'--dump={tmp_path}/rows', '-d', 'cpu').stdout
+    script('hellaswag.py', '--model', run, f'--data={data}', f'--out={tmp_path}/b.json',
+           '--share=False', '--protocol=completion')
+    a, b = (json.loads((tmp_path / f'{name}.json').read_text()) for name in 'ab')
+    assert [m['items'] for m in a['measures'].values()] == [
+        m['items'] for m in b['measures'].values()]
+    assert a['model']['sha256'] == b['model']['sha256'] and a['tokens'] < b['tokens']
+    assert a['data']['sha256'] == results.hashlib.sha256(data.read_bytes()).hexdigest()
+    assert a['dtype'] == 'float32' and a['versions']['torch'] == torch.__version__
+    assert f"{a['measures']['acc_norm']['correct']}/12" in first and 'chance: 25 %' in first
+    assert 'is not the official file: compare with nothing published' in first
+    assert 'protocol completion, float32' in first and 'activitynet' in first
+    dumped = [json.loads(line) for line in (tmp_path / 'rows').read_text().splitlines()]
+    assert [row['i'] for row in dumped] == list(range(12))
+    best = [max(range(4), key=lambda k: row['sums'][k] / row['counts'][k]) for row in dumped]
+    assert [k == row['label'] for k, row in zip(best, dumped)] == [row['right'] for row in dumped]
+    text = script('hellaswag.py', f'--compare={tmp_path}/a.json,{tmp_path}/b.json').stdout
+    assert text.count('within noise') == 2
+
+    # the live curve said of the best step what the script says of it, over the same questions
+    script('hellaswag.py', '-m', run, f'--data={data}', '--limit=5', f'--out={tmp_path}/c.json')
+    c = json.loads((tmp_path / 'c.json').read_text())
+    assert 'first 5 items only' in results.show(c)
+    step = int(c['model']['folder'].rpartition('_')[2])
+    assert curve[step]['hellaswag'] == c['measures']['acc_norm']['value']
+    assert curve[step]['hellaswag_sum'] == c['measures']['acc']['value']
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_gives_the_same_scores(data, tmp_path):
+    """To the last bit: a batch holds the same rows whoever reads it."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=BYTES.n_vocab))
+    checkpoints.save(tmp_path / 'model', 0, model, BYTES, {})
+    found = []
+    for n in (0, 2, 3):
+        script('hellaswag.py', '--model', tmp_path / 'model', f'--data={data}',
+               f'--out={tmp_path}/{n}.json', f'--dump={tmp_path}/{n}.rows',
+               '--batch_tokens=300', '-d', 'cpu', torchrun=n)
+        found.append((tmp_path / f'{n}.rows').read_text())
+        assert json.loads((tmp_path / f'{n}.json').read_text())['processes'] == max(1, n)
+    assert found[0] == found[1] == found[2]
+
+
+def test_training_is_the_same_with_and_without_the_live_curve(data, stories, tmp_path):
+    """Scoring draws no random numbers and leaves the model in training mode."""
+    losses = []
+    for n in (0, 1):
+        cfg = train.Config(dataset='tiny', data_dir=str(stories), out_dir=str(tmp_path / str(n)),
+                           n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=2, dropout=0.1,
+                           max_iters=4, log_interval=1, compile=False, dtype='float32',
+                           device='cpu', hellaswag_interval=n, hellaswag_data=str(data))
+        train.main(cfg)
+        log = [json.loads(line) for line in (tmp_path / str(n) / 'log.jsonl').open()]
+        losses.append([record['loss'] for record in log if 'loss' in record])
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--protocol=lmeval'], "protocol: given 'lmeval', expected 'completion' or 'lm-eval'"),
+    (['--limit=-1'], 'limit: given -1, expected 0 or more'),
+    (['--model=random:gpt3'], 'random:gpt3: expected random: and one of gpt2, gpt2-medium'),
+    (['--data=nothing.jsonl'], 'nothing.jsonl: cannot read this file'),
+    (['--compare=a.json'], 'expected two results')])
+def test_bad_input_is_one_line(data, flags, words):
+    done = script('hellaswag.py', f'--data={data}', *flags, check=False)
+    assert done.returncode == 2 and words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_published_numbers_stand_beside_official_weights_and_data_only(tmp_path):
+    """The counts behind them: 2967 and 2871 of 10,042 for gpt2."""
+    assert round(2967 / 100.42, 2) == hellaswag.PUBLISHED['completion', 'gpt2'][0]
+    assert round(2871 / 100.42, 2) == hellaswag.PUBLISHED['completion', 'gpt2'][1]
+    for (protocol, size), (norm, plain, source) in hellaswag.PUBLISHED.items():
+        assert protocol in hellaswag.PROTOCOLS and size in results.TABLE3 and source
+        assert 25 < norm < 60

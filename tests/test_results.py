@@ -1,0 +1,104 @@
+"""Intervals, verdicts and the JSON of results, against figures reckoned by hand or published."""
+
+import json
+import math
+import random
+
+import pytest
+
+import results
+
+
+def test_wilson_intervals():
+    """1 of 10 as in Newcombe's tables (0.018, 0.404); none of ten; GPT-2's HellaSwag."""
+    assert results.wilson(1, 10) == pytest.approx((0.0179, 0.4042), abs=1e-4)
+    assert results.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert results.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert results.wilson(2967, 10042) == pytest.approx((0.2866, 0.3045), abs=1e-4)
+
+
+def test_a_perplexity_has_the_interval_of_its_pieces():
+    """Pieces of equal weight: the standard error of a mean, exponentiated."""
+    nats = [2.0, 3.0, 4.0, 3.0]
+    found = results.per_unit(nats, [1] * 4, 'word')
+    error = 1.959964 * math.sqrt(2 / 3 / 4)             # sample variance 2/3
+    assert found['value'] == pytest.approx(math.exp(3)) and found['count'] == 4
+    assert (found['low'], found['high']) == pytest.approx((math.exp(3 - error),
+                                                           math.exp(3 + error)))
+    bits = results.per_unit(nats, [2] * 4, 'byte', bits=True)
+    assert bits['value'] == pytest.approx(1.5 / math.log(2)) and bits['count'] == 8
+    assert '95 %' in results.shown(found)
+    assert '95 %' not in results.shown(results.per_unit([2.0], [1], 'word'))    # one piece: unknown
+
+
+def test_the_interval_covers_the_truth_nineteen_times_in_twenty():
+    draw, hits = random.Random(0), 0
+    for _ in range(300):
+        weights = [draw.uniform(5, 15) for _ in range(60)]
+        nats = [weight * draw.gauss(2, 0.5) for weight in weights]
+        found = results.per_unit(nats, weights, 'token')
+        hits += found['low'] <= math.exp(2) <= found['high']
+    assert 0.91 <= hits / 300 <= 0.98
+
+
+def result(path, measures, **facts):
+    found = {'task': 'T', 'protocol': 'p', 'model': {'name': path.stem}, 'measures': measures,
+             'data': {'sha256': 'x'}, **facts}
+    results.write(path, found)
+    return str(path)
+
+
+def test_answers_are_compared_question_by_question(tmp_path):
+    """McNemar, exactly: of 10 questions that only one model has right, 9 to 1 is p = 22/1024."""
+    one = result(tmp_path / 'one.json', {'acc': results.accuracy([True] * 50 + [False] * 9
+                                                                 + [True])})
+    two = result(tmp_path / 'two.json', {'acc': results.accuracy([True] * 59 + [False])})
+    text = results.compare((one, two))
+    assert 'two against one' in text
+    assert 'better: 98.33%  59/60 against 85.00%  51/60 ' in text
+    assert '(p = 0.021; right only here 9, only there 1)' in text
+    assert 'worse: 85.00%  51/60 against 98.33%  59/60 (p = 0.021' in results.compare((two, one))
+    three = result(tmp_path / 'three.json', {'acc': results.accuracy([False] + [True] * 50
+                                                                     + [False] * 9)})
+    assert 'within noise: 83.33%' in results.compare((one, three))
+    assert '(p = 1; right only here 1, only there 2)' in results.compare((one, three))
+
+
+def test_texts_are_compared_piece_by_piece(tmp_path):
+    """A small gain that is the same everywhere is found, though the pieces differ far more."""
+    draw = random.Random(1)
+    nats = [draw.uniform(100, 900) for _ in range(50)]
+    better = [value - draw.gauss(2, 1) for value in nats]
+    one, two = (result(tmp_path / f'{name}.json', {'word': results.per_unit(x, [99] * 50, 'word')})
+                for name, x in (('one', nats), ('two', better)))
+    text = results.compare((one, two))
+    assert 'word         better: ' in text and 'of 50 pieces are better' in text
+    noise = [value + draw.gauss(0, 30) for value in nats]
+    other = result(tmp_path / 'c.json', {'word': results.per_unit(noise, [99] * 50, 'word')})
+    assert 'within noise' in results.compare((one, other))
+
+
+@pytest.mark.parametrize('facts, words', [
+    ({'protocol': 'q'}, "protocol: .*'p'.*'q'; only results of the same"),
+    ({'task': 'U'}, "task: .*'T'.*'U'"),
+    ({'data': {'sha256': 'y'}}, 'measured on different data'),
+    ({'measures': {'acc': results.accuracy([True])}}, 'do not cover the same items'),
+    ({'measures': {}}, 'do not cover the same items')])
+def test_what_cannot_be_compared_is_refused(tmp_path, facts, words):
+    measures = {'acc': results.accuracy([True, False])}
+    one = result(tmp_path / 'a.json', measures)
+    two = result(tmp_path / 'b.json', **{'measures': measures, **facts})
+    with pytest.raises(ValueError, match=words):
+        results.compare((one, two))
+
+
+def test_files_that_are_no_results_are_refused(tmp_path):
+    good = result(tmp_path / 'a.json', {})
+    for content in ('{}', '[]', 'no', json.dumps({'task': 1})):
+        (tmp_path / 'b.json').write_text(content)
+        with pytest.raises(ValueError, match='b.json: not the result of an evaluation'):
+            results.compare((good, str(tmp_path / 'b.json')))
+    with pytest.raises(ValueError, match='cannot read this result.*--out says'):
+        results.compare((good, str(tmp_path / 'nothing.json')))
+    with pytest.raises(ValueError, match='expected two results'):
+        results.compare((good,))
