@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 import tokenizer
 from distributed import on_main, pick_dtype
-from model import GPT, SIZES, GPTConfig
+from model import GPT, SIZES, GPTConfig, pack
 
 HERE = Path(__file__).resolve().parent
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
@@ -203,14 +203,22 @@ def load_folder(folder, device='cpu', dropout=0.0, dtype=torch.float32):
 
 
 def open_for(world, name, dtype):
-    """(model, encoding, where it was found) of an evaluation, on every process of `world`.
+    """(model, encoding, facts) of an evaluation, on every process of `world`.
 
-    name '' is the newest run. Rank 0 finds, and downloads, for all. On a GPU float32 products may
-    be of TF32, as those of the published numbers were.
+    name '' is the newest run; rank 0 finds, and downloads, for all. facts identify the weights as
+    they are used. On a GPU float32 products may be of TF32, as those of published numbers were; on
+    a CPU the model is packed.
     """
     where = on_main(world, find, name or newest_of_all() or '')
     torch.set_float32_matmul_precision('high')
-    return *load_folder(where, world.device, dtype=pick_dtype(dtype, world.device)[0]), where
+    model, encoding = load_folder(where, world.device, dtype=pick_dtype(dtype, world.device)[0])
+    weights = hashlib.sha256()
+    for key, p in sorted(model.state_dict().items()):
+        weights.update(key.encode() + p.cpu().contiguous().view(torch.uint8).numpy().data)
+    facts = {'name': name or str(where), 'folder': str(where), 'sha256': weights.hexdigest(),
+             'parameters': sum(p.numel() for p in model.parameters()),
+             'dtype': str(model.wte.weight.dtype)[6:]}
+    return pack(model), encoding, facts
 
 
 def official_name(name):

@@ -38,7 +38,7 @@ download = False        # only download and unpack the questions (120 MB)
 skip_bad = False        # pass over malformed questions, counting them, instead of stopping
 limit = 0               # only the first so many of each subset, 0: all
 share = True            # False: a row for each candidate, the plain way
-batch_tokens = 0        # tokens read at once, padding included; 0: 8192 on a CPU, else 65536
+batch_tokens = 0        # tokens read at once, padding included; 0: 1024 on a CPU, else 65536
 device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
 dtype = 'float32'       # or 'bfloat16', 'float16'
 out = ''                # where the result is written; '': out/results/MODEL/cbt-PRESET-SPLIT.json
@@ -70,7 +70,7 @@ def main(cfg):
     sets, books = distributed.on_main(world, read, cfg, split, subset)
     if cfg.download:
         return print('\n'.join(found['path'] for _, found in sets.values()))
-    gpt, encoding, where = checkpoints.open_for(world, cfg.model, cfg.dtype)
+    gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
     started, scores, tokens, cut = time.perf_counter(), {}, 0, 0
     for name, (questions, _) in sets.items():
         items = [render(question, encoding, text, gap, eot) for question in questions]
@@ -80,7 +80,7 @@ def main(cfg):
                       for row in likelihood.rows_of(*item, cfg.share))
         cut += sum(likelihood.excess(item, gpt.config.block_size) > 0 for item in items)
     if world.is_main:
-        finish(cfg, world, gpt, where, sets, books, scores, started, tokens, cut)
+        finish(cfg, world, gpt, weights, sets, books, scores, started, tokens, cut)
     distributed.leave()
 
 
@@ -190,7 +190,7 @@ def judge(question, ten):
             question.candidates[counts.index(max(counts))] == question.answer)
 
 
-def finish(cfg, world, gpt, where, sets, books, scores, started, tokens, cut):
+def finish(cfg, world, gpt, weights, sets, books, scores, started, tokens, cut):
     """Print the result and write it."""
     split, subset, text, *_ = chosen(cfg)
     facts = [found for _, found in sets.values()]
@@ -218,8 +218,8 @@ def finish(cfg, world, gpt, where, sets, books, scores, started, tokens, cut):
     if data['skipped']:
         notes.append(f"{data['skipped']} malformed questions were skipped")
     result = results.record(
-        "Children's Book Test", cfg, '-'.join(['cbt', cfg.preset, split, text, *subset]), gpt,
-        where, data, measures, protocol=f'{cfg.preset}, {split}, {text}', started=started,
+        "Children's Book Test", cfg, '-'.join(['cbt', cfg.preset, split, text, *subset]), weights,
+        data, measures, protocol=f'{cfg.preset}, {split}, {text}', started=started,
         world=world, tokens=tokens, notes=[*notes, 'chance: 10 %'])
     results.finish(result, cfg.out, cfg.limit)
     if cfg.dump:

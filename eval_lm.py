@@ -44,7 +44,7 @@ detok = 'auto'          # undo the tokenization of wikitext2, wikitext103 and pt
                         # wikitext103, whose published number was measured without
 download = False        # only download the data
 limit = 0               # only the first so many passages of lambada, else characters; 0: all
-batch_tokens = 0        # tokens read at once, padding included; 0: 8192 on a CPU, else 65536
+batch_tokens = 0        # tokens read at once, padding included; 0: 1024 on a CPU, else 65536
 device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
 dtype = 'float32'       # or 'bfloat16', 'float16'
 out = ''                # where the result is written; '': out/results/MODEL/TASK-PROTOCOL.json
@@ -91,7 +91,7 @@ def main(cfg):
     texts, found = distributed.on_main(world, read, *given)
     if cfg.download:
         return print(found['path'])
-    gpt, encoding, where = checkpoints.open_for(world, cfg.model, cfg.dtype)
+    gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
     started = time.perf_counter()
     how = {'batch_tokens': cfg.batch_tokens, 'world': world, 'progress': True}
     evaluate = lambada if read is benchmarks.lambada else rolling
@@ -100,7 +100,7 @@ def main(cfg):
         title = TASKS[cfg.task][0] if not cfg.file else Path(cfg.file).name
         name = f'{cfg.task}-{cfg.protocol}' if not cfg.file else f'file-{Path(cfg.file).stem}'
         published(cfg, measures, found)
-        result = results.record(title, cfg, name, gpt, where, found, measures, notes=notes,
+        result = results.record(title, cfg, name, weights, found, measures, notes=notes,
                                 protocol=cfg.protocol if not cfg.file else 'text', tokens=tokens,
                                 started=started, world=world)
         results.finish(result, cfg.out, cfg.limit)

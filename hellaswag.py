@@ -37,7 +37,7 @@ data = ''               # FILE with the questions; '': the official one, downloa
 download = False        # only download the questions
 limit = 0               # only the first so many, 0: all
 share = True            # False: a row for each ending, the plain way
-batch_tokens = 0        # tokens read at once, padding included; 0: 8192 on a CPU, else 65536
+batch_tokens = 0        # tokens read at once, padding included; 0: 1024 on a CPU, else 65536
 device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
 dtype = 'float32'       # 'bfloat16' and 'float16' move some ten of 10,042 answers
 out = ''                # where the result is written; '': out/results/MODEL/hellaswag-PROTOCOL.json
@@ -69,12 +69,12 @@ def main(cfg):
     if cfg.download:
         return print(f"{found['path']}: {len(rows):,} questions")
     rows = rows[:cfg.limit or None]
-    gpt, encoding, where = checkpoints.open_for(world, cfg.model, cfg.dtype)
+    gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
     started = time.perf_counter()
     answers = evaluate(gpt, encoding, rows, cfg.protocol, world=world, share=cfg.share,
                        batch_tokens=cfg.batch_tokens, progress=True)
     if world.is_main:
-        finish(cfg, gpt, where, world, rows, found, answers, started)
+        finish(cfg, gpt, weights, world, rows, found, answers, started)
     distributed.leave()
 
 
@@ -131,7 +131,7 @@ def judge(rows, scores, protocol):
     return {'acc_norm': by_norm, 'acc': by_sum}
 
 
-def finish(cfg, gpt, where, world, rows, found, answers, started):
+def finish(cfg, gpt, weights, world, rows, found, answers, started):
     """Print the result and write it."""
     published = PUBLISHED.get((cfg.protocol, checkpoints.official_name(cfg.model)))
     measures = {}
@@ -149,7 +149,7 @@ def finish(cfg, gpt, where, world, rows, found, answers, started):
     if answers['cut']:
         notes.append(f"{answers['cut']} questions are longer than the block of "
                      f'{gpt.config.block_size} and lost the beginning of their context')
-    result = results.record('HellaSwag', cfg, f'hellaswag-{cfg.protocol}', gpt, where, found,
+    result = results.record('HellaSwag', cfg, f'hellaswag-{cfg.protocol}', weights, found,
                             measures, protocol=cfg.protocol, started=started, world=world,
                             tokens=answers['tokens'], notes=[*notes, 'chance: 25 %'])
     results.finish(result, cfg.out, cfg.limit)

@@ -146,7 +146,7 @@ def score_rows(model, rows, *, banned=None, batch_tokens=0, device=None, world=N
                progress=False):
     """(logprobs (N,), likeliest (N,)) of every Row, on the CPU.
 
-    Rows are sorted by length and read in batches of batch_tokens, padding included (0: 8192 on a
+    Rows are sorted by length and read in batches of batch_tokens, padding included (0: 1024 on a
     CPU, else 65536); one that does not fit in the memory of a GPU is halved. device: the model's,
     if it does not say. world: processes that share the batches; what a batch holds does not depend
     on their number, and so no result does. progress: show a bar.
@@ -156,7 +156,7 @@ def score_rows(model, rows, *, banned=None, batch_tokens=0, device=None, world=N
     if device is None:
         device = next(model.parameters()).device if hasattr(model, 'parameters') else 'cpu'
     device = torch.device(device)
-    batches = divide(rows, batch_tokens or (8192 if device.type == 'cpu' else 65536))
+    batches = divide(rows, batch_tokens or (1024 if device.type == 'cpu' else 65536))
     rank, size = (world.rank, world.size) if world else (0, 1)
     bar = tqdm(total=sum(len(row.ids) for batch in batches[rank::size] for _, row in batch),
                unit='tok', unit_scale=True, disable=not progress or rank > 0, leave=False,

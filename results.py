@@ -5,7 +5,6 @@ A measure is a dict: value, low and high (95 %), count, what it is measured on i
 two models can be compared on the same items), and the published figures beside it.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -62,17 +61,11 @@ def per_unit(nats, weights, unit, bits=False, about='', published=()):
             'items': [round(a, 4) for a in nats]}
 
 
-def record(task, cfg, name, model, where, data, measures, *, started, tokens, world, **facts):
-    """All there is to know about one evaluation, as plain types."""
-    weights = hashlib.sha256()
-    for key, p in sorted(model.state_dict().items()):
-        weights.update(key.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+def record(task, cfg, name, model, data, measures, *, started, tokens, world, **facts):
+    """All there is to know about one evaluation, as plain types. model: facts of open_for()."""
     return {'task': task, 'name': name, **facts, 'data': data, 'measures': measures,
-            'model': {'name': cfg.model or str(where), 'folder': str(where),
-                      'parameters': sum(p.numel() for p in model.parameters()),
-                      'sha256': weights.hexdigest()},
-            'settings': vars(cfg), 'dtype': str(model.wte.weight.dtype)[6:],
-            'device': str(world.device), 'processes': world.size, 'tokens': tokens,
+            'model': model, 'settings': vars(cfg), 'device': str(world.device),
+            'processes': world.size, 'tokens': tokens,
             'seconds': round(time.perf_counter() - started, 2),
             'versions': {'python': platform.python_version(), 'torch': torch.__version__}}
 
@@ -118,7 +111,7 @@ def show(found):
     """The lines that an evaluation ends with."""
     data, settings = found['data'], found['settings']
     lines = [f"{found['task']}, {found['model']['name']}, protocol {found['protocol']}, "
-             f"{found['dtype']}"]
+             f"{found['model']['dtype']}"]
     for name, measure in found['measures'].items():
         lines.append(f"  {name:12} {shown(measure):38} {measure['about']}".rstrip())
         for value, source in measure['published']:

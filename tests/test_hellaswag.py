@@ -12,7 +12,7 @@ import hellaswag
 import results
 import tokenizer
 import train
-from data import benchmarks
+from data import benchmarks, fetch
 from model import GPT, GPTConfig
 
 BYTES = tokenizer.byte_pairs('bytes', [])
@@ -140,8 +140,8 @@ def test_the_script_from_end_to_end(data, stories, tmp_path):
     assert [m['items'] for m in a['measures'].values()] == [
         m['items'] for m in b['measures'].values()]
     assert a['model']['sha256'] == b['model']['sha256'] and a['tokens'] < b['tokens']
-    assert a['data']['sha256'] == results.hashlib.sha256(data.read_bytes()).hexdigest()
-    assert a['dtype'] == 'float32' and a['versions']['torch'] == torch.__version__
+    assert a['data']['sha256'] == fetch.digest(data)
+    assert a['model']['dtype'] == 'float32' and a['versions']['torch'] == torch.__version__
     assert f"{a['measures']['acc_norm']['correct']}/12" in first and 'chance: 25 %' in first
     assert 'is not the official file: compare with nothing published' in first
     assert 'protocol completion, float32' in first and 'activitynet' in first
