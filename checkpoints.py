@@ -210,7 +210,8 @@ def open_for(world, name, dtype):
     a CPU the model is packed.
     """
     where = on_main(world, find, name or newest_of_all() or '')
-    torch.set_float32_matmul_precision('high')
+    if world.device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')
     model, encoding = load_folder(where, world.device, dtype=pick_dtype(dtype, world.device)[0])
     weights = hashlib.sha256()
     for key, p in sorted(model.state_dict().items()):

@@ -75,3 +75,9 @@ def script(*args, torchrun=0, check=True, **options):
                           timeout=300, **options)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def command(module, *args):
+    """main() of a script with these arguments, in this process: faster than script()."""
+    from configurator import configure
+    return module.main(configure(module.Config, [*map(str, args)], getattr(module, 'SHORT', None)))

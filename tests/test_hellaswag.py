@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import script
+from conftest import command, script
 
 import checkpoints
 import hellaswag
@@ -121,21 +121,21 @@ def test_the_dummy_share_of_label_0(real):
     assert sum(hellaswag.judge(rows, scores, 'completion')['acc_norm']) == 2515
 
 
-def test_the_script_from_end_to_end(data, stories, tmp_path):
+def test_the_script_from_end_to_end(data, stories, tmp_path, capsys):
     """A run is scored twice, plainly and shared: the same answers, the JSON and a line a question;
     the comparison of the two is within noise."""
     run = tmp_path / 'run'
-    script('train.py', '--dataset=tiny', f'--data_dir={stories}', f'--out_dir={run}', '--n_layer=1',
-           '--n_head=2', '--n_embd=16', '--block_size=64', '--batch_size=2', '--max_iters=2',
-           '--compile=False', '--dtype=float32', '--hellaswag_interval=1', '--hellaswag_limit=5',
-           f'--hellaswag_data={data}')
+    command(train, '--dataset=tiny', f'--data_dir={stories}', f'--out_dir={run}', '--n_layer=1',
+            '--n_head=2', '--n_embd=16', '--block_size=64', '--batch_size=2', '--max_iters=2',
+            '--compile=False', '--dtype=float32', '--hellaswag_interval=1', '--hellaswag_limit=5',
+            f'--hellaswag_data={data}')
     log = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
     curve = {record['step']: record for record in log if 'hellaswag' in record}
     assert list(curve) == [0, 1, 2]
     first = script('hellaswag.py', '-m', run, f'--data={data}', '--out', tmp_path / 'a.json',
                    f'--dump={tmp_path}/rows', '-d', 'cpu').stdout
-    script('hellaswag.py', '--model', run, f'--data={data}', f'--out={tmp_path}/b.json',
-           '--share=False', '--protocol=completion')
+    command(hellaswag, '--model', run, f'--data={data}', f'--out={tmp_path}/b.json',
+            '--share=False', '--protocol=completion')
     a, b = (json.loads((tmp_path / f'{name}.json').read_text()) for name in 'ab')
     assert [m['items'] for m in a['measures'].values()] == [
         m['items'] for m in b['measures'].values()]
@@ -149,11 +149,12 @@ def test_the_script_from_end_to_end(data, stories, tmp_path):
     assert [row['i'] for row in dumped] == list(range(12))
     best = [max(range(4), key=lambda k: row['sums'][k] / row['counts'][k]) for row in dumped]
     assert [k == row['label'] for k, row in zip(best, dumped)] == [row['right'] for row in dumped]
-    text = script('hellaswag.py', f'--compare={tmp_path}/a.json,{tmp_path}/b.json').stdout
-    assert text.count('within noise') == 2
+    capsys.readouterr()
+    command(hellaswag, f'--compare={tmp_path}/a.json,{tmp_path}/b.json')
+    assert capsys.readouterr().out.count('within noise') == 2
 
     # the live curve said of the best step what the script says of it, over the same questions
-    script('hellaswag.py', '-m', run, f'--data={data}', '--limit=5', f'--out={tmp_path}/c.json')
+    command(hellaswag, '-m', run, f'--data={data}', '--limit=5', f'--out={tmp_path}/c.json')
     c = json.loads((tmp_path / 'c.json').read_text())
     assert 'first 5 items only' in results.show(c)
     step = int(c['model']['folder'].rpartition('_')[2])
@@ -197,10 +198,14 @@ def test_training_is_the_same_with_and_without_the_live_curve(data, stories, tmp
     (['--model=random:gpt3'], 'random:gpt3: expected random: and one of gpt2, gpt2-medium'),
     (['--data=nothing.jsonl'], 'nothing.jsonl: cannot read this file'),
     (['--compare=a.json'], 'expected two results')])
-def test_bad_input_is_one_line(data, flags, words):
-    done = script('hellaswag.py', f'--data={data}', *flags, check=False)
-    assert done.returncode == 2 and words in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_bad_input_is_refused(data, flags, words):
+    with pytest.raises(ValueError, match=words):
+        command(hellaswag, f'--data={data}', *flags)
+
+
+def test_a_refusal_is_one_line(tmp_path):
+    done = script('hellaswag.py', '--data', tmp_path, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
 def test_published_numbers_stand_beside_official_weights_and_data_only(tmp_path):
