@@ -76,9 +76,8 @@ def main(cfg):
         items = [render(question, encoding, text, gap, eot) for question in questions]
         scores[name] = likelihood.ending_loglikelihoods(
             gpt, items, share=cfg.share, batch_tokens=cfg.batch_tokens, world=world, progress=True)
-        tokens += sum(len(row.ids) for item in items
-                      for row in likelihood.rows_of(*item, cfg.share))
-        cut += sum(likelihood.excess(item, gpt.config.block_size) > 0 for item in items)
+        tokens, cut = (before + more for before, more in zip((tokens, cut), likelihood.reading(
+            items, gpt.config.block_size, cfg.share)))
     if world.is_main:
         finish(cfg, world, gpt, weights, sets, books, scores, started, tokens, cut)
     distributed.leave()

@@ -154,7 +154,7 @@ def lambada(cfg, gpt, encoding, texts, how):
     measures = {'accuracy': results.accuracy(right, about)}
     if cfg.protocol != 'last-token':            # one of half a word is not LAMBADA's
         measures['perplexity'] = results.per_unit(nats, [1] * len(nats), 'word', about=about)
-    return measures, sum(len(context) + len(word) for context, word in pairs), []
+    return measures, likelihood.reading(items, gpt.config.block_size)[0], []
 
 
 def last_word(text, encoding, protocol):

@@ -17,9 +17,6 @@ import json
 import re
 import time
 from collections import defaultdict
-from pathlib import Path
-
-import torch
 
 import checkpoints
 import distributed
@@ -86,16 +83,13 @@ def check(cfg):
             raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
 
 
-def evaluate(gpt, encoding, rows, protocol='completion', **how):
-    """{'acc_norm': [bool], 'acc': [bool], 'scores': [[Score]], 'tokens': read, 'cut': rows that
-    had to be cut} for rows of benchmarks.hellaswag(). how: see ending_loglikelihoods."""
+def evaluate(gpt, encoding, rows, protocol='completion', share=True, **how):
+    """For rows of benchmarks.hellaswag(): {'acc_norm': [bool], 'acc': [bool], 'scores': [[Score]],
+    'tokens': read, 'cut': rows that had to be}. how: see likelihood.ending_loglikelihoods."""
     items = [render(row, encoding, protocol) for row in rows]
-    scores = likelihood.ending_loglikelihoods(gpt, items, **how)
-    read = [likelihood.rows_of(*item, how.get('share', True)) for item in items]
-    answers = judge(rows, scores, protocol)
-    return {**answers, 'scores': scores,
-            'tokens': sum(len(row.ids) for part in read for row in part),
-            'cut': sum(likelihood.excess(item, gpt.config.block_size) > 0 for item in items)}
+    scores = likelihood.ending_loglikelihoods(gpt, items, share=share, **how)
+    tokens, cut = likelihood.reading(items, gpt.config.block_size, share)
+    return {**judge(rows, scores, protocol), 'scores': scores, 'tokens': tokens, 'cut': cut}
 
 
 def render(row, encoding, protocol):

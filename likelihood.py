@@ -18,6 +18,7 @@ import math
 import sys
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -35,11 +36,11 @@ class Score(NamedTuple):
 
 class Row(NamedTuple):
     """What the model reads, the columns whose predictions are scored, and what they are to be."""
-    ids: torch.Tensor       # (T,)
-    columns: torch.Tensor   # (N,)
-    targets: torch.Tensor   # (N,)
-    positions: torch.Tensor = None  # (T,), and of a shared row
-    branch: torch.Tensor = None     # (T,): 0 the context, k its k-th ending
+    ids: np.ndarray         # (T,)
+    columns: np.ndarray     # (N,)
+    targets: np.ndarray     # (N,)
+    positions: np.ndarray = None    # (T,), and of a shared row
+    branch: np.ndarray = None       # (T,): 0 the context, k its k-th ending
 
 
 def ending_loglikelihoods(model, items, *, share=True, block_size=None, banned=None, **how):
@@ -79,22 +80,30 @@ def excess(item, block_size):
     return max(0, len(context) + max(map(len, endings)) - 1 - (block_size or math.inf))
 
 
+def reading(items, block_size, share=True):
+    """(tokens the model reads to score these items, how many items had to be cut)."""
+    cuts = [excess(item, block_size) for item in items]
+    tokens = sum((len(context) - cut) * (1 if share else len(endings)) + sum(map(len, endings))
+                 - len(endings) for (context, endings), cut in zip(items, cuts))
+    return tokens, sum(cut > 0 for cut in cuts)
+
+
 def rows_of(context, endings, share=True):
     """The Rows in which the endings of one context are scored: one if they share it."""
-    context, *endings = [torch.as_tensor(ids, dtype=torch.long) for ids in (context, *endings)]
-    C = len(context)
+    C, counts = len(context), [len(ending) - 1 for ending in endings]   # that predict something
     if not share or len(endings) == 1:
-        return [Row(torch.cat((context, ending[:-1])), torch.arange(C - 1, C - 1 + len(ending)),
-                    ending) for ending in endings]
-    positions, columns, branch, T = [torch.arange(C)], [], [torch.zeros(C, dtype=torch.long)], C
-    for k, ending in enumerate(endings, start=1):
-        n = len(ending) - 1                     # its last token is predicted, but predicts nothing
-        columns += [torch.tensor([C - 1]), torch.arange(T, T + n)]
-        positions.append(torch.arange(C, C + n))
-        branch.append(torch.full((n,), k))
+        return [Row(np.concatenate((context, ending[:-1])).astype(np.int64),
+                    np.arange(C - 1, C + n), np.asarray(ending, np.int64))
+                for ending, n in zip(endings, counts)]
+    columns, T = [], C
+    for n in counts:
+        columns += [[C - 1], np.arange(T, T + n)]
         T += n
-    return [Row(torch.cat((context, *(ending[:-1] for ending in endings))), torch.cat(columns),
-                torch.cat(endings), torch.cat(positions), torch.cat(branch))]
+    return [Row(np.concatenate((context, *(ending[:-1] for ending in endings))).astype(np.int64),
+                np.concatenate(columns).astype(np.int64),
+                np.concatenate(endings).astype(np.int64),
+                np.concatenate((np.arange(C), *(np.arange(C, C + n) for n in counts))),
+                np.repeat(np.arange(len(endings) + 1), (C, *counts)))]
 
 
 def rolling_loglikelihood(model, ids, stride=0, **how):
@@ -126,13 +135,12 @@ def rolling_loglikelihoods(model, texts, stride=0, *, prefix=None, block_size=No
 
 
 def windows(ids, block_size, stride, prefix=None):
-    ids, rows, done = torch.as_tensor(ids, dtype=torch.long), [], 1         # ids[:done] are scored
-    if prefix is not None:
-        ids = torch.cat((torch.tensor([prefix]), ids))
+    rows, done = [], 1                                              # ids[:done] are scored
+    ids = np.concatenate(([] if prefix is None else [prefix], ids)).astype(np.int64)
     while done < len(ids):
         end = min(len(ids), done + (block_size if done == 1 else stride))
         read = ids[max(0, end - 1 - block_size):end - 1]
-        rows.append(Row(read, torch.arange(len(read) - (end - done), len(read)), ids[done:end]))
+        rows.append(Row(read, np.arange(len(read) - (end - done), len(read)), ids[done:end]))
         done = end
     return rows
 
@@ -206,20 +214,20 @@ def read_batch(model, rows, banned, device):
     ids = pad([row.ids for row in rows], T, 0, device)                      # (B, T)
     places = {}
     if any(row.branch is not None for row in rows):
-        branch = pad([torch.zeros_like(row.ids) if row.branch is None else row.branch
+        branch = pad([np.zeros_like(row.ids) if row.branch is None else row.branch
                       for row in rows], T, -1, device)                      # -1: padding
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-        positions = [torch.arange(len(row.ids)) if row.positions is None else row.positions
+        positions = [np.arange(len(row.ids)) if row.positions is None else row.positions
                      for row in rows]
         places = {'positions': pad(positions, T, 0, device),                # (B, T)
                   'mask': (causal & seen)[:, None]}                         # (B, 1, T, T)
     x = getattr(model, 'hidden', model)(ids, **places)                      # (B, T, C or V)
-    which = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
-    columns = torch.cat([row.columns for row in rows])
-    first = columns == torch.cat([row.columns[:1].expand(len(row.columns)) for row in rows])
-    x = x[which.to(device), columns.to(device)]                             # (N, C or V)
-    targets = torch.cat([row.targets for row in rows]).to(device)           # (N,)
+    which, columns, targets = (torch.from_numpy(part).to(device) for part in (
+        np.repeat(np.arange(len(rows)), counts), np.concatenate([row.columns for row in rows]),
+        np.concatenate([row.targets for row in rows])))                     # (N,)
+    first = torch.from_numpy(np.concatenate([row.columns == row.columns[0] for row in rows]))
+    x = x[which, columns]                                                   # (N, C or V)
     logprobs, likeliest, head = [], [], getattr(model, 'head', lambda x: x)
     size = max(1, LOGITS_AT_ONCE // head(x[:1]).size(-1))
     for part in (slice(start, start + size) for start in range(0, len(targets), size)):
@@ -227,15 +235,15 @@ def read_batch(model, rows, banned, device):
         found = logits.gather(1, targets[part, None])[:, 0]
         logprobs.append(found - logits.logsumexp(dim=-1))
         if banned is not None:
-            logits = logits.masked_fill(first[part, None].to(device) & banned.to(device), -math.inf)
+            logits = logits.masked_fill((first[part, None] & banned).to(device), -math.inf)
         likeliest.append(logits.argmax(dim=-1))
     return list(zip(torch.cat(logprobs).cpu().split(counts),
                     torch.cat(likeliest).cpu().split(counts)))
 
 
 def pad(parts, T, value, device):
-    """Tensors (n,) as rows of one (B, T), filled up with `value` at the right."""
-    rows = torch.full((len(parts), T), value)
+    """Arrays (n,) as rows of one tensor (B, T), filled up with `value` at the right."""
+    rows = np.full((len(parts), T), value)
     for row, part in zip(rows, parts):
         row[:len(part)] = part
-    return rows.to(device)
+    return torch.from_numpy(rows).to(device)

@@ -8,6 +8,7 @@ import math
 import random
 
 import lm_eval_reference
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -166,6 +167,16 @@ def test_an_item_longer_than_the_block_is_cut_for_all_its_endings_alike(gpt):
     close(sums(whole), sums(plain))
 
 
+def test_what_is_read(gpt):
+    """As many tokens as the rows hold, and the items that are too long for the block."""
+    items = random_items(20, longest=60)
+    for share in (True, False):
+        rows = [row for context, endings in items for row in likelihood.rows_of(
+            context[likelihood.excess((context, endings), BLOCK):], endings, share)]
+        tokens, cut = likelihood.reading(items, BLOCK, share)
+        assert tokens == sum(len(row.ids) for row in rows) and 0 < cut < 20
+
+
 def test_a_shared_row_may_be_longer_than_the_block(gpt):
     """Its positions are not: ten endings beside each other."""
     draw = random.Random(3)
@@ -232,7 +243,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
 @pytest.mark.parametrize('stride', [1, 5, BLOCK])
 @pytest.mark.parametrize('prefix', [None, 999])
 def test_every_token_is_scored_once_with_as_much_before_it_as_promised(n, stride, prefix):
-    ids = torch.arange(n)
+    ids = np.arange(n)
     rows = likelihood.windows(ids, BLOCK, stride, prefix)
     whole = ids.tolist() if prefix is None else [prefix, *ids.tolist()]
     assert [i for row in rows for i in row.targets.tolist()] == whole[1:]
