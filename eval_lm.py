@@ -17,6 +17,7 @@ hf          transformers' documentation: WikiText-2 by token, lines joined by tw
 last-token  LAMBADA: is the last token the likeliest?
 """
 
+import math
 import re
 import time
 from pathlib import Path
@@ -86,23 +87,23 @@ def main(cfg):
         return print(table(cfg.model))
     check(cfg)
     world = distributed.join(cfg.device)
-    read = benchmarks.lambada if cfg.task == 'lambada' and not cfg.file else corpus
-    given = (cfg.data,) if read is benchmarks.lambada else (cfg,)
-    texts, found = distributed.on_main(world, read, *given)
+    texts, found = distributed.on_main(world, read, cfg)
     if cfg.download:
         return print(found['path'])
     gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
     started = time.perf_counter()
     how = {'batch_tokens': cfg.batch_tokens, 'world': world, 'progress': True}
-    evaluate = lambada if read is benchmarks.lambada else rolling
+    evaluate = rolling if isinstance(texts, Corpus) else lambada
     measures, tokens, notes = evaluate(cfg, gpt, encoding, texts, how)
     if world.is_main:
         title = TASKS[cfg.task][0] if not cfg.file else Path(cfg.file).name
         name = f'{cfg.task}-{cfg.protocol}' if not cfg.file else f'file-{Path(cfg.file).stem}'
+        protocol = cfg.protocol if not cfg.file else 'text'
+        if changed(cfg):                        # the bare name is the protocol's as it stands
+            name, protocol = f'{name}-{changed(cfg)}', f'{protocol}, {changed(cfg)}'
         published(cfg, measures, found)
         result = results.record(title, cfg, name, weights, found, measures, notes=notes,
-                                protocol=cfg.protocol if not cfg.file else 'text', tokens=tokens,
-                                started=started, world=world)
+                                protocol=protocol, tokens=tokens, started=started, world=world)
         results.finish(result, cfg.out, cfg.limit)
     distributed.leave()
 
@@ -119,10 +120,22 @@ def check(cfg):
             raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
 
 
+def read(cfg):
+    """(the passages of LAMBADA or the Corpus of any other text, facts)."""
+    return benchmarks.lambada(cfg.data) if cfg.task == 'lambada' and not cfg.file else corpus(cfg)
+
+
+def changed(cfg):
+    """What is not as the protocol has it, in words fit for a file's name."""
+    return '-'.join([f'stride{cfg.stride}'] * bool(cfg.stride)
+                    + [f'detok{cfg.detok}'] * (cfg.detok != 'auto'))
+
+
 def published(cfg, measures, found):
     """Add the figures that others have measured, where this is the same measurement."""
     size = checkpoints.official_name(cfg.model)
-    if cfg.file or cfg.limit or not found['official'] or size not in results.TABLE3:
+    if (cfg.file or cfg.limit or changed(cfg) or not found['official']
+            or size not in results.TABLE3):
         return
     row, source = results.TABLE3[size], 'GPT-2 paper'
     figures = HARNESS.get((cfg.task, cfg.protocol, size), {})
@@ -197,17 +210,20 @@ def corpus(cfg):
     """(Corpus, facts) of the file or of the task's test set."""
     if cfg.file:
         raw = benchmarks.refuse_pages(benchmarks.read_bytes(cfg.file), cfg.file)
-        found = {**benchmarks.facts(cfg.file, raw, True)}
+        found = benchmarks.facts(cfg.file, raw, True)
     else:
         raws = cfg.task == 'wikitext2' and cfg.protocol != 'paper'
         raw, found = benchmarks.obtain('wikitext2-raw' if raws else cfg.task, cfg.data)
     if cfg.task in ('enwik8', 'text8') and not cfg.file:
         raw = raw[-5_000_000:]
-        while raw[0] & 0xC0 == 0x80:            # not within a character
+        while raw[:1] and raw[0] & 0xC0 == 0x80:            # not within a character
             raw = raw[1:]
-    text = benchmarks.text_of(raw, found['path']) if raw.strip() else ''
-    text = text[:cfg.limit or None]
-    if not text:
+    try:
+        text = raw.decode('utf-8')[:cfg.limit or None]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{found['path']}: not UTF-8 ({error.reason} at byte {error.start})"
+                         ) from None
+    if not text.strip():
         raise ValueError(f"{found['path']}: there is no text in this file")
     return as_corpus(text, cfg), found
 
@@ -295,7 +311,7 @@ def harness_detokenize(text):
 def rolling(cfg, gpt, encoding, texts, how):
     """(measures, tokens read, notes) of a Corpus: one total, over every unit there is."""
     block = gpt.config.block_size
-    title, _, unit, stride = TASKS[cfg.task]
+    _, _, unit, stride = TASKS[cfg.task]
     if cfg.file:
         unit, stride = 'token', 512
     stride = min(cfg.stride or (0 if cfg.protocol in ('harness', 'hf') else stride) or block, block)
@@ -307,7 +323,7 @@ def rolling(cfg, gpt, encoding, texts, how):
         raise ValueError('one token is no text: there is nothing to predict')
     size = min(block, max(1, count // 20))      # the pieces of which the interval is reckoned
     pieces = [piece for score in scores for piece in score.logprobs.double().split(size)]
-    extra = texts.bits * torch.tensor(2.0).log().item() / count             # nats of each token
+    extra = texts.bits * math.log(2) / count    # nats of each token
     nats = [-piece.sum().item() + extra * len(piece) for piece in pieces]
     unit = 'token' if cfg.protocol == 'hf' else unit
     measures = {}
@@ -347,7 +363,8 @@ def table(model):
     model = model or 'gpt2'
     size, missing = checkpoints.official_name(model), {}
     paper = results.TABLE3.get(size, {})
-    found = {path.stem: results.read(path) for path in results.folder(model).glob('*.json')}
+    found = {path.stem: results.read(path) for path in results.folder(model).glob('*.json')
+             if '-first' not in path.stem}
 
     def measure(name, key):
         if name not in found:

@@ -147,10 +147,6 @@ def lines_of(raw, path):
                              ) from None
 
 
-def text_of(raw, path):
-    return '\n'.join(line for _, line in lines_of(raw, path))
-
-
 def json_lines(raw, path):
     for where, line in lines_of(raw, path):
         if line.strip():

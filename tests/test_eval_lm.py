@@ -275,7 +275,7 @@ def test_the_table_of_a_model_without_results():
     (['--task=ptb', '--protocol=harness'], "protocol: given 'harness', but ptb has paper"),
     (['--file=nothing.txt'], 'nothing.txt: cannot read this file'),
     (['--file={model}/empty'], 'there is no text in this file'),
-    (['--file={model}/bytes'], 'bytes:1: not UTF-8'),
+    (['--file={model}/bytes'], 'bytes: not UTF-8 .invalid start byte at byte 0'),
     (['--limit=-1'], 'limit: given -1, expected 0 or more')])
 def test_bad_input_is_refused(model, flags, words):
     (model / 'empty').write_text('\n')
@@ -286,7 +286,8 @@ def test_bad_input_is_refused(model, flags, words):
 
 def test_published_numbers_stand_beside_the_same_measurement_only():
     measures = {'word': results.per_unit([1.0, 1.0], [1, 1], 'word')}
-    for changed, many in (({}, 1), ({'limit': 9}, 0), ({'model': 'out/x'}, 0),
+    for changed, many in (({}, 1), ({'limit': 9}, 0), ({'stride': 64}, 0),
+                          ({'detok': False}, 0), ({'model': 'out/x'}, 0),
                           ({'protocol': 'harness'}, 1)):
         measures['word']['published'] = []
         eval_lm.published(config(**{'model': 'gpt2', **changed}), measures, {'official': True})
