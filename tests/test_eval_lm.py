@@ -231,9 +231,14 @@ def test_a_file_from_end_to_end(model, tmp_path, capsys):
     found = json.loads((tmp_path / 'a.json').read_text())
     assert found['measures']['token']['nats'] == pytest.approx(
         found['measures']['byte']['value'] * 990 * math.log(2), rel=1e-6)
-    command(eval_lm, '-m', model, f'--file={tmp_path}/book.txt', f'--out={tmp_path}/b.json')
+    for stride, name in ((16, 'b'), (64, 'c')):
+        command(eval_lm, '-m', model, f'--file={tmp_path}/book.txt', f'--stride={stride}',
+                '--batch_tokens=100', f'--out={tmp_path}/{name}.json')
+    capsys.readouterr()
     command(eval_lm, f'--compare={tmp_path}/a.json,{tmp_path}/b.json')
-    assert 'pieces are better' in capsys.readouterr().out
+    assert 'within noise' in capsys.readouterr().out
+    with pytest.raises(ValueError, match="'text, stride16', .* 'text, stride64'"):
+        command(eval_lm, f'--compare={tmp_path}/a.json,{tmp_path}/c.json')
 
 
 def test_every_task_runs_on_a_file_of_its_kind(model, tmp_path):
