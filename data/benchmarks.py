@@ -86,10 +86,12 @@ def obtain(name, path=''):
                              f'at {PLACE / PTB[0]}')
         return obtain(name, PLACE / PTB[0])
     url, sha256, member = SOURCES[name]
+    archive = PLACE / Path(url).name
     if url.endswith('.tar.gz'):
-        raw = read_bytes(unpack(name, [member])[0])
-        return raw, facts(PLACE / Path(member).name, raw, True)
-    archive = fetch(url, PLACE / Path(url).name, sha256)
+        file = unpack(name, [member])
+        raw = read_bytes(file)
+        return raw, facts(file, raw, archive.exists())
+    fetch(url, archive, sha256)
     raw = archive.read_bytes()
     return unzip(raw, member, archive) if member else raw, facts(archive, raw, True)
 
@@ -121,11 +123,12 @@ def unzip(raw, member, path):
 
 
 def unpack(name, members):
-    """Paths, beside the .tar.gz of `name`, of these files in it; unpacked once, then kept."""
-    paths = [PLACE / Path(member).name for member in members]
-    if not all(path.exists() for path in paths):
+    """The Path of the first of these files of the .tar.gz of `name`, which are kept beside it; all
+    of them are unpacked if it is not there."""
+    wanted = {member: PLACE / Path(member).name for member in members}
+    first = wanted[members[0]]
+    if not first.exists():
         url, sha256, _ = SOURCES[name]
-        wanted = dict(zip(members, paths))
         with tarfile.open(fetch(url, PLACE / Path(url).name, sha256)) as archive:
             for entry in archive:
                 if path := wanted.pop(entry.name.removeprefix('./'), None):
@@ -134,7 +137,7 @@ def unpack(name, members):
                     os.replace(aside, path)
                 if not wanted:
                     break
-    return paths
+    return first
 
 
 def lines_of(raw, path):
@@ -202,12 +205,14 @@ def cbt(subset, split, path='', skip_bad=False):
 
     path: the file, or a folder in which it lies under its own name.
     """
-    name = f'cbtest_{subset}_{split}_{CBT_SIZES[split]}.txt'
+    names = {key: f'cbtest_{key[0]}_{key[1]}_{CBT_SIZES[key[1]]}.txt' for key in CBT_BLOBS}
+    name = names[subset, split]
     if path:
         path = Path(path).expanduser()
         path = path / name if path.is_dir() else path
     else:
-        path = unpack('cbt', [SOURCES['cbt'][2] + name])[0]
+        files = [name, *names.values(), 'cbt_valid.txt', 'cbt_test.txt']
+        path = unpack('cbt', [SOURCES['cbt'][2] + file for file in files])
     raw = refuse_pages(read_bytes(path), path)
     blob = hashlib.sha1(b'blob %d\0' % len(raw) + raw).hexdigest()
     found = facts(path, raw, blob.startswith(CBT_BLOBS[subset, split]))
