@@ -161,7 +161,7 @@ def lambada(cfg, gpt, encoding, texts, how):
     right = [score.likeliest[:-1].tolist() == word and (
         cfg.protocol != 'paper' or ends_word(encoding, score.likeliest[-1].item()))
         for (_, word), score in zip(pairs, scores)]
-    nats = [-score.logprobs[:-1].double().sum().item() for score in scores]
+    nats = [-score.logprobs[:-1].sum(dtype=float) for score in scores]
     about = {'paper': 'the last word, stop words excluded', 'harness': 'the last word',
              'last-token': 'the last token'}[cfg.protocol]
     measures = {'accuracy': results.accuracy(right, about)}
@@ -322,9 +322,10 @@ def rolling(cfg, gpt, encoding, texts, how):
     if not count:
         raise ValueError('one token is no text: there is nothing to predict')
     size = min(block, max(1, count // 20))      # the pieces of which the interval is reckoned
-    pieces = [piece for score in scores for piece in score.logprobs.double().split(size)]
+    pieces = [score.logprobs[start:start + size] for score in scores
+              for start in range(0, score.count, size)]
     extra = texts.bits * math.log(2) / count    # nats of each token
-    nats = [-piece.sum().item() + extra * len(piece) for piece in pieces]
+    nats = [-piece.sum(dtype=float) + extra * len(piece) for piece in pieces]
     unit = 'token' if cfg.protocol == 'hf' else unit
     measures = {}
     for name, many in {'token': count, **texts.units}.items():

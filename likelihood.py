@@ -30,8 +30,8 @@ LOGITS_AT_ONCE = 2 ** 25    # the head is applied to as many positions as give s
 class Score(NamedTuple):
     sum: float              # log-probability of all tokens, in nats
     count: int              # how many tokens they are
-    logprobs: torch.Tensor  # (count,) float32, of each token
-    likeliest: torch.Tensor     # (count,) ids that the model would have chosen in their place
+    logprobs: np.ndarray    # (count,) float32, of each token
+    likeliest: np.ndarray   # (count,) ids that the model would have chosen in their place
 
 
 class Row(NamedTuple):
@@ -67,10 +67,19 @@ def ending_loglikelihoods(model, items, *, share=True, block_size=None, banned=N
     scored = iter(score_rows(model, [row for part in rows for row in part], banned=banned, **how))
     scores = []
     for part, lengths in zip(rows, counts):
-        logprobs, likeliest = (torch.cat(parts) for parts in zip(*[next(scored) for _ in part]))
-        scores.append([Score(a.double().sum().item(), len(a), a, b)
-                       for a, b in zip(logprobs.split(lengths), likeliest.split(lengths))])
+        both, ends = joined(next(scored) for _ in part), np.cumsum(lengths)[:-1]
+        scores.append([as_score(*one) for one in zip(*(np.split(x, ends) for x in both))])
     return scores
+
+
+def joined(parts):
+    """(logprobs, likeliest) of consecutive parts, as one."""
+    logprobs, likeliest = zip(*parts)
+    return np.concatenate(logprobs), np.concatenate(likeliest)
+
+
+def as_score(logprobs, likeliest):
+    return Score(logprobs.sum(dtype=np.float64).item(), len(logprobs), logprobs, likeliest)
 
 
 def excess(item, block_size):
@@ -125,13 +134,8 @@ def rolling_loglikelihoods(model, texts, stride=0, *, prefix=None, block_size=No
         raise ValueError(f'stride: given {stride}, expected 1 to {block_size}, the block')
     rows = [windows(ids, block_size, stride, prefix) for ids in texts]
     scored = iter(score_rows(model, [row for part in rows for row in part], **how))
-    scores = []
-    for part in rows:
-        both = [next(scored) for _ in part]
-        logprobs = torch.cat([a for a, _ in both] or [torch.empty(0)])
-        likeliest = torch.cat([b for _, b in both] or [torch.empty(0)])
-        scores.append(Score(logprobs.double().sum().item(), len(logprobs), logprobs, likeliest))
-    return scores
+    nothing = np.empty(0, np.float32), np.empty(0, np.int64)        # of a text of one token
+    return [as_score(*joined([nothing, *(next(scored) for _ in part)])) for part in rows]
 
 
 def windows(ids, block_size, stride, prefix=None):
@@ -152,7 +156,7 @@ def block_of(model):
 @torch.inference_mode()
 def score_rows(model, rows, *, banned=None, batch_tokens=0, device=None, world=None,
                progress=False):
-    """(logprobs (N,), likeliest (N,)) of every Row, on the CPU.
+    """(logprobs (N,), likeliest (N,)) of every Row, as arrays.
 
     Rows are sorted by length and read in batches of batch_tokens, padding included (0: 1024 on a
     CPU, else 65536); one that does not fit in the memory of a GPU is halved. device: the model's,
@@ -173,7 +177,7 @@ def score_rows(model, rows, *, banned=None, batch_tokens=0, device=None, world=N
     for batch in batches[rank::size]:
         results = score_batch(model, [row for _, row in batch], banned, device)
         for (i, row), (logprobs, likeliest) in zip(batch, results):
-            if logprobs.isnan().any():
+            if np.isnan(logprobs).any():
                 raise ValueError(f'the model gives NaN for row {i}: its weights are damaged, '
                                  f'or the dtype is too narrow for them')
             done[i] = logprobs, likeliest
@@ -237,8 +241,9 @@ def read_batch(model, rows, banned, device):
         if banned is not None:
             logits = logits.masked_fill((first[part, None] & banned).to(device), -math.inf)
         likeliest.append(logits.argmax(dim=-1))
-    return list(zip(torch.cat(logprobs).cpu().split(counts),
-                    torch.cat(likeliest).cpu().split(counts)))
+    ends = np.cumsum(counts)[:-1]
+    return list(zip(*(np.split(torch.cat(parts).cpu().numpy(), ends)
+                      for parts in (logprobs, likeliest))))
 
 
 def pad(parts, T, value, device):
