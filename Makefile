@@ -41,7 +41,7 @@ test-all: install
 	$(RUN) -m pytest -q --slow
 
 # What has no result yet is measured (a GPU is a great help); what cannot be is named in the table.
-RESULTS = out/results/$(subst :,_,$(subst /,_,$(MODEL)))
+RESULTS = out/results/$(shell echo '$(MODEL)' | sed -E 's/[^[:alnum:]_.-]+/_/g; s/^_+|_+$$//g')
 table3: install
 	@test -f $(RESULTS)/cbt-paper-valid-detok-CN-NE.json || $(RUN) eval_cbt.py --model=$(MODEL) || true
 	@for name in lambada-paper lambada-harness wikitext2-paper wikitext2-harness ptb-paper enwik8-paper \

@@ -41,7 +41,7 @@ share = True            # False: a row for each candidate, the plain way
 batch_tokens = 0        # tokens read at once, padding included; 0: 1024 on a CPU, else 65536
 device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
 dtype = 'float32'       # or 'bfloat16', 'float16'
-out = ''                # where the result is written; '': out/results/MODEL/cbt-PRESET-SPLIT.json
+out = ''                # where the result is written; '': under out/results/MODEL
 dump = ''               # FILE for a line of JSON on each question
 compare = ()            # two results, --compare=a.json,b.json: is the second better?
 # -----------------------------------------------------------------------------
@@ -65,9 +65,10 @@ PUBLISHED = {               # per cent, by preset, model and subset
 def main(cfg):
     if cfg.compare:
         return print(results.compare(cfg.compare))
+    results.check_places(cfg.out, cfg.dump)
     split, subset, text, gap, eot = chosen(cfg)
-    world = distributed.join(cfg.device)
-    sets, books = distributed.on_main(world, read, cfg, split, subset)
+    world = distributed.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
+    sets, books, first = distributed.on_main(world, read, cfg, split, subset)
     if cfg.download:
         return print('\n'.join(found['path'] for _, found in sets.values()))
     gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
@@ -79,7 +80,7 @@ def main(cfg):
         tokens, cut = (before + more for before, more in zip((tokens, cut), likelihood.reading(
             items, gpt.config.block_size, cfg.share)))
     if world.is_main:
-        finish(cfg, world, gpt, weights, sets, books, scores, started, tokens, cut)
+        finish(cfg, world, gpt, weights, sets, books, first, scores, started, tokens, cut)
     distributed.leave()
 
 
@@ -88,7 +89,8 @@ def chosen(cfg):
     if cfg.preset not in PRESETS:
         raise ValueError(f"preset: given {cfg.preset!r}, expected one of {', '.join(PRESETS)}")
     split, subset, text, gap, eot = PRESETS[cfg.preset]
-    split, subset, text = cfg.split or split, cfg.subset or subset, cfg.text or text
+    split, text = cfg.split or split, cfg.text or text
+    subset = tuple(dict.fromkeys(cfg.subset)) or subset
     for key, given, choices in (('split', [split], ('valid', 'test')), ('text', [text],
                                 ('detok', 'raw')), ('subset', subset, ('CN', 'NE', 'V', 'P'))):
         if wrong := [value for value in given if value not in choices]:
@@ -100,11 +102,12 @@ def chosen(cfg):
 
 
 def read(cfg, split, subset):
-    """({subset: (Questions, facts)}, {sentence: book})."""
+    """({subset: (Questions, facts)}, {sentence: book}, how many of each subset, 0: all)."""
     sets = {name: benchmarks.cbt(name, split, cfg.data, cfg.skip_bad) for name in subset}
     books = benchmarks.cbt_books(split, cfg.data)
-    return {name: (questions[:cfg.limit or None], found)
-            for name, (questions, found) in sets.items()}, books
+    first = cfg.limit if cfg.limit < max(len(questions) for questions, _ in sets.values()) else 0
+    return {name: (questions[:first or None], found)
+            for name, (questions, found) in sets.items()}, books, first
 
 
 def render(question, encoding, text='detok', gap=' ', eot=False):
@@ -189,7 +192,7 @@ def judge(question, ten):
             question.candidates[counts.index(max(counts))] == question.answer)
 
 
-def finish(cfg, world, gpt, weights, sets, books, scores, started, tokens, cut):
+def finish(cfg, world, gpt, weights, sets, books, first, scores, started, tokens, cut):
     """Print the result and write it."""
     split, subset, text, *_ = chosen(cfg)
     facts = [found for _, found in sets.values()]
@@ -197,7 +200,8 @@ def finish(cfg, world, gpt, weights, sets, books, scores, started, tokens, cut):
             'sha256': '-'.join(found['sha256'] for found in facts),
             'official': all(found['official'] for found in facts),
             'skipped': sum(found['skipped'] for found in facts)}
-    as_preset = (split, text) == PRESETS[cfg.preset][::2] and not cfg.limit and data['official']
+    as_preset = ((split, text) == PRESETS[cfg.preset][:3:2] and data['official']
+                 and not first and not data['skipped'])
     size, measures, notes = checkpoints.official_name(cfg.model), {}, []
     for name, (questions, _) in sets.items():
         answers = [judge(question, ten) for question, ten in zip(questions, scores[name])]
@@ -218,9 +222,9 @@ def finish(cfg, world, gpt, weights, sets, books, scores, started, tokens, cut):
         notes.append(f"{data['skipped']} malformed questions were skipped")
     result = results.record(
         "Children's Book Test", cfg, '-'.join(['cbt', cfg.preset, split, text, *subset]), weights,
-        data, measures, protocol=f'{cfg.preset}, {split}, {text}', started=started,
-        world=world, tokens=tokens, notes=[*notes, 'chance: 10 %'])
-    results.finish(result, cfg.out, cfg.limit)
+        data, measures, protocol=f'{cfg.preset}, {split}, {text}', first=first,
+        started=started, world=world, tokens=tokens, notes=[*notes, 'chance: 10 %'])
+    results.finish(result, cfg.out)
     if cfg.dump:
         with open(cfg.dump, 'w', encoding='utf-8') as file:
             for name, (questions, _) in sets.items():

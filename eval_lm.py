@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import checkpoints
@@ -40,11 +41,11 @@ task = 'lambada'        # or wikitext2, wikitext103, ptb, enwik8, text8, 1bw
 protocol = 'paper'      # or harness, hf, last-token, where the task has them
 data = ''               # FILE of the task; '': the official one, downloaded once
 file = ''               # any text FILE instead of a task
-stride = 0              # tokens that a window scores; 0: as the protocol has it
+stride = 0              # tokens that a window scores; 0: as the protocol has it, 512 for a file
 detok = 'auto'          # undo the tokenization of wikitext2, wikitext103 and ptb; auto: of all but
                         # wikitext103, whose published number was measured without
 download = False        # only download the data
-limit = 0               # only the first so many passages of lambada, else characters; 0: all
+limit = 0               # only the first so many passages of lambada, or characters; 0: all
 batch_tokens = 0        # tokens read at once, padding included; 0: 1024 on a CPU, else 65536
 device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
 dtype = 'float32'       # or 'bfloat16', 'float16'
@@ -86,8 +87,9 @@ def main(cfg):
     if cfg.table3:
         return print(table(cfg.model))
     check(cfg)
-    world = distributed.join(cfg.device)
-    texts, found = distributed.on_main(world, read, cfg)
+    results.check_places(cfg.out)
+    world = distributed.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
+    texts, found, first = distributed.on_main(world, read, cfg)
     if cfg.download:
         return print(found['path'])
     gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
@@ -97,14 +99,15 @@ def main(cfg):
     measures, tokens, notes = evaluate(cfg, gpt, encoding, texts, how)
     if world.is_main:
         title = TASKS[cfg.task][0] if not cfg.file else Path(cfg.file).name
-        name = f'{cfg.task}-{cfg.protocol}' if not cfg.file else f'file-{Path(cfg.file).stem}'
+        name = f'{cfg.task}-{cfg.protocol}' if not cfg.file else f'file-{results.as_name(cfg.file)}'
         protocol = cfg.protocol if not cfg.file else 'text'
         if changed(cfg):                        # the bare name is the protocol's as it stands
             name, protocol = f'{name}-{changed(cfg)}', f'{protocol}, {changed(cfg)}'
-        published(cfg, measures, found)
+        published(cfg, measures, found, first)
         result = results.record(title, cfg, name, weights, found, measures, notes=notes,
-                                protocol=protocol, tokens=tokens, started=started, world=world)
-        results.finish(result, cfg.out, cfg.limit)
+                                protocol=protocol, first=first, tokens=tokens, started=started,
+                                world=world)
+        results.finish(result, cfg.out)
     distributed.leave()
 
 
@@ -115,14 +118,22 @@ def check(cfg):
     if not cfg.file and cfg.protocol not in TASKS[cfg.task][1]:
         raise ValueError(f'protocol: given {cfg.protocol!r}, but {cfg.task} has '
                          f"{', '.join(TASKS[cfg.task][1])}")
+    if cfg.file and cfg.protocol != 'paper':
+        raise ValueError(f'protocol: given {cfg.protocol!r}, but a --file has none')
+    if cfg.detok not in ('auto', True, False):
+        raise ValueError(f"detok: given {cfg.detok!r}, expected 'auto', True or False")
     for key in ('limit', 'batch_tokens', 'stride'):
         if getattr(cfg, key) < 0:
             raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
 
 
 def read(cfg):
-    """(the passages of LAMBADA or the Corpus of any other text, facts)."""
-    return benchmarks.lambada(cfg.data) if cfg.task == 'lambada' and not cfg.file else corpus(cfg)
+    """(the passages of LAMBADA or the Corpus of any other text, facts, how many, 0: all)."""
+    if cfg.file or cfg.task != 'lambada':
+        return corpus(cfg)
+    texts, found = benchmarks.lambada(cfg.data)
+    first = cfg.limit if cfg.limit < len(texts) else 0
+    return texts[:first or None], found, first
 
 
 def changed(cfg):
@@ -131,11 +142,10 @@ def changed(cfg):
                     + [f'detok{cfg.detok}'] * (cfg.detok != 'auto'))
 
 
-def published(cfg, measures, found):
+def published(cfg, measures, found, first):
     """Add the figures that others have measured, where this is the same measurement."""
     size = checkpoints.official_name(cfg.model)
-    if (cfg.file or cfg.limit or changed(cfg) or not found['official']
-            or size not in results.TABLE3):
+    if (cfg.file or first or changed(cfg) or not found['official'] or size not in results.TABLE3):
         return
     row, source = results.TABLE3[size], 'GPT-2 paper'
     figures = HARNESS.get((cfg.task, cfg.protocol, size), {})
@@ -152,7 +162,6 @@ def published(cfg, measures, found):
 
 def lambada(cfg, gpt, encoding, texts, how):
     """(measures, tokens read, notes) of passages of text."""
-    texts = texts[:cfg.limit or None]
     pairs = [last_word(text, encoding, cfg.protocol) for text in texts]
     banned = never_last(encoding) if cfg.protocol == 'paper' else None
     # one token more than the word: what the model would say after it tells whether the word ends
@@ -162,12 +171,15 @@ def lambada(cfg, gpt, encoding, texts, how):
         cfg.protocol != 'paper' or ends_word(encoding, score.likeliest[-1].item()))
         for (_, word), score in zip(pairs, scores)]
     nats = [-score.logprobs[:-1].sum(dtype=float) for score in scores]
-    about = {'paper': 'the last word, stop words excluded', 'harness': 'the last word',
-             'last-token': 'the last token'}[cfg.protocol]
+    about = {'paper': 'of the last word, stop words excluded', 'harness': 'of the last word',
+             'last-token': 'of the last token'}[cfg.protocol]
     measures = {'accuracy': results.accuracy(right, about)}
     if cfg.protocol != 'last-token':            # one of half a word is not LAMBADA's
-        measures['perplexity'] = results.per_unit(nats, [1] * len(nats), 'word', about=about)
-    return measures, likelihood.reading(items, gpt.config.block_size)[0], []
+        measures['perplexity'] = results.per_unit(nats, [1] * len(nats), 'word',
+                                                  about='of the last word')
+    tokens, cut = likelihood.reading(items, gpt.config.block_size)
+    return measures, tokens, [f'{cut} passages are longer than the block of '
+                              f'{gpt.config.block_size} and lost their beginning'] * bool(cut)
 
 
 def last_word(text, encoding, protocol):
@@ -207,7 +219,7 @@ class Corpus(NamedTuple):
 
 
 def corpus(cfg):
-    """(Corpus, facts) of the file or of the task's test set."""
+    """(Corpus, facts, first) of the file or of the task's test set."""
     if cfg.file:
         raw = benchmarks.refuse_pages(benchmarks.read_bytes(cfg.file), cfg.file)
         found = benchmarks.facts(cfg.file, raw, True)
@@ -219,13 +231,14 @@ def corpus(cfg):
         while raw[:1] and raw[0] & 0xC0 == 0x80:            # not within a character
             raw = raw[1:]
     try:
-        text = raw.decode('utf-8')[:cfg.limit or None]
+        text = raw.decode('utf-8')
     except UnicodeDecodeError as error:
         raise ValueError(f"{found['path']}: not UTF-8 ({error.reason} at byte {error.start})"
                          ) from None
     if not text.strip():
         raise ValueError(f"{found['path']}: there is no text in this file")
-    return as_corpus(text, cfg), found
+    first = cfg.limit if cfg.limit < len(text) else 0
+    return as_corpus(text[:first or None], cfg), found, first
 
 
 def as_corpus(text, cfg):
@@ -314,25 +327,23 @@ def rolling(cfg, gpt, encoding, texts, how):
     _, _, unit, stride = TASKS[cfg.task]
     if cfg.file:
         unit, stride = 'token', 512
-    stride = min(cfg.stride or (0 if cfg.protocol in ('harness', 'hf') else stride) or block, block)
+    whole_block = cfg.protocol in ('harness', 'hf')
+    stride = cfg.stride or min(block, 0 if whole_block else stride) or block
     eot = tokenizer.eot_id(encoding)
     documents = [tokenizer.encode(encoding, text) for text in texts.documents]
     scores = likelihood.rolling_loglikelihoods(gpt, documents, stride, prefix=eot, **how)
     count = sum(score.count for score in scores)
     if not count:
         raise ValueError('one token is no text: there is nothing to predict')
-    size = min(block, max(1, count // 20))      # the pieces of which the interval is reckoned
-    pieces = [score.logprobs[start:start + size] for score in scores
-              for start in range(0, score.count, size)]
-    extra = texts.bits * math.log(2) / count    # nats of each token
-    nats = [-piece.sum(dtype=float) + extra * len(piece) for piece in pieces]
+    nats, shares = in_pieces(encoding, documents, scores)
+    nats += texts.bits * math.log(2) * shares
     unit = 'token' if cfg.protocol == 'hf' else unit
     measures = {}
     for name, many in {'token': count, **texts.units}.items():
         bits = name in ('byte', 'character')
         about = f"{'bits' if bits else 'perplexity'} per {name}, {many:,} of them"
-        measures[name] = results.per_unit(nats, [len(piece) * many / count for piece in pieces],
-                                          name, bits=bits, about=about)
+        measures[name] = results.per_unit(nats, shares * many, name, bits=bits, about=about)
+        measures[name]['items'] *= name == unit     # once: one test decides for all of them
     measures = {unit: measures.pop(unit), **measures}                       # the headline first
     tokens = sum(len(row.ids) for ids in documents
                  for row in likelihood.windows(ids, block, stride, eot))
@@ -342,6 +353,20 @@ def rolling(cfg, gpt, encoding, texts, how):
     if eot is None:
         notes.append('the first token is not scored: this tokenizer has none to read before it')
     return measures, tokens, notes
+
+
+def in_pieces(encoding, documents, scores):
+    """(nats, share of all bytes) of pieces of 4,096 bytes of text, or a twentieth of a short one:
+    the same pieces whatever the tokenizer, so that its models can be compared."""
+    widths = np.array([len(token) for token in tokenizer.token_bytes(encoding)])
+    widths = np.concatenate([widths[ids[len(ids) - score.count:]]
+                             for ids, score in zip(documents, scores)])
+    size = max(1, min(4096, widths.sum() // 20))
+    piece = (np.cumsum(widths) - 1).clip(0) // size                         # (tokens,)
+    logprobs = np.concatenate([score.logprobs for score in scores])
+    bytes_in = np.bincount(piece, widths)
+    some = bytes_in > 0
+    return -np.bincount(piece, logprobs)[some], bytes_in[some] / widths.sum()
 
 
 # Table 3.
@@ -361,11 +386,15 @@ LINES = (   # title, column of results.TABLE3, the result it is found in, its me
 
 def table(model):
     """The paper's Table 3 of one model, from the results under out/results."""
-    model = model or 'gpt2'
+    model = str(model or checkpoints.newest_of_all() or 'gpt2')
     size, missing = checkpoints.official_name(model), {}
+    if not size and not results.folder(model).exists():
+        raise ValueError(f'{model}: there are no results of this model under {results.OUT}; '
+                         f"gpt2 to gpt2-xl stand for OpenAI's")
     paper = results.TABLE3.get(size, {})
-    found = {path.stem: results.read(path) for path in results.folder(model).glob('*.json')
-             if '-first' not in path.stem}
+    names = {line[2] for line in LINES} | {'lambada-harness', 'wikitext2-harness'}
+    files = {name: results.folder(model) / f'{name}.json' for name in names}
+    found = {name: results.read(file) for name, file in files.items() if file.exists()}
 
     def measure(name, key):
         if name not in found:
@@ -389,7 +418,7 @@ def table(model):
                       for one in found.values()})
     lines += folders + ['not all of the same weights: measure again what is older'] * (
         len(folders) > 1)
-    lines += [f'{name}: {one["data"]["path"]} is not the official file'
+    lines += [f"{name}: {one['data']['path']} is not known to be the official file"
               for name, one in found.items() if not one['data']['official']]
     return '\n'.join([*lines, *['not measured yet:'] * bool(missing),
                       *(f'  {how}' for how in missing.values())])

@@ -61,17 +61,19 @@ def main(cfg):
     check(cfg)
     if cfg.compare:
         return print(results.compare(cfg.compare))
-    world = distributed.join(cfg.device)
+    results.check_places(cfg.out, cfg.dump)
+    world = distributed.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
     rows, found = distributed.on_main(world, benchmarks.hellaswag, cfg.data)
     if cfg.download:
         return print(f"{found['path']}: {len(rows):,} questions")
-    rows = rows[:cfg.limit or None]
+    first = cfg.limit if cfg.limit < len(rows) else 0
+    rows = rows[:first or None]
     gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
     started = time.perf_counter()
     answers = evaluate(gpt, encoding, rows, cfg.protocol, world=world, share=cfg.share,
                        batch_tokens=cfg.batch_tokens, progress=True)
     if world.is_main:
-        finish(cfg, gpt, weights, world, rows, found, answers, started)
+        finish(cfg, gpt, weights, world, rows, found, first, answers, started)
     distributed.leave()
 
 
@@ -117,7 +119,7 @@ def judge(rows, scores, protocol):
     by_norm, by_sum = [], []
     for row, four in zip(rows, scores):
         lengths = ([score.count for score in four] if protocol == 'completion' else
-                   [len(clean(ending)) for ending in row['endings']])
+                   [max(1, len(clean(ending))) for ending in row['endings']])
         sums = [score.sum for score in four]
         by_sum.append(sums.index(max(sums)) == row['label'])
         means = [total / length for total, length in zip(sums, lengths)]
@@ -125,13 +127,13 @@ def judge(rows, scores, protocol):
     return {'acc_norm': by_norm, 'acc': by_sum}
 
 
-def finish(cfg, gpt, weights, world, rows, found, answers, started):
+def finish(cfg, gpt, weights, world, rows, found, first, answers, started):
     """Print the result and write it."""
     published = PUBLISHED.get((cfg.protocol, checkpoints.official_name(cfg.model)))
     measures = {}
     for key, about, value in zip(('acc_norm', 'acc'), PROTOCOLS[cfg.protocol],
                                  published or (None, None)):
-        beside = [(value, published[2])] if value and not cfg.limit and found['official'] else []
+        beside = [(value, published[2])] if value and not first and found['official'] else []
         measures[key] = results.accuracy(answers[key], about, beside)
     groups = defaultdict(list)
     for row, right in zip(rows, answers['acc_norm']):
@@ -144,9 +146,9 @@ def finish(cfg, gpt, weights, world, rows, found, answers, started):
         notes.append(f"{answers['cut']} questions are longer than the block of "
                      f'{gpt.config.block_size} and lost the beginning of their context')
     result = results.record('HellaSwag', cfg, f'hellaswag-{cfg.protocol}', weights, found,
-                            measures, protocol=cfg.protocol, started=started, world=world,
-                            tokens=answers['tokens'], notes=[*notes, 'chance: 25 %'])
-    results.finish(result, cfg.out, cfg.limit)
+                            measures, protocol=cfg.protocol, first=first, started=started,
+                            world=world, tokens=answers['tokens'], notes=[*notes, 'chance: 25 %'])
+    results.finish(result, cfg.out)
     if cfg.dump:
         with open(cfg.dump, 'w', encoding='utf-8') as file:
             for i, (row, four) in enumerate(zip(rows, answers['scores'])):

@@ -54,20 +54,14 @@ def ending_loglikelihoods(model, items, *, share=True, block_size=None, banned=N
     Raises ValueError for an empty context or ending, and for one too long for the block.
     """
     block_size = block_size or block_of(model)
-    rows, counts = [], []
-    for i, (context, endings) in enumerate(items):
-        if not len(context) or not all(map(len, endings)):
-            raise ValueError(f'item {i}: a context and its endings need at least one token each')
-        cut = excess((context, endings), block_size)
-        if cut >= len(context):
-            raise ValueError(f'item {i}: an ending of {max(map(len, endings))} tokens leaves no '
-                             f'room for a context in a block of {block_size}')
-        rows.append(rows_of(context[cut:], endings, share))
-        counts.append([len(ending) for ending in endings])
+    check(items, block_size)
+    rows = [rows_of(context[excess((context, endings), block_size):], endings, share)
+            for context, endings in items]
     scored = iter(score_rows(model, [row for part in rows for row in part], banned=banned, **how))
     scores = []
-    for part, lengths in zip(rows, counts):
-        both, ends = joined(next(scored) for _ in part), np.cumsum(lengths)[:-1]
+    for part, (_, endings) in zip(rows, items):
+        both = joined(next(scored) for _ in part)
+        ends = np.cumsum([len(ending) for ending in endings])[:-1]
         scores.append([as_score(*one) for one in zip(*(np.split(x, ends) for x in both))])
     return scores
 
@@ -80,6 +74,17 @@ def joined(parts):
 
 def as_score(logprobs, likeliest):
     return Score(logprobs.sum(dtype=np.float64).item(), len(logprobs), logprobs, likeliest)
+
+
+def check(items, block_size):
+    """Refuse items that cannot be scored; ValueError names the first."""
+    for i, (context, endings) in enumerate(items):
+        if not len(context) or not all(map(len, endings)):
+            raise ValueError(f'item {i}: a context and its endings need at least one token each')
+        if excess((context, endings), block_size) >= len(context):
+            raise ValueError(f'item {i}: an ending of {max(map(len, endings))} tokens leaves no '
+                             f'room for a context in a block of {block_size}: '
+                             f'a model with a longer block is needed')
 
 
 def excess(item, block_size):
@@ -172,7 +177,7 @@ def score_rows(model, rows, *, banned=None, batch_tokens=0, device=None, world=N
     rank, size = (world.rank, world.size) if world else (0, 1)
     bar = tqdm(total=sum(len(row.ids) for batch in batches[rank::size] for _, row in batch),
                unit='tok', unit_scale=True, disable=not progress or rank > 0, leave=False,
-               mininterval=0.5 if sys.stderr.isatty() else 10)
+               **({} if sys.stderr.isatty() else {'mininterval': 10, 'delay': 10}))
     done = {}
     for batch in batches[rank::size]:
         results = score_batch(model, [row for _, row in batch], banned, device)

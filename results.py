@@ -61,23 +61,42 @@ def per_unit(nats, weights, unit, bits=False, about='', published=()):
             'items': [round(a, 4) for a in nats]}
 
 
-def record(task, cfg, name, model, data, measures, *, started, tokens, world, **facts):
-    """All there is to know about one evaluation, as plain types. model: facts of open_for()."""
-    return {'task': task, 'name': name, **facts, 'data': data, 'measures': measures,
+def record(task, cfg, name, model, data, measures, *, first, started, tokens, world, **facts):
+    """All there is to know about one evaluation, as plain types.
+
+    model: facts of checkpoints.open_for(); data: facts of a reader of data.benchmarks; first: how
+    many of the items were measured, 0: all.
+    """
+    return {'task': task, 'name': name, **facts, 'first': first, 'data': data, 'measures': measures,
             'model': model, 'settings': vars(cfg), 'device': str(world.device),
             'processes': world.size, 'tokens': tokens,
             'seconds': round(time.perf_counter() - started, 2),
             'versions': {'python': platform.python_version(), 'torch': torch.__version__}}
 
 
-def place(found, limit=0):
-    """Where a record is kept if no other place is named; with a limit, not among the whole ones."""
-    end = f'-first{limit}' if limit else ''
+def place(found):
+    """Where a record is kept if no other place is named: the bare name is for the whole of the
+    official data."""
+    end = f"-first{found['first']}" if found['first'] else ''
+    end += '' if found['data']['official'] else '-own-data'
     return folder(found['model']['name']) / f"{found['name']}{end}.json"
 
 
 def folder(model):
-    return OUT / re.sub(r'[^\w.-]+', '_', model).strip('_')
+    return OUT / as_name(model)
+
+
+def as_name(text):
+    """`text` as the name of a file."""
+    return re.sub(r'[^\w.-]+', '_', text).strip('_')
+
+
+def check_places(*paths):
+    """Refuse, before anything is measured, files that could not be written afterwards."""
+    for path in filter(None, paths):
+        if Path(path).is_dir() or path.endswith('/'):
+            raise ValueError(f'{path}: is a folder, expected the name of a file')
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def write(path, found):
@@ -88,9 +107,9 @@ def write(path, found):
     os.replace(aside, path)
 
 
-def finish(found, out='', limit=0):
+def finish(found, out=''):
     """Print a record and write it, to `out` or to its own place."""
-    path = Path(out) if out else place(found, limit)
+    path = Path(out) if out else place(found)
     write(path, found)
     print(show(found), f'  written to {path}', sep='\n')
 
@@ -98,7 +117,7 @@ def finish(found, out='', limit=0):
 def read(path):
     try:
         found = json.loads(Path(path).read_text(encoding='utf-8'))
-        found['task'], found['measures'], found['data']['sha256']
+        found['task'], found['protocol'], found['measures'], found['data']['sha256']
         return found
     except OSError as error:
         raise ValueError(f'{path}: cannot read this result ({error.strerror}); '
@@ -109,7 +128,7 @@ def read(path):
 
 def show(found):
     """The lines that an evaluation ends with."""
-    data, settings = found['data'], found['settings']
+    data = found['data']
     lines = [f"{found['task']}, {found['model']['name']}, protocol {found['protocol']}, "
              f"{found['model']['dtype']}"]
     for name, measure in found['measures'].items():
@@ -119,10 +138,11 @@ def show(found):
             where = 'inside' if measure['low'] <= share <= measure['high'] else 'outside'
             lines.append(f'  {"":12} published {value:g}, {source}: {where} the interval')
     lines += [f'  {note}' for note in found.get('notes', ())]
-    if settings.get('limit'):
-        lines.append(f"  the first {settings['limit']} items only: compare with nothing published")
+    if found['first']:
+        lines.append(f"  only the first {found['first']:,}: compare with nothing published")
     if not data['official']:
-        lines.append(f"  {data['path']} is not the official file: compare with nothing published")
+        lines.append(f"  {data['path']}: not known to be the official file: "
+                     f'compare with nothing published')
     rate = found['tokens'] / max(found['seconds'], 1e-3)
     return '\n'.join([*lines, f"  {found['seconds']:.1f} s, {found['tokens']:,} tokens read, "
                               f"{rate:,.0f} tokens/s on {found['device']}"])
@@ -153,11 +173,11 @@ def compare(paths):
             raise ValueError(f'{key}: {paths[0]} has {a[key]!r}, {paths[1]} {b[key]!r}; '
                              f'only results of the same can be compared')
     if a['data']['sha256'] != b['data']['sha256']:
-        raise ValueError(f'{paths[0]} and {paths[1]} were measured on different data')
+        raise ValueError(f'{paths[0]} and {paths[1]} were measured on different data or subsets')
     lines = [f"{b['task']}, {b['protocol']}: {b['model']['name']} against {a['model']['name']}"]
-    for name in a['measures']:
+    for name in [name for name, measure in a['measures'].items() if measure['items']]:
         one, two = a['measures'][name], b['measures'].get(name)
-        if two is None or len(one['items']) != len(two['items']) or one['count'] != two['count']:
+        if two is None or len(one['items']) != len(two['items']):
             raise ValueError(f'{name}: the two results do not cover the same items; '
                              f'--limit and --subset have to be the same')
         better, p, why = paired(one, two)

@@ -114,7 +114,8 @@ def encode(enc, text):
         unknown = sorted(char for char in set(text) if char.encode() not in known)
         if unknown:
             raise ValueError(f'the character {unknown[0]!r} is not one of '
-                             f'the {enc.n_vocab} of this tokenizer')
+                             f'the {enc.n_vocab} of this tokenizer, which has only those of the '
+                             f'text that it was made for')
     return enc.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
 

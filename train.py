@@ -550,8 +550,8 @@ def load_questions(cfg, world, encoding):
     import hellaswag
     rows, _ = distributed.on_main(world, hellaswag.benchmarks.hellaswag, cfg.hellaswag_data)
     rows = rows[:cfg.hellaswag_limit or None]
-    for row in rows:
-        hellaswag.render(row, encoding, 'completion')
+    items = [hellaswag.render(row, encoding, 'completion') for row in rows]
+    hellaswag.likelihood.check(items, cfg.block_size)
     return rows
 
 

@@ -69,7 +69,7 @@ class Question(NamedTuple):
 
 
 def obtain(name, path=''):
-    """(bytes, facts) of the test set `name`, or of the file `path`, which may be its archive."""
+    """(bytes, facts) of the test set `name`, or of the file `path`, which may be its .zip."""
     if path:
         raw, source = read_bytes(path), Path(path)
         member = SOURCES[name][2] if name in SOURCES else ''
@@ -108,6 +108,8 @@ def read_bytes(path):
 
 
 def refuse_pages(raw, path):
+    if raw[:2] == b'\x1f\x8b':
+        raise ValueError(f'{path}: is packed (gzip): unpack it, and name the file in it')
     head = raw[:200].lstrip(b'\xef\xbb\xbf \r\n').lower()
     if head.startswith((b'<!doctype', b'<html', b'version https://git-lfs')):
         what = 'a Git LFS pointer' if head.startswith(b'version') else 'a web page'
@@ -245,7 +247,7 @@ def question(block):
         raise ValueError(f'{where}: this question has {len(block)} lines, expected 21')
     query, answer, _, candidates, *_ = (*re.split('\t', texts[20]), '', '', '')
     candidates = candidates.split('|')
-    if query.split(' ').count('XXXXX') != 1:
+    if query.count('XXXXX') != 1 or 'XXXXX' not in query.split(' '):
         raise ValueError(f'{where}: expected one XXXXX, given {query!r}')
     if len(candidates) != 10 or len(set(candidates)) != 10 or not all(candidates):
         raise ValueError(f"{where}: expected 10 different candidates, "
@@ -258,7 +260,7 @@ def question(block):
 def cbt_books(split, path=''):
     """{sentence: book} of the books from which the questions of a split were made; {} if the file
     cbt_valid.txt or cbt_test.txt does not lie beside them."""
-    path = Path(path or PLACE)
+    path = Path(path or PLACE).expanduser()
     file = (path if path.is_dir() else path.parent) / f'cbt_{split}.txt'
     books, book = {}, ''
     for _, line in lines_of(read_bytes(file), file) if file.exists() else ():

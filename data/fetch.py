@@ -49,8 +49,6 @@ def fetch(url, path, sha256, tries=3):
                     file.truncate(0)
             except (http.client.HTTPException, OSError) as error:
                 why = str(getattr(error, 'reason', error))
-    if not partial.stat().st_size:
-        partial.unlink()
     raise ValueError(f'could not download {url} ({why}). '
                      f'Get it by other means (sha256 {sha256}) and put it at {path}')
 

@@ -182,6 +182,7 @@ def test_the_script_from_end_to_end(folder, capsys):
                   'that the text has most often', ' of    2 of A', ' of    4 of B',
                   'compare with nothing published', 'chance: 10 %'):
         assert words in done.stdout, done.stdout
+    assert 'GPT-2 paper' not in done.stdout
     found = json.loads((folder / 'a.json').read_text())
     assert found['name'] == 'cbt-paper-valid-detok-CN-NE' and len(found['data']['sha256']) == 129
     rows = [json.loads(line) for line in (folder / 'rows').read_text().splitlines()]
@@ -213,6 +214,21 @@ def test_the_script_from_end_to_end(folder, capsys):
 def test_bad_input_is_refused(folder, flags, words):
     with pytest.raises(ValueError, match=words):
         command(eval_cbt, f'--data={folder}', '-m', folder / 'model', *flags)
+
+
+def test_published_numbers_are_printed_for_official_weights_and_data(folder, monkeypatch, capsys):
+    """As if this model and these questions were the official ones."""
+    monkeypatch.setattr(checkpoints, 'official_name', lambda name: 'gpt2')
+    for subset in ('CN', 'NE'):
+        monkeypatch.setitem(benchmarks.CBT_BLOBS, (subset, 'valid'), '')
+    flags = ['-m', folder / 'model', f'--data={folder}', f'--out={folder}/a.json']
+    for more, shown in (([], 2), (['--limit=3'], 0), (['--text=raw'], 0), (['--subset=NE'], 1)):
+        command(eval_cbt, *flags, *more)
+        text = capsys.readouterr().out
+        assert text.count('GPT-2 paper: outside the interval') == shown, text
+    assert 'published 83.4, GPT-2 paper' in text
+    command(eval_cbt, *flags, '--preset=mindspore')
+    assert 'published 87.85, MindSpore' in capsys.readouterr().out
 
 
 def test_the_presets():

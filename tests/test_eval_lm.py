@@ -5,12 +5,14 @@ import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import command, script
 
 import checkpoints
 import eval_lm
+import likelihood
 import results
 import tokenizer
 from data import benchmarks
@@ -62,6 +64,20 @@ def test_the_stride_is_the_protocols_unless_it_is_set(cfg, count):
     corpus = eval_lm.as_corpus('= A = \n some words \n' * 20, cfg)
     _, _, notes = eval_lm.rolling(cfg, UNIFORM, BYTES, corpus, HOW)
     assert f'windows of 32 tokens, stride {count}' in notes[0]
+
+
+def test_pieces_are_of_bytes_whatever_the_tokenizer():
+    """So that models of different tokenizers, and blocks, are compared on the same pieces."""
+    text = 'Some words, and more of them. ' * 30
+    other = tokenizer.build('bpe:300', lambda: [text])
+    for encoding in (BYTES, other):
+        ids = tokenizer.encode(encoding, text)
+        logprobs = np.array([-len(encoding.decode_single_token_bytes(i)) for i in ids], np.float32)
+        score = likelihood.Score(0.0, len(ids), logprobs, ids)
+        nats, shares = eval_lm.in_pieces(encoding, [ids], [score])
+        assert len(nats) == 20 and sum(nats) == len(text) and sum(shares) == pytest.approx(1)
+        assert nats / len(text) == pytest.approx(shares)        # a nat a byte, wherever it is
+        assert max(shares) < 0.08
 
 
 def test_bits_spent_on_detokenizing_are_paid():
@@ -174,6 +190,12 @@ def test_lambada_by_a_model_that_answers(protocol, says, right):
     assert ('perplexity' in measures) == (protocol != 'last-token')
 
 
+def test_a_passage_longer_than_the_block_is_cut_and_counted():
+    _, tokens, notes = eval_lm.lambada(config(task='lambada', protocol='harness'), UNIFORM, BYTES,
+                                       ['so ' * 30 + 'end', 'short end'], HOW)
+    assert notes == ['1 passages are longer than the block of 32 and lost their beginning']
+
+
 def test_lambada_perplexity_is_of_words_not_of_tokens():
     """Uniform: V to the power of the tokens of a word, over examples."""
     texts = ['a bc', 'a bcd']
@@ -258,7 +280,7 @@ def test_every_task_runs_on_a_file_of_its_kind(model, tmp_path):
             eval_lm.main(cfg)
     table = eval_lm.table(str(model))
     for line in ('LAMBADA (accuracy)', 'PTB (perplexity)', '/5', 'enwik8 (bits per byte)',
-                 '1BW (perplexity)', 'is not the official file', 'CBT common nouns',
+                 '1BW (perplexity)', 'is not known to be the official file', 'CBT common nouns',
                  f'python eval_cbt.py --model={model}'):
         assert line in table, table
     assert '--task=ptb' not in table                    # it is there
@@ -281,10 +303,16 @@ def test_the_table_of_a_model_without_results():
     (['--file=nothing.txt'], 'nothing.txt: cannot read this file'),
     (['--file={model}/empty'], 'there is no text in this file'),
     (['--file={model}/bytes'], 'bytes: not UTF-8 .invalid start byte at byte 0'),
-    (['--limit=-1'], 'limit: given -1, expected 0 or more')])
+    (['--limit=-1'], 'limit: given -1, expected 0 or more'),
+    (['--detok=false'], "detok: given 'false', expected 'auto', True or False"),
+    (['--file={model}/bytes', '--protocol=harness'], "given 'harness', but a --file has none"),
+    (['--file={model}/text', '--stride=65'], 'stride: given 65, expected 1 to 64'),
+    (['--file={model}/text', '--out={model}'], 'is a folder, expected the name of a file'),
+    (['--table3'], 'there are no results of this model')])
 def test_bad_input_is_refused(model, flags, words):
     (model / 'empty').write_text('\n')
     (model / 'bytes').write_bytes(b'\xff\xfe\x00')
+    (model / 'text').write_text('one two three')
     with pytest.raises(ValueError, match=words):
         command(eval_lm, '-m', model, *(flag.replace('{model}', str(model)) for flag in flags))
 
@@ -295,9 +323,10 @@ def test_published_numbers_stand_beside_the_same_measurement_only():
                           ({'detok': False}, 0), ({'model': 'out/x'}, 0),
                           ({'protocol': 'harness'}, 1)):
         measures['word']['published'] = []
-        eval_lm.published(config(**{'model': 'gpt2', **changed}), measures, {'official': True})
+        cfg = config(**{'model': 'gpt2', **changed})
+        eval_lm.published(cfg, measures, {'official': True}, first=cfg.limit)
         assert len(measures['word']['published']) == many
     measures['word']['published'] = []
-    eval_lm.published(config(model='gpt2'), measures, {'official': False})
+    eval_lm.published(config(model='gpt2'), measures, {'official': False}, 0)
     assert not measures['word']['published']
     assert benchmarks.SOURCES.keys() >= eval_lm.TASKS.keys() - {'ptb'}

@@ -143,7 +143,7 @@ def test_the_script_from_end_to_end(data, stories, tmp_path, capsys):
     assert a['data']['sha256'] == fetch.digest(data)
     assert a['model']['dtype'] == 'float32' and a['versions']['torch'] == torch.__version__
     assert f"{a['measures']['acc_norm']['correct']}/12" in first and 'chance: 25 %' in first
-    assert 'is not the official file: compare with nothing published' in first
+    assert 'not known to be the official file: compare with nothing published' in first
     assert 'protocol completion, float32' in first and 'activitynet' in first
     dumped = [json.loads(line) for line in (tmp_path / 'rows').read_text().splitlines()]
     assert [row['i'] for row in dumped] == list(range(12))
@@ -156,7 +156,8 @@ def test_the_script_from_end_to_end(data, stories, tmp_path, capsys):
     # the live curve said of the best step what the script says of it, over the same questions
     command(hellaswag, '-m', run, f'--data={data}', '--limit=5', f'--out={tmp_path}/c.json')
     c = json.loads((tmp_path / 'c.json').read_text())
-    assert 'first 5 items only' in results.show(c)
+    assert 'only the first 5: compare with nothing' in results.show(c)
+    assert results.place(c).name == 'hellaswag-completion-first5-own-data.json'
     step = int(c['model']['folder'].rpartition('_')[2])
     assert curve[step]['hellaswag'] == c['measures']['acc_norm']['value']
     assert curve[step]['hellaswag_sum'] == c['measures']['acc']['value']
@@ -197,7 +198,8 @@ def test_training_is_the_same_with_and_without_the_live_curve(data, stories, tmp
     (['--limit=-1'], 'limit: given -1, expected 0 or more'),
     (['--model=random:gpt3'], 'random:gpt3: expected random: and one of gpt2, gpt2-medium'),
     (['--data=nothing.jsonl'], 'nothing.jsonl: cannot read this file'),
-    (['--compare=a.json'], 'expected two results')])
+    (['--compare=a.json'], 'expected two results'),
+    (['--dump=tests'], 'tests: is a folder, expected the name of a file')])
 def test_bad_input_is_refused(data, flags, words):
     with pytest.raises(ValueError, match=words):
         command(hellaswag, f'--data={data}', *flags)
@@ -206,6 +208,34 @@ def test_bad_input_is_refused(data, flags, words):
 def test_a_refusal_is_one_line(tmp_path):
     done = script('hellaswag.py', '--data', tmp_path, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+def test_an_ending_that_is_all_brackets_is_scored(data):
+    """lm-eval's text of it is empty: no characters to divide by."""
+    row = {**ROWS[0], 'endings': ['[title]', 'a.', 'b.', 'c.']}
+    found = hellaswag.evaluate(Knowing('lm-eval', lambda row: 0), BYTES, [row], 'lm-eval')
+    assert len(found['acc_norm']) == 1
+
+
+def test_the_run_refuses_at_its_start_what_it_could_not_score(data, stories, tmp_path):
+    with pytest.raises(ValueError, match='no room for a context in a block of 8: a model with'):
+        command(train, '--dataset=tiny', f'--data_dir={stories}', '--block_size=8', '--n_layer=1',
+                f'--out_dir={tmp_path}/x', '--hellaswag_interval=1', f'--hellaswag_data={data}')
+    assert not (tmp_path / 'x').exists()
+
+
+def test_published_numbers_are_printed_for_official_weights_and_data(data, tmp_path, monkeypatch,
+                                                                     capsys):
+    """As if this model and these rows were the official ones."""
+    checkpoints.save(tmp_path / 'model', 0, GPT(GPTConfig(
+        n_layer=1, n_head=2, n_embd=16, vocab_size=BYTES.n_vocab)), BYTES, {})
+    flags = ['-m', tmp_path / 'model', f'--data={data}', f'--out={tmp_path}/a.json']
+    for official, limit, shown in ((False, 0, 0), (True, 0, 2), (True, 3, 0), (True, 99, 2)):
+        if official:
+            monkeypatch.setattr(checkpoints, 'official_name', lambda name: 'gpt2')
+            monkeypatch.setitem(benchmarks.SOURCES, 'hellaswag', ('', fetch.digest(data), ''))
+        command(hellaswag, *flags, f'--limit={limit}')
+        assert capsys.readouterr().out.count('llm.c and build-nanogpt: ') == shown
 
 
 def test_published_numbers_stand_beside_official_weights_and_data_only(tmp_path):

@@ -81,7 +81,7 @@ def test_texts_are_compared_piece_by_piece(tmp_path):
 @pytest.mark.parametrize('facts, words', [
     ({'protocol': 'q'}, "protocol: .*'p'.*'q'; only results of the same"),
     ({'task': 'U'}, "task: .*'T'.*'U'"),
-    ({'data': {'sha256': 'y'}}, 'measured on different data'),
+    ({'data': {'sha256': 'y'}}, 'measured on different data or subsets'),
     ({'measures': {'acc': results.accuracy([True])}}, 'do not cover the same items'),
     ({'measures': {}}, 'do not cover the same items')])
 def test_what_cannot_be_compared_is_refused(tmp_path, facts, words):
@@ -94,7 +94,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path, facts, words):
 
 def test_files_that_are_no_results_are_refused(tmp_path):
     good = result(tmp_path / 'a.json', {})
-    for content in ('{}', '[]', 'no', json.dumps({'task': 1})):
+    for content in ('{}', '[]', 'no', json.dumps({'task': 1, 'measures': {},
+                                                    'data': {'sha256': ''}})):
         (tmp_path / 'b.json').write_text(content)
         with pytest.raises(ValueError, match='b.json: not the result of an evaluation'):
             results.compare((good, str(tmp_path / 'b.json')))
