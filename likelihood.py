@@ -224,7 +224,7 @@ def read_batch(model, rows, banned, device):
     places = {}
     if any(row.branch is not None for row in rows):
         branch = pad([np.zeros_like(row.ids) if row.branch is None else row.branch
-                      for row in rows], T, -1, device)                      # -1: padding
+                      for row in rows], T, 0, device)
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
         positions = [np.arange(len(row.ids)) if row.positions is None else row.positions

@@ -38,6 +38,8 @@ BYTES = tokenizer.byte_pairs('bytes', [])
     ("called ` Donkey Skin ' by all", "called 'Donkey Skin' by all"),
     ("`` It is ` Donkey Skin ' '' , said he .", '"It is \'Donkey Skin\'", said he.'),
     ("` What ? ' ` Nothing . '", "'What?' 'Nothing.'"),
+    ("` A , ' he said . ' I will . '", "'A,' he said. 'I will.'"),
+    ("so it was . ' ` Yes ! '", "so it was.' 'Yes!'"),
     ('-LRB- as they say -RRB- he went', '(as they say) he went'),
     ('-LSB- Illustration : A -RSB- The', '[Illustration: A] The'),
     ('he -LRB- she -RRB- , too', 'he (she), too'),

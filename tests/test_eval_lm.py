@@ -108,6 +108,15 @@ def test_what_the_loss_is_divided_by():
     assert lines.documents == ['one two .\n', 'three .\n'] and lines.units['word'] == 7
 
 
+def test_enwik8_is_the_last_five_million_bytes(tmp_path):
+    """Where the cut falls within a character, from the next one on."""
+    for before, text in (('x' * 9, 'y' * 5_000_000), ('ä' * 9, 'ä' + 'y' * 4_999_999)):
+        (tmp_path / 'enwik8').write_text(before + text)
+        corpus, found, first = eval_lm.corpus(config(task='enwik8', data=str(tmp_path / 'enwik8')))
+        assert corpus.documents == [text.lstrip('ä')] and first == 0
+        assert corpus.units['byte'] in (5_000_000, 4_999_999)
+
+
 @pytest.mark.parametrize('before, after', [
     ('the 2 @-@ year 1 @,@ 000 m , 3 @.@ 5 km .', 'the 2-year 1,000 m, 3.5 km.'),
     ('he said " no " , then ( 3 @-@ 1 ) left ; why ?', 'he said "no", then (3-1) left; why?'),
