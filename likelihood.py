@@ -79,7 +79,7 @@ def as_score(logprobs, likeliest):
 def check(items, block_size):
     """Refuse items that cannot be scored; ValueError names the first."""
     for i, (context, endings) in enumerate(items):
-        if not len(context) or not all(map(len, endings)):
+        if not len(context) or not len(endings) or not all(map(len, endings)):
             raise ValueError(f'item {i}: a context and its endings need at least one token each')
         if excess((context, endings), block_size) >= len(context):
             raise ValueError(f'item {i}: an ending of {max(map(len, endings))} tokens leaves no '

@@ -189,6 +189,7 @@ def test_a_shared_row_may_be_longer_than_the_block(gpt):
 
 @pytest.mark.parametrize('item, words', [
     (([], [[1]]), 'item 1: a context and its endings need at least one token'),
+    (([1], []), 'item 1: a context and its endings need at least one token'),
     (([1], [[1], []]), 'item 1: a context and its endings need at least one token'),
     (([1] * 9, [[1] * (BLOCK + 1)]), 'item 1: an ending of 49 tokens leaves no room')])
 def test_what_cannot_be_scored_is_refused(gpt, item, words):
