@@ -27,6 +27,11 @@ import distributed
 LOGITS_AT_ONCE = 2 ** 25    # the head is applied to as many positions as give so many logits
 
 
+IN_A_FILE = {               # where the progress bar is no bar: a line every ten seconds
+    'mininterval': 10, 'delay': 10,
+    'bar_format': '{percentage:3.0f} % of {total_fmt} tokens, {rate_fmt}, {remaining} left\n'}
+
+
 class Score(NamedTuple):
     sum: float              # log-probability of all tokens, in nats
     count: int              # how many tokens they are
@@ -177,7 +182,7 @@ def score_rows(model, rows, *, banned=None, batch_tokens=0, device=None, world=N
     rank, size = (world.rank, world.size) if world else (0, 1)
     bar = tqdm(total=sum(len(row.ids) for batch in batches[rank::size] for _, row in batch),
                unit='tok', unit_scale=True, disable=not progress or rank > 0, leave=False,
-               **({} if sys.stderr.isatty() else {'mininterval': 10, 'delay': 10}))
+               **({} if sys.stderr.isatty() else IN_A_FILE))
     done = {}
     for batch in batches[rank::size]:
         results = score_batch(model, [row for _, row in batch], banned, device)
