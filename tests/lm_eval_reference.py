@@ -3,7 +3,7 @@ lm-evaluation-harness beside our scoring, on the same model. Not a test: it need
 `pip install lm_eval accelerate peft`, and writes what test_likelihood.py compares with.
 
     python tests/lm_eval_reference.py                   # tests/lm_eval_reference.json, 50 values
-    python tests/lm_eval_reference.py ../shared/data    # real HellaSwag, CBT, LAMBADA, WikiText
+    python tests/lm_eval_reference.py FOLDER            # real HellaSwag, CBT, LAMBADA, WikiText
 """
 
 import json
