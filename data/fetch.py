@@ -28,9 +28,7 @@ def fetch(url, path, sha256, tries=3):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'{path.name}.partial')
     with open(partial, 'ab') as file:
-        with suppress(ImportError):                 # Windows: no lock
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)        # another process may be at it
+        lock(file)                                  # another process may be at it
         if path.exists() and digest(path) == sha256:
             return path
         for attempt in range(tries):
@@ -70,6 +68,13 @@ def receive(url, file):
         file.flush()
         if length and file.seek(0, os.SEEK_END) < start + length:
             raise OSError('the connection broke off')
+
+
+def lock(file, wait=True):
+    """Hold the lock of an open file until it is closed; BlockingIOError if another has it."""
+    with suppress(ImportError):                     # Windows: no lock
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def digest(path):

@@ -1,23 +1,30 @@
 """
-Text becomes tokens in shards, ready for train.py.
+Text becomes tokens in shards, ready for train.py. Killed, it goes on where it was.
 
     python data/prepare.py                                          # the offline corpus, pydocs
     python data/prepare.py --dataset=shakespeare --tokenizer=chars  # nanoGPT's shakespeare_char
     python data/prepare.py --name=mine notes/ book.txt web.jsonl    # your own text
+    python data/prepare.py --dataset=fineweb-edu-10B --shards=10    # 1B tokens, ready to train on
+    python data/prepare.py --dataset=openwebtext                    # text from the hub, tokenized
     python data/prepare.py --verify=pydocs                          # re-read everything and compare
 """
 
-import ast
-import gzip
 import hashlib
-import inspect
 import json
 import lzma
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
-import sysconfig
+import threading
+import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -25,327 +32,479 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
 from configurator import run, settings
-from data import shards
-from data.fetch import digest, fetch
-from tokenizer import build, encode, eot_id, fingerprint, load, stored, to_json
+from data import documents, sources
+from data.fetch import digest, lock
+from data.shards import DATA_DIR, ShardWriter, Tokens, read_manifest, read_shard
+from data.shards import verify as find_damage
+from tokenizer import build, encode, eot_id, fingerprint, gpt2, load, stored, to_json, token_bytes
 
 # -----------------------------------------------------------------------------
-dataset = 'pydocs'          # pydocs, shakespeare, or a file or folder of text
-input = ()                  # files and folders instead; also given bare:
+dataset = 'pydocs'          # pydocs, shakespeare; fineweb-10B, fineweb-edu-10B (tokens, ready);
+                            # openwebtext, tinystories, wikitext-103, fineweb-sample-10BT, -100BT,
+                            # fineweb-edu-sample-10BT, -100BT; hub:OWNER/NAME[:CONFIG]; or a path
+input = ()                  # files, folders, '*.patterns' instead; also given bare:
                             # prepare.py --name=mine a.txt b/
 name = ''                   # data/NAME is written; '': the data set's name, or the first input's
 tokenizer = 'auto'          # gpt2, bpe:N, bytes, chars, or that of a folder, such as a run's;
                             # auto: gpt2, but for pydocs bpe:4096
+split = 'train'             # of a hub data set: the split that is read
+shards = 0                  # of fineweb-10B and fineweb-edu-10B: the first so many, 0: all
 text_key = 'text'           # the field or column of .jsonl and .parquet that holds the text
+separator = ''              # ends a document within .txt and .md, such as '<|endoftext|>';
+                            # '': a file is a document
+errors = 'strict'           # what is no text: strict refuses it; skip leaves the document out;
+                            # replace puts U+FFFD for bytes that are not UTF-8
+max_document_mb = 64.0      # a longer document (line of .jsonl) is left out: it bounds the memory
 val_fraction = 0.0          # share of validation documents; 0: 0.05, for shakespeare nanoGPT's 0.1
 shard_tokens = 100_000_000  # tokens in a shard
 seed = 1337                 # of the split into train and val
+workers = 0                 # processes that tokenize; 0: one, for larger corpora one a core
 verify = ''                 # a data set to check against its manifest, instead of preparing one
 data_dir = ''               # where prepared data lies; '': data/ beside this script
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
 COLLECT = 'input'           # takes the arguments without a flag
-SUFFIXES = ('.txt', '.md', '.jsonl', '.jsonl.gz', '.parquet')
-SHAKESPEARE = (
-    'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
-    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
-OUR_FILES = r'manifest\.json|tokenizer\.json|(train|val)_\d{6}\.bin'
+OUR_FILES = (r'manifest\.json|tokenizer\.json|lengths\.png|contamination\.json|'
+             r'(\w+_)?(train|val)_\d{6}\.bin')
 XZ_BYTES = 2 ** 24          # validation text is compressed for comparison up to this size
 BPE_BYTES = 2 ** 28         # so many characters at the head of the training text train a tokenizer
+MANY_BYTES = 2 ** 25        # a larger corpus is tokenized by one process a core
+IN_FLIGHT_BYTES = 2 ** 26   # of batches that wait for a process or for being written
+SAVE_SECONDS = 2            # between notes of how far it has come
+SPLITS = ('train', 'val')
 
 
 def main(cfg):
     if cfg.verify:
         return report(cfg.verify, cfg.data_dir)
-    plan = make_plan(cfg)
-    folder = Path(cfg.data_dir or shards.DATA_DIR) / plan['name']
-    if folder.exists():
-        check_replaceable(folder)
-        made = shards.read_manifest(plan['name'], cfg.data_dir)
-        if made['settings'] == plan['settings'] and made['source'] == plan['source']:
-            print(f"{folder} is there already, made from this text with these settings; "
-                  f"--verify={plan['name']} re-reads it")
+    root = Path(cfg.data_dir or DATA_DIR)
+    source = sources.find(cfg.dataset, cfg.input, cfg.split, root / '.downloads')
+    plan = make_plan(cfg, source)
+    folder = root / plan['name']
+    with locked(root / '.locks' / plan['name'], folder):
+        if folder.exists() and is_made(folder, plan, cfg):
             return
-    partial = folder.with_name(f'.{folder.name}.partial')   # a whole data set appears by one rename
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        manifest = write_dataset(cfg, plan, partial)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OSError(f'{error}; nothing was changed in {folder}') from None
-        raise
-    if folder.exists():
-        shutil.rmtree(old := folder.with_name(f'.{folder.name}.old'), ignore_errors=True)
-        folder.rename(old)
-        shutil.rmtree(old)
-    partial.rename(folder)
-    train, val = manifest['splits']['train'], manifest['splits']['val']
-    vocab = manifest['tokenizer']
-    print(f"{folder}: {train['tokens']:,} tokens of {train['documents']:,} documents to train on, "
-          f"{val['tokens']:,} of {val['documents']:,} to validate; "
-          f"{vocab['name']}, {vocab['vocab_size']:,} tokens, "
-          f"{train['bytes'] / train['tokens']:.2f} bytes a token")
+        partial = begun(folder.with_name(f'.{folder.name}.partial'), plan)
+        with kept(partial):
+            if not (partial / 'manifest.json').exists():
+                make = take_shards if source.ready else write_dataset
+                make(cfg, source, plan, partial)
+        replace(folder, partial)
+    print_summary(folder, read_manifest(plan['name'], cfg.data_dir))
 
 
-def make_plan(cfg):
-    """Where the text comes from and under which settings:
-    equal plans give byte-identical data sets."""
-    inputs, source = [Path(path) for path in cfg.input], cfg.dataset
-    if not inputs and source not in ('pydocs', 'shakespeare'):
-        if not Path(source).exists():
-            raise ValueError(f"dataset: given {source!r}, expected 'pydocs', 'shakespeare', "
-                             f"or a file or folder ({', '.join(SUFFIXES)})")
-        inputs = [Path(source)]
-    if source == 'shakespeare' and not inputs:
-        path = Path(cfg.data_dir or shards.DATA_DIR) / '.downloads/shakespeare.txt'
-        inputs = [fetch(SHAKESPEARE[0], path, SHAKESPEARE[1])]
-    if source == 'pydocs' and not inputs:
-        files, facts = python_files(), {'pydocs': f'Python {sys.version.split()[0]}'}
-    else:
-        files = [file for path in inputs for file in text_files(path)]
-        facts = {'files': [[file.name, file.stat().st_size, digest(file)] for file in files]}
-    named = ('shakespeare' if source == 'shakespeare' else
-             inputs[0].resolve().stem if inputs else source)
-    kind = cfg.tokenizer if cfg.tokenizer != 'auto' else 'bpe:4096' if named == 'pydocs' else 'gpt2'
+def make_plan(cfg, source):
+    """{'name', 'source', 'settings'}: equal plans give byte-identical data sets."""
+    facts = dict(source.facts)
+    kind = cfg.tokenizer
+    if kind == 'auto':
+        kind = 'bpe:4096' if source.name == 'pydocs' else 'gpt2'
     if file := stored(kind):
         facts['tokenizer'] = digest(file)
-    fraction = cfg.val_fraction or (0.1 if named == 'shakespeare' else 0.05)
+    fraction = cfg.val_fraction or (0.1 if source.name == 'shakespeare' else 0.05)
     if not 0 < fraction < 1:
         raise ValueError(f'val_fraction: given {fraction}, expected more than 0 and less than 1')
     if cfg.shard_tokens < 1:
         raise ValueError(f'shard_tokens: given {cfg.shard_tokens}, expected 1 or more')
-    name = cfg.name or named + ('_char' if (named, kind) == ('shakespeare', 'chars') else '')
+    if cfg.errors not in ('strict', 'replace', 'skip'):
+        raise ValueError(f"errors: given {cfg.errors!r}, expected 'strict', 'replace' or 'skip'")
+    for key in ('max_document_mb', 'workers', 'shards'):
+        if getattr(cfg, key) < (key == 'max_document_mb') * 1e-6:
+            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected more than 0')
+    name = cfg.name or source.name + ('_char' if (source.name, kind) == ('shakespeare', 'chars')
+                                      else '')
     if Path(name).name != name or name.startswith('.'):
         raise ValueError(f'name: given {name!r}, expected the name of a folder to be made in data/')
-    return {'name': name, 'files': files, 'source': facts, 'settings': {
+    if source.ready:
+        if kind != 'gpt2':
+            raise ValueError(f"{cfg.dataset} is tokens of gpt2 already, given --tokenizer={kind}; "
+                             f"the text itself: {', '.join(sources.HUB)}")
+        wanted = cfg.shards or len(source.files) - 1
+        return {'name': name, 'source': facts, 'settings': {'tokenizer': kind, 'shards': wanted}}
+    return {'name': name, 'source': facts, 'settings': {
         'tokenizer': kind, 'val_fraction': fraction, 'seed': cfg.seed, 'text_key': cfg.text_key,
+        'separator': cfg.separator, 'errors': cfg.errors, 'max_document_mb': cfg.max_document_mb,
         'shard_tokens': cfg.shard_tokens}}
 
 
-def check_replaceable(folder):
-    """Refuse to replace a folder that holds anything but a data set made here."""
+# A data set appears by one rename; what was done of it lies in .NAME.partial until then.
+
+@contextmanager
+def locked(path, folder):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a') as file:
+        try:
+            lock(file, wait=False)
+        except BlockingIOError:
+            raise ValueError(f'{folder} is being prepared by another process; '
+                             f'wait for it or end it') from None
+        yield
+
+
+def is_made(folder, plan, cfg):
+    """Whether the data set is there already; refuses a folder that was not made here."""
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if not re.fullmatch(OUR_FILES, name)]
     if foreign or 'manifest.json' not in names:
         raise ValueError(f"{folder} is there and was not made by this program"
                          f"{f' (it holds {foreign[0]})' if foreign else ''}; give another --name")
+    made = read_manifest(plan['name'], cfg.data_dir)
+    more = made['settings'].get('shards', 0) >= plan['settings'].get('shards', 0)
+    wanted = {**plan['settings'], **({'shards': made['settings'].get('shards')} if more and
+                                     'shards' in plan['settings'] else {})}
+    if made['source'] != plan['source'] or made['settings'] != wanted:
+        return False
+    print(f"{folder} is there already, made from this text with these settings; "
+          f"--verify={plan['name']} re-reads it")
+    return True
 
 
-def write_dataset(cfg, plan, folder):
-    """Write shards, tokenizer.json and, last, manifest.json into `folder`; returns the manifest."""
-    options = plan['settings']
+def begun(partial, plan):
+    """The folder in which this very plan was begun before, or a new one.
 
-    def documents():
-        for file in plan['files']:
-            yield from (text for text in read_documents(file, cfg.text_key) if text)
+    What was done with errors='strict' had no errors, and so fits the other ways to treat them.
+    """
+    file, before = partial / 'plan.json', {}
+    if file.exists():
+        before = json.loads(file.read_text(encoding='utf-8'))
+        if before['settings'].get('errors') == 'strict':
+            before['settings']['errors'] = plan['settings']['errors']
+    if before == json.loads(json.dumps(plan)):
+        print(f'going on with what was begun in {partial}')
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    write_text(file, json.dumps(plan, indent=1))
+    return partial
 
-    threshold = val_threshold(documents, options['seed'], options['val_fraction'])
 
-    def texts(wanted=('train', 'val')):
-        for document in documents():
-            yield from (text for split, text in divide(document, threshold, options)
-                        if split in wanted)
+@contextmanager
+def kept(partial):
+    """Whatever happens, what was done is left for the next time."""
+    try:
+        yield
+    except ValueError:
+        if not (partial / 'progress.json').exists():                # nothing much was done
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except OSError as error:
+        raise OSError(f'{error}; what is done is kept in {partial}, '
+                      f'the same command goes on from there') from None
+    except KeyboardInterrupt:
+        print(f'stopped; what is done is kept in {partial}, the same command goes on from there')
+        raise
 
-    def train_texts():                                              # the head of the training text
-        room = BPE_BYTES
-        for text in texts(['train']):
-            yield text[:room]
-            room -= len(text)
-            if room <= 0:
-                return
 
-    enc = build(options['tokenizer'], texts if options['tokenizer'] == 'chars' else train_texts)
-    size = sum(file.stat().st_size for file in plan['files'])
-    with tqdm(total=size, unit='B', unit_scale=True, desc=plan['name'],
-              disable=not sys.stderr.isatty()) as bar:
-        divided = (part for document in documents()
-                   for part in divide(document, threshold, options))
-        facts = write_splits(divided, enc, folder, options['shard_tokens'], bar)
-    manifest = {
-        'format': 1, 'name': plan['name'], 'source': plan['source'], 'settings': options,
-        'tokenizer': {'name': enc.name, 'vocab_size': enc.n_vocab, 'eot_id': eot_id(enc),
-                      'fingerprint': fingerprint(enc)},
-        'splits': facts}
-    (folder / 'tokenizer.json').write_text(to_json(enc), encoding='utf-8')
-    with open(folder / 'manifest.json', 'w', encoding='utf-8') as file:
-        json.dump(manifest, file, indent=1)
+def replace(folder, partial):
+    """Put the data set that is complete in `partial` in its place."""
+    for name in ('plan.json', 'progress.json'):
+        (partial / name).unlink(missing_ok=True)
+    for name in ('downloads', '.cache'):
+        shutil.rmtree(partial / name, ignore_errors=True)
+    old = folder.with_name(f'.{folder.name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path, text):
+    """The whole text or nothing, and on the disk."""
+    aside = path.with_name(f'{path.name}.aside')
+    with open(aside, 'w', encoding='utf-8') as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    return manifest
+    os.replace(aside, path)
 
 
-def write_splits(divided, enc, folder, shard_tokens, bar):
-    """Tokenize (split, text) pairs into shards; returns {split: what the manifest says of it}."""
-    eot = np.array([] if eot_id(enc) is None else [eot_id(enc)], np.uint16)
-    writers = {split: shards.ShardWriter(folder, split, shard_tokens) for split in ('train', 'val')}
-    facts = {split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in writers}
-    xz, xz_bytes = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME), 0
-    for split, text in divided:
-        ids, raw = np.concatenate([eot, encode(enc, text)]), text.encode()
-        if split == 'val' and facts[split]['bytes'] + len(raw) <= XZ_BYTES:
-            xz_bytes += len(xz.compress(raw))
-        writers[split].write(ids)
-        for key, amount in (('tokens', len(ids)), ('documents', 1), ('bytes', len(raw))):
-            facts[split][key] += amount
-        bar.update(len(raw))
+# Text to shards.
+
+def write_dataset(cfg, source, plan, folder):
+    """Write shards, tokenizer.json and, last, manifest.json into `folder`."""
+    options = documents.Options(cfg.text_key, cfg.separator, int(cfg.max_document_mb * 2 ** 20),
+                                cfg.errors, source.begins)
+    files = source.files
+    path_of = sources.Downloads(files, folder / 'downloads')
+
+    def batches(start=(0, 0, 0)):
+        return documents.batches(files, start, options, path_of)
+
+    def texts(counts):
+        return (text for batch in batches() for text in documents.texts(batch, options, counts))
+
+    progress, vocabulary = folder / 'progress.json', folder / 'tokenizer.json'
+    if progress.exists():
+        done = json.loads(progress.read_text(encoding='utf-8'))
+    else:
+        counts = {}
+        threshold = val_threshold(texts(counts), plan['settings'], counts)
+        done = {'after': (0, 0, 0), 'threshold': threshold, 'counts': {}, 'writers': {}, 'splits': {
+            part: {'tokens': 0, 'documents': 0, 'bytes': 0} for part in ('train', 'val')}}
+    rule = {**plan['settings'], 'threshold': done['threshold']}
+    if not vocabulary.exists():
+        enc = build(rule['tokenizer'], lambda: sample(texts({}), rule))
+        write_text(vocabulary, to_json(enc))
+    enc = gpt2() if rule['tokenizer'] == 'gpt2' else load(vocabulary)
+    size = sum(file.size for file in files)
+    workers = cfg.workers or (cores() if size > MANY_BYTES else 1)
+    results = tokenized(batches(done['after']), workers, vocabulary, options, rule)
+    write_splits(results, rule['shard_tokens'], eot_id(enc), done, folder, len(files))
+    facts = done['splits']
+    if facts['val']['bytes'] <= XZ_BYTES:
+        facts['val']['xz_bytes'] = xz_size(folder, enc)
+    write_manifest(folder, plan, enc, facts, done['counts'])
+
+
+def sample(texts, rule):
+    """What a tokenizer is made from: the head of the training text; for chars all there is."""
+    room = BPE_BYTES
+    for text, raw in texts:
+        for split, part, _ in divide(text, raw, rule):
+            if rule['tokenizer'] == 'chars':
+                yield part
+            elif split == 'train':
+                yield part[:room]
+                room -= len(part)
+                if room <= 0:
+                    return
+
+
+def write_splits(results, shard_tokens, eot, done, folder, n_files):
+    """Write what tokenized() gives into shards; `done` says how far it has come, on the disk too.
+    """
+    writers = {split: ShardWriter(folder, split, shard_tokens, eot, done['writers'].get(split))
+               for split in ('train', 'val')}
+    saved = began = time.monotonic()
+    before = done['splits']['train']['tokens']
+    with tqdm(unit='B', unit_scale=True, initial=done['splits']['train']['bytes'],
+              disable=not sys.stderr.isatty()) as bar:
+        for after, made, counts in results:
+            for split, (ids, *amounts) in made.items():
+                full = len(writers[split].shards)
+                writers[split].write(np.frombuffer(ids, np.uint16))
+                facts = done['splits'][split]
+                for key, amount in zip(('tokens', 'documents', 'bytes'), amounts):
+                    facts[key] += amount
+                bar.update(amounts[-1])
+                if split == 'train' and len(writers[split].shards) > full:
+                    rate = (facts['tokens'] - before) / (time.monotonic() - began)
+                    bar.write(f"{facts['tokens']:,} tokens, {len(writers[split].shards)} shards, "
+                              f"file {min(after[0] + 1, n_files)} of {n_files}, "
+                              f"{rate:,.0f} tokens/s", file=sys.stdout)
+            for what, (count, where) in counts.items():
+                done['counts'].setdefault(what, [0, where])[0] += count
+            done['after'] = after
+            if time.monotonic() - saved > SAVE_SECONDS:
+                done['writers'] = {split: writer.sync() for split, writer in writers.items()}
+                write_text(folder / 'progress.json', json.dumps(done))
+                saved = time.monotonic()
     for split, writer in writers.items():
         writer.close()
-        facts[split]['shards'] = writer.shards
-    if facts['val']['bytes'] <= XZ_BYTES:
-        facts['val']['xz_bytes'] = xz_bytes + len(xz.flush())       # what `xz -9e` makes of it
-    return facts
+        done['splits'][split]['shards'] = writer.shards
 
 
-# Which documents are validation: those whose hash is small, so that adding documents moves none.
+def write_manifest(folder, plan, enc, splits, counts):
+    manifest = {
+        'format': 1, 'name': plan['name'], 'source': plan['source'], 'settings': plan['settings'],
+        'tokenizer': {'name': plan['settings']['tokenizer'], 'vocab_size': enc.n_vocab,
+                      'eot_id': eot_id(enc), 'fingerprint': fingerprint(enc)},
+        'splits': splits, 'left_out': counts,
+        'versions': {name: version(name) for name in ('tiktoken', 'tokenizers', 'numpy')}}
+    write_text(folder / 'manifest.json', json.dumps(manifest, indent=1))
 
-def document_hash(text, seed):
-    """A number from 0 to 1 that depends on (seed, text) alone."""
-    drawn = hashlib.blake2b(f'{seed}:{text}'.encode(), digest_size=8).digest()
-    return int.from_bytes(drawn) / 2 ** 64
+
+def xz_size(folder, enc):
+    """The bytes that `xz -9e` makes of the validation text."""
+    tokens, eot = Tokens(folder.name, 'val', enc.n_vocab, folder.parent), eot_id(enc)
+    ids = tokens.read(0, len(tokens))
+    text = enc.decode_bytes((ids if eot is None else ids[ids != eot]).tolist())
+    return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
 
 
-def val_threshold(documents, seed, val_fraction):
+# Tokenizing: processes get batches of bytes and give back bytes of uint16, in the same order.
+
+SHARED = {}                 # what a process needs for every batch, see begin()
+
+
+def tokenized(batches, workers, *setup):
+    """(after, {split: (ids, tokens, documents, bytes)}, counts) of every batch, in order."""
+    if workers == 1:
+        begin(*setup)
+        yield from map(tokenize, batches)
+        return
+    waiting, in_flight = deque(), 0
+    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), begin_process,
+                             setup) as pool:
+        try:
+            for batch in batches:
+                while waiting and (len(waiting) > 3 * workers or
+                                   in_flight + len(batch.raw) > IN_FLIGHT_BYTES):
+                    size, future = waiting.popleft()
+                    yield result_of(future)
+                    in_flight -= size
+                waiting.append((len(batch.raw), pool.submit(tokenize, batch)))
+                in_flight += len(batch.raw)
+            while waiting:
+                yield result_of(waiting.popleft()[1])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def result_of(future):
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise ChildProcessError('a process that tokenizes was killed (for want of memory?); '
+                                'give fewer --workers, or a smaller --max_document_mb') from None
+    except ValueError as error:                 # raised there, to be shown as one of ours
+        raise ValueError(str(error)) from None
+
+
+def begin_process(*setup):
+    """The first thing in a process of its own; it ends when its parent is gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    begin(*setup)
+
+
+def begin(vocabulary, options, rule):
+    SHARED.update(enc=load(vocabulary), options=options, rule=rule)
+
+
+def tokenize(batch):
+    enc, rule, counts = SHARED['enc'], SHARED['rule'], {}
+    eot = np.array([] if eot_id(enc) is None else [eot_id(enc)], np.uint16)
+    found = {'train': ([], []), 'val': ([], [])}
+    for text, raw in documents.texts(batch, SHARED['options'], counts):
+        for split, part, size in divide(text, raw, rule):
+            ids, sizes = found[split]
+            ids += [eot, encode(enc, part)]
+            sizes.append(size)
+    made = {}
+    for split, (ids, sizes) in found.items():
+        ids = np.concatenate([eot[:0], *ids])
+        made[split] = (ids.tobytes(), len(ids), len(sizes), sum(sizes))
+    return batch.after, made, counts
+
+
+def cores():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+# Which documents are validation: those whose hash is small, so that adding documents moves none,
+# and a text that comes twice is on one side only.
+
+def document_hash(raw, seed):
+    """A number from 0 to 1 that depends on (seed, text as UTF-8) alone."""
+    drawn = hashlib.blake2b(f'{seed}:'.encode(), digest_size=8)
+    drawn.update(raw)
+    return int.from_bytes(drawn.digest()) / 2 ** 64
+
+
+def val_threshold(texts, rule, counts):
     """Documents with a hash below it are validation: val_fraction,
     unless one side would be empty then.
 
     0 for a corpus of one (distinct) document, which is split by position. Reads until a document
     of each side was seen. Raises ValueError for a corpus without text.
     """
-    hashes = set()
-    for text in documents():
-        hashes.add(document_hash(text, seed))
-        if min(hashes) < val_fraction <= max(hashes):
-            return val_fraction
-    if not hashes:
-        raise ValueError('there is no text to prepare: every document is empty')
-    lowest = sorted(hashes)[:2]
-    return 0.0 if len(hashes) == 1 else max(hashes) if max(hashes) < val_fraction else lowest[1]
+    lowest, fraction = [], rule['val_fraction']     # the two lowest hashes, and the highest
+    highest = -1.0
+    for _, raw in texts:
+        drawn = document_hash(raw, rule['seed'])
+        lowest, highest = sorted({*lowest, drawn})[:2], max(highest, drawn)
+        if lowest[0] < fraction <= highest:
+            return fraction
+    if not lowest:
+        raise ValueError('there is no text to prepare' + describe(counts) +
+                         (f'; --max_document_mb allows longer ones, --separator parts a file'
+                          if documents.TOO_LONG in counts else ''))
+    return 0.0 if len(lowest) == 1 else highest if highest < fraction else lowest[1]
 
 
-def divide(text, threshold, options):
-    """[(split, text)] of one document."""
-    if threshold == 0.0:
-        cut = int(len(text) * (1 - options['val_fraction']))
-        return [('train', text[:cut]), ('val', text[cut:])]
-    return [('val' if document_hash(text, options['seed']) < threshold else 'train', text)]
+def divide(text, raw, rule):
+    """[(split, text, its bytes)] of one document, given also as UTF-8."""
+    if rule['threshold'] == 0.0:
+        cut = int(len(text) * (1 - rule['val_fraction']))
+        parts = ('train', text[:cut]), ('val', text[cut:])
+        return [(split, part, len(part.encode())) for split, part in parts]
+    below = document_hash(raw, rule['seed']) < rule['threshold']
+    return [('val' if below else 'train', text, len(raw))]
 
 
-# Where documents come from: each reader gives texts in an order that depends on the files alone.
-
-def text_files(path):
-    """`path`, or the text files in the folder `path`, in order of their names."""
-    if not path.exists():
-        raise ValueError(f'{path}: there is no such file or folder')
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"{path}: expected {', '.join(SUFFIXES)} or a folder of these")
-        return [path]
-    files = sorted(file for file in path.rglob('*')
-                   if file.is_file() and file.name.endswith(SUFFIXES)
-                   and not any(part.startswith('.') for part in file.relative_to(path).parts))
-    if not files:
-        raise ValueError(f"{path}: no {', '.join(SUFFIXES)} in this folder")
-    return files
+def describe(counts):
+    """': 2 empty (the first: a.txt), …'"""
+    words = (f'{count:,} {what} (the first: {where})' for what, (count, where) in counts.items())
+    return ': ' + ', '.join(words) if counts else ''
 
 
-def read_documents(file, text_key):
-    """The texts in `file`: one of a .txt or .md, one a line of .jsonl, one a row of .parquet."""
-    if file.suffix == '.py':
-        yield from python_documents(file)
-    elif file.suffix == '.parquet':
-        yield from parquet_documents(file, text_key)
-    elif file.name.endswith(('.jsonl', '.jsonl.gz')):
-        yield from jsonl_documents(file, text_key)
-    else:
-        yield decoded(file.read_bytes(), file)
+# Shards that others made of GPT-2's tokens.
+
+def take_shards(cfg, source, plan, folder):
+    """Fetch the shards of a data set that is tokenized already, and write its manifest.
+
+    Those that an earlier, smaller call brought are taken from its folder.
+    """
+    enc, wanted = gpt2(), plan['settings']['shards']
+    files = [file for file in source.files if '_val_' in file.name]
+    files += [file for file in source.files if '_train_' in file.name][:wanted]
+    earlier = folder.with_name(plan['name'])
+    missing = [file for file in files if not (folder / file.name).exists()]
+    needed = sum(file.size for file in missing if not (earlier / file.name).exists())
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise OSError(f'{len(missing)} shards are {needed / 1e9:.1f} GB, there are '
+                      f'{free / 1e9:.1f} GB free; --shards=N takes the first N')
+    sizes = np.zeros(2 ** 16, np.int64)             # of tokens in bytes, 0 for <|endoftext|>
+    sizes[:enc.n_vocab - 1] = [len(token) for token in token_bytes(enc)]
+    splits = {split: {'tokens': 0, 'documents': 0, 'bytes': 0, 'shards': []}
+              for split in ('train', 'val')}
+    for file in tqdm(files, unit='shard', disable=not sys.stderr.isatty()):
+        path = folder / file.name
+        if not path.exists() and (earlier / file.name).exists():
+            os.link(earlier / file.name, path)
+        if path.exists() and file.sha256 and digest(path) != file.sha256:
+            path.unlink()
+        if not path.exists():
+            os.replace(sources.download(file, folder / 'downloads'), path)
+        facts, largest = read_shard(path, eot_id(enc), sizes)
+        if largest >= enc.n_vocab:
+            raise ValueError(f'{path}: token id {largest} is outside of the vocabulary')
+        part = splits['val' if '_val_' in file.name else 'train']
+        part['shards'].append({'file': file.name, **facts})
+        for key in ('tokens', 'documents', 'bytes'):
+            part[key] += facts[key]
+    write_text(folder / 'tokenizer.json', to_json(enc))
+    write_manifest(folder, plan, enc, splits, {})
 
 
-def decoded(raw, where):
-    try:
-        return raw.decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{where}: byte {raw[error.start]:#04x} at {error.start:,} is not UTF-8; '
-                         f'convert it, as in: iconv -f latin1 -t utf-8') from None
-
-
-def jsonl_documents(file, text_key):
-    with gzip.open(file) if file.suffix == '.gz' else open(file, 'rb') as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(decoded(line, f'{file}:{number}'))[text_key]
-            except json.JSONDecodeError as error:
-                raise ValueError(f'{file}:{number}: not JSON: {error}') from None
-            except (KeyError, TypeError):
-                raise ValueError(f'{file}:{number}: no field {text_key!r} here; '
-                                 f'--text_key names another') from None
-            yield checked(text, f'{file}:{number}', text_key)
-
-
-def parquet_documents(file, text_key):
-    from pyarrow import ArrowInvalid, parquet
-    try:
-        table = parquet.ParquetFile(file)
-    except ArrowInvalid as error:
-        raise ValueError(f'{file}: not a parquet file ({error})') from None
-    if text_key not in table.schema_arrow.names:
-        raise ValueError(f"{file}: no column {text_key!r} among "
-                         f"{', '.join(table.schema_arrow.names)}; --text_key names another")
-    for batch in table.iter_batches(batch_size=256, columns=[text_key]):
-        for text in batch.column(0).to_pylist():
-            yield checked(text, file, text_key)
-
-
-def checked(text, where, text_key):
-    """`text`, a str, with lone surrogates (which UTF-8 has no form for) replaced; None is ''."""
-    if not isinstance(text, str | None):
-        raise ValueError(f'{where}: {text_key} is {type(text).__name__}, expected a text')
-    return (text or '').encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-
-
-def python_files():
-    """The modules of the standard library, without its tests and what others installed."""
-    library = Path(sysconfig.get_paths()['stdlib'])
-    left_out = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
-    return sorted(file for file in library.rglob('*.py')
-                  if not left_out & set(file.relative_to(library).parts)
-                  and not file.relative_to(library).parts[0].startswith('config-'))
-
-
-def python_documents(file):
-    """The docstrings of the module `file`, joined, or each topic of pydoc_data.topics;
-    nothing is imported."""
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):
-        return                                                      # a deliberately broken example
-    if file.parts[-2:] == ('pydoc_data', 'topics.py'):
-        for node in tree.body:
-            if isinstance(node, ast.Assign):
-                yield from ast.literal_eval(node.value).values()
-        return
-    with_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = (ast.get_docstring(node, clean=False) for node in ast.walk(tree)
-             if isinstance(node, with_docstring))
-    yield '\n\n'.join(inspect.cleandoc(text) for text in texts if text)
+def print_summary(folder, manifest):
+    train, val = manifest['splits']['train'], manifest['splits']['val']
+    vocab = manifest['tokenizer']
+    print(f"{folder}: {train['tokens']:,} tokens of {train['documents']:,} documents to train on, "
+          f"{val['tokens']:,} of {val['documents']:,} to validate; "
+          f"{vocab['name']}, {vocab['vocab_size']:,} tokens, "
+          f"{train['bytes'] / train['tokens']:.2f} bytes a token")
+    if manifest['left_out']:
+        print('of the documents' + describe(manifest['left_out']))
 
 
 def report(name, data_dir):
     """Print that data set `name` is whole, or raise ValueError naming what is wrong with it."""
-    folder = Path(data_dir or shards.DATA_DIR) / name
+    folder = Path(data_dir or DATA_DIR) / name
     if not folder.is_dir():
         raise ValueError(f'verify: there is no data set in {folder}')
-    wrong = shards.verify(name, data_dir)
-    made_with = shards.read_manifest(name, data_dir).get('tokenizer', {}).get('fingerprint')
+    wrong = find_damage(name, data_dir)
+    made_with = read_manifest(name, data_dir).get('tokenizer', {}).get('fingerprint')
     if made_with and fingerprint(load(folder / 'tokenizer.json')) != made_with:
         wrong.append(f'{folder}/tokenizer.json is not the one that made the tokens')
     if wrong:
         raise ValueError('\n'.join([f'{name} is damaged:', *wrong]))
-    splits = shards.read_manifest(name, data_dir)['splits']
+    splits = read_manifest(name, data_dir)['splits']
     print(f'{name} is whole:',
           ', '.join(f"{split} {facts['tokens']:,} tokens in {len(facts['shards'])} shards"
                     for split, facts in splits.items()))

@@ -24,24 +24,47 @@ DATA_DIR = Path(__file__).resolve().parent
 
 
 class ShardWriter:
-    """Writes one split into shards of shard_tokens tokens; memory does not grow with either."""
+    """Writes one split into shards of shard_tokens tokens; memory does not grow with either.
 
-    def __init__(self, folder, split, shard_tokens):
-        self.folder, self.split, self.shard_tokens = Path(folder), split, shard_tokens
+    `state` of an earlier writer goes on behind what that one had synced.
+    """
+
+    def __init__(self, folder, split, shard_tokens, eot=None, state=None):
+        self.folder, self.split = Path(folder), split
+        self.shard_tokens, self.eot = shard_tokens, eot
         self.shards, self.file, self.count = [], None, 0
+        if state:
+            self.shards, self.count = list(state['shards']), state['count']
+            for path in self.folder.glob(f'{split}_*.bin'):         # written after that
+                if int(path.stem.rpartition('_')[2]) >= len(self.shards) + bool(self.count):
+                    path.unlink()
+            if self.count:
+                self.file = open(self.path(), 'r+b')
+                self.file.truncate(HEADER_BYTES + 2 * self.count)
+                self.file.seek(0, os.SEEK_END)
+
+    def path(self):
+        return self.folder / f'{self.split}_{len(self.shards):06d}.bin'
 
     def write(self, ids):
         """Append ids (uint16 array), going on in a new shard whenever one is full."""
         while len(ids):
             if self.file is None:
-                self.path = self.folder / f'{self.split}_{len(self.shards):06d}.bin'
-                self.file, self.count = open(self.path, 'w+b'), 0
+                self.file, self.count = open(self.path(), 'w+b'), 0
                 self.file.write(bytes(HEADER_BYTES))
             part, ids = np.split(ids, [self.shard_tokens - self.count])
-            self.file.write(part.astype('<u2').tobytes())
+            self.file.write(part.astype('<u2', copy=False).tobytes())
             self.count += len(part)
             if self.count == self.shard_tokens:
                 self.close()
+
+    def sync(self):
+        """What goes on from here if all that was written until now is on the disk, as it is then.
+        """
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        return {'shards': list(self.shards), 'count': self.count if self.file else 0}
 
     def close(self):
         """Finish the shard that is open, if one is; its header says how many tokens it has."""
@@ -54,10 +77,27 @@ class ShardWriter:
             file.write(header.tobytes())
             file.flush()
             os.fsync(file.fileno())
-            file.seek(0)
-            sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-        self.shards.append({'file': self.path.name, 'tokens': self.count, 'sha256': sha256})
-        self.file = None
+        facts, _ = read_shard(self.path(), self.eot)
+        self.shards.append({'file': self.path().name, **facts})
+        self.file, self.count = None, 0
+
+
+def read_shard(path, eot, token_sizes=None):
+    """({'tokens': …, 'documents': that begin in it, 'sha256': …}, largest id) of a shard; given
+    the bytes of each token (an array), also the 'bytes' of its text."""
+    count, offset = count_tokens(path)
+    sha256, largest, documents, size = hashlib.sha256(), 0, 0, 0
+    with open(path, 'rb') as file:
+        sha256.update(file.read(offset))
+        while chunk := file.read(2 ** 22):
+            sha256.update(chunk)
+            ids = np.frombuffer(chunk, '<u2')
+            largest = max(largest, int(ids.max()))
+            documents += int(np.count_nonzero(ids == eot))
+            size += 0 if token_sizes is None else int(token_sizes[ids].sum())
+    facts = {'tokens': count, 'sha256': sha256.hexdigest()}
+    facts |= {} if eot is None else {'documents': documents}
+    return facts | ({} if token_sizes is None else {'bytes': size}), largest
 
 
 def count_tokens(path):
@@ -217,31 +257,25 @@ def verify(name, data_dir=''):
     manifest = read_manifest(name, data_dir)
     if not manifest:
         return [f'{folder}: there is no manifest.json to verify against']
-    wrong = []
+    wrong, vocab = [], manifest['tokenizer']
     for split, facts in manifest['splits'].items():
-        eots = 0
+        began = 0
         for shard in facts['shards']:
             path = folder / shard['file']
             try:
-                count, offset = count_tokens(path)
+                found, largest = read_shard(path, vocab['eot_id'])
             except (OSError, ValueError) as error:
                 wrong.append(str(error))
                 continue
-            digest, largest = hashlib.sha256(), 0
-            with open(path, 'rb') as file:
-                digest.update(file.read(offset))
-                while chunk := file.read(2 ** 22):
-                    digest.update(chunk)
-                    ids = np.frombuffer(chunk, '<u2')
-                    largest = max(largest, int(ids.max()))
-                    eots += int((ids == manifest['tokenizer']['eot_id']).sum())
-            if digest.hexdigest() != shard['sha256']:
+            began += found.get('documents', 0)
+            if found['sha256'] != shard['sha256']:
                 wrong.append(f'{path}: altered (its sha256 is not the one in the manifest)')
-            if largest >= manifest['tokenizer']['vocab_size']:
-                wrong.append(f"{path}: token id {largest} is outside of the vocabulary")
-            if count != shard['tokens']:
-                wrong.append(f"{path}: {count:,} tokens, the manifest has {shard['tokens']:,}")
-        if not wrong and manifest['tokenizer']['eot_id'] is not None and eots != facts['documents']:
-            wrong.append(f"{folder}: {eots:,} documents begin in {split}, "
+            if largest >= vocab['vocab_size']:
+                wrong.append(f'{path}: token id {largest} is outside of the vocabulary')
+            if found['tokens'] != shard['tokens']:
+                wrong.append(f"{path}: {found['tokens']:,} tokens, the manifest has "
+                             f"{shard['tokens']:,}")
+        if not wrong and vocab['eot_id'] is not None and began != facts['documents']:
+            wrong.append(f"{folder}: {began:,} documents begin in {split}, "
                          f"the manifest has {facts['documents']:,}")
     return wrong

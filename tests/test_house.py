@@ -12,7 +12,8 @@ from conftest import ROOT
 GROUND = {'model': set(), 'configurator': set(), 'tokenizer': set(), 'distributed': set(),
           'data.fetch': set()}
 MIDDLE = {'checkpoints': {'model', 'tokenizer', 'distributed'}, 'data.shards': set(),
-          'likelihood': {'distributed'}, 'results': set(), 'data.benchmarks': {'data.fetch'}}
+          'likelihood': {'distributed'}, 'results': set(), 'data.benchmarks': {'data.fetch'},
+          'data.documents': set(), 'data.sources': {'data.documents', 'data.fetch'}}
 SCRIPTS = {name: {*GROUND, *MIDDLE} for name in ('train', 'sample', 'plot', 'hellaswag', 'eval_cbt',
                                                  'eval_lm', 'data.prepare')}
 SCRIPTS['train'] = {*SCRIPTS['train'], 'hellaswag'}     # the one door: the live curve, see below

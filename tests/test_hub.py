@@ -10,13 +10,12 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from conftest import ROOT, script
+from loopback_hub import serving
 
 import tokenizer
 
@@ -25,81 +24,6 @@ pytest.importorskip('huggingface_hub')
 
 BYTES = tokenizer.byte_pairs('bytes', [])
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=257)
-COMMIT = '0123456789abcdef0123456789abcdef01234567'
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves root/OWNER/NAME/FILE as huggingface.co does, and can be told to misbehave."""
-    daemon_threads = True
-
-    def __init__(self, root):
-        super().__init__(('127.0.0.1', 0), Answer)
-        self.root, self.requests = root, []
-        self.break_off, self.stall = 0, False       # so many downloads end, or hang, half way
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f'http://127.0.0.1:{self.server_port}'
-
-
-class Answer(BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
-
-    def do_HEAD(self):
-        hub, match = self.server, re.fullmatch(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', self.path)
-        hub.requests.append((self.command, self.path, self.headers.get('Range')))
-        if not match:
-            return self.refuse(404, 'RepoNotFound')
-        repo, _, name = match.groups()
-        if repo == 'someone/gated':
-            return self.refuse(403, 'GatedRepo')
-        if repo == 'someone/private' and self.headers.get('Authorization') != 'Bearer secret':
-            return self.refuse(401, 'RepoNotFound')
-        if repo == 'someone/broken':
-            return self.refuse(500, 'Oops')
-        if not (hub.root / repo).is_dir():
-            return self.refuse(401, 'RepoNotFound')             # as huggingface.co answers this
-        file = hub.root / repo / name
-        if not file.exists():
-            return self.refuse(404, 'EntryNotFound')
-        data, first = file.read_bytes(), 0
-        if given := re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', '')):
-            first = int(given[1])
-        self.send_response(206 if first else 200)
-        for key, value in {'X-Repo-Commit': COMMIT, 'ETag': f'"{hash(data):x}"',
-                           'Content-Length': len(data) - first, 'Accept-Ranges': 'bytes',
-                           'Content-Range': f'bytes {first}-{len(data) - 1}/{len(data)}'}.items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if self.command == 'GET':
-            self.send(data[first:], name.endswith('.safetensors'))
-
-    do_GET = do_HEAD
-
-    def send(self, data, is_weights):
-        hub, half = self.server, len(data) // 2
-        if is_weights and (hub.break_off or hub.stall):
-            self.wfile.write(data[:half])
-            self.wfile.flush()
-            hub.break_off -= 1
-            while hub.stall:
-                time.sleep(0.05)
-            self.close_connection = True
-            return self.connection.close()
-        self.wfile.write(data)
-
-    def refuse(self, status, code):
-        self.send_response(status)
-        self.send_header('X-Error-Code', code)
-        if code == 'EntryNotFound':
-            self.send_header('X-Repo-Commit', COMMIT)           # the client notes what is missing
-        self.send_header('X-Error-Message', 'no')
-        self.send_header('Content-Length', '0')
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture(scope='module')
@@ -135,12 +59,8 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def hub(models, tmp_path):
-    with Hub(models[0]) as server:
-        server.env = {**os.environ, 'HF_ENDPOINT': server.url, 'HF_HOME': str(tmp_path / 'home'),
-                      'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
+    with serving(models[0], tmp_path / 'home') as server:
         yield server
-        server.stall = False
-        server.shutdown()
 
 
 LOAD = '''

@@ -17,8 +17,8 @@ import pytest
 from conftest import ROOT, script
 
 import tokenizer
-from data import fetch, prepare, shards
-from data.shards import Tokens
+from data import documents, fetch, prepare, sources
+from data.shards import Tokens, verify
 
 TEXTS = [f'Document {i}: {"word " * (i % 7 + 1)}é 世界\n' for i in range(60)]
 
@@ -155,11 +155,12 @@ def test_a_tokenizer_is_not_trained_on_validation_text(tmp_path):
     texts = TEXTS
     run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', texts), val_fraction=0.3)
     val = set(decoded(tmp_path)['val'])
-    threshold = prepare.val_threshold(lambda: iter(texts), 1337, 0.3)
+    threshold = prepare.val_threshold(
+        ((text, text.encode()) for text in texts), {'seed': 1337, 'val_fraction': 0.3}, {})
     marked = []
     for i in range(4000):
         text = f'zqzqzq {i} zqzqzq'
-        if prepare.document_hash(text, 1337) < threshold:
+        if prepare.document_hash(text.encode(), 1337) < threshold:
             marked.append(text)
     run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', texts + marked), val_fraction=0.3,
         tokenizer='bpe:400')
@@ -233,7 +234,7 @@ def test_bad_settings_are_refused(tmp_path, options, words):
 
 
 def test_missing_inputs_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="given 'shakespear', expected 'pydocs'"):
+    with pytest.raises(ValueError, match="given 'shakespear', did you mean 'shakespeare'"):
         run(tmp_path, dataset='shakespear')
     with pytest.raises(ValueError, match='no such file'):
         run(tmp_path, tmp_path / 'nowhere.txt')
@@ -253,13 +254,14 @@ def test_pydocs_is_read_without_importing_and_is_the_same_again(tmp_path):
     (tmp_path / 'm.py').write_text(
         '"""Top."""\nraise SystemExit\nclass A:\n    """Of A."""\n'
         '    def f(self):\n        """Of f.\n\n        More.\n        """\n')
-    assert list(prepare.python_documents(tmp_path / 'm.py')) == ['Top.\n\nOf A.\n\nOf f.\n\nMore.']
-    files = prepare.python_files()
-    assert (files == prepare.python_files()
+    found = list(documents.python_documents(tmp_path / 'm.py'))
+    assert found == ['Top.\n\nOf A.\n\nOf f.\n\nMore.']
+    files = sources.python_files()
+    assert (files == sources.python_files()
             and not any('site-packages' in str(file) for file in files))
     topics = [file for file in files
               if file.parent.name == 'pydoc_data' and file.name == 'topics.py']
-    assert topics and len(list(prepare.python_documents(topics[0]))) > 50
+    assert topics and len(list(documents.python_documents(topics[0]))) > 50
 
 
 @pytest.fixture
@@ -287,7 +289,7 @@ def server():
 
 def test_a_download_is_checked_and_renamed(tmp_path, server, monkeypatch):
     url, body, sha256 = server
-    monkeypatch.setattr(prepare, 'SHAKESPEARE', (f'{url}/whole', sha256))
+    monkeypatch.setattr(sources, 'SHAKESPEARE', (f'{url}/whole', sha256))
     manifest = run(tmp_path, dataset='shakespeare', tokenizer='chars', name='')
     assert (manifest['name'] == 'shakespeare_char'
             and manifest['splits']['train']['tokens'] == int(len(body) * 0.9))
@@ -327,7 +329,7 @@ def test_verify_from_the_command_line(stories):
     assert 'tiny is whole' in done.stdout
     done = script('data/prepare.py', '--verify=nothing', f'--data_dir={stories}', check=False)
     assert done.returncode == 2 and 'there is no data set' in done.stderr
-    assert shards.verify('tiny', stories) == []
+    assert verify('tiny', stories) == []
 
 
 def test_the_tokenizer_of_another_folder_can_be_used(tmp_path):

@@ -1,0 +1,343 @@
+"""
+Files of text, read as documents, in batches of about a megabyte: their order depends on the files
+alone, and memory is bounded by the longest document that is allowed.
+
+A document is a .txt or .md file (or what lies between two separators in it), a line of .jsonl, a
+row of .parquet; .gz and .zst are unpacked on the way. Batches hold bytes: to take them apart, parse
+and decode them is left to texts(), for other processes to do.
+"""
+
+import ast
+import gzip
+import inspect
+import json
+import re
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+PACKED = ('.gz', '.zst')
+SUFFIXES = tuple(kind + packed for packed in ('', *PACKED) for kind in ('.txt', '.md', '.jsonl')
+                 ) + ('.parquet',)
+EXPECTED = '.txt, .md or .jsonl (these also as .gz or .zst) or .parquet'
+BATCH_BYTES = 2 ** 20
+BOM = b'\xef\xbb\xbf'
+TOO_LONG = 'over max_document_mb'
+
+
+class Options(NamedTuple):
+    """How documents are read."""
+    text_key: str = 'text'          # the field or column that holds the text
+    separator: str = ''             # ends a document within .txt and .md; '': a file is a document
+    max_bytes: int = 64 * 2 ** 20   # a longer document (or line of .jsonl) is left out
+    errors: str = 'strict'          # what is no text: 'strict' refuses, 'skip' leaves the document
+                                    # out, 'replace' puts U+FFFD for bytes that are not UTF-8
+    begins: str = ''                # a row of .parquet that matches begins a document; '': any
+
+
+class Batch(NamedTuple):
+    """Documents that follow one another, as bytes."""
+    raw: bytes
+    lengths: object                 # of each document (int64 array); None: parted by `separator`
+    separator: bytes                # of one newline: these are lines of JSON
+    names: object                   # of each document: a list, or what stands before its number
+    first: int                      # number of documents before these in the file
+    after: tuple                    # (file, offset, number) where reading goes on behind these
+    left_out: tuple = ()            # (what, name) of documents that were passed over before them
+
+    def name(self, i):
+        return self.names[i] if type(self.names) is list else f'{self.names}{self.first + i + 1}'
+
+    def parts(self):
+        """The bytes of each document."""
+        if self.lengths is None:
+            found = self.raw.split(self.separator)
+            return found if self.separator == b'\n' else [part.strip(b'\r\n') for part in found]
+        ends = np.cumsum(self.lengths).tolist()
+        return [self.raw[start:end] for start, end in zip([0, *ends], ends)]
+
+
+def together(raws, names, first, after, left_out=()):
+    """The Batch of a list of documents."""
+    lengths = np.fromiter(map(len, raws), np.int64)
+    return Batch(b''.join(raws), lengths, b'', names, first, after, left_out)
+
+
+def batches(files, start, options, path_of):
+    """Batches of the documents in `files` from `start`, the `after` of an earlier batch, on.
+
+    A file has a name, and path_of(i) says where the i-th lies. Raises ValueError for one that is
+    not what its name says.
+    """
+    index, offset, number = start
+    small = []                                  # batches of files that are a document each
+    for i in range(index, len(files)):
+        for batch in read(files[i].name, path_of(i), options, i, offset, number):
+            if type(batch.names) is list:
+                small.append(batch)
+            if small and (small[-1] is not batch or len(small) == 1024 or
+                          sum(len(one.raw) for one in small) >= BATCH_BYTES):
+                yield joined(small)
+                small = []
+            if type(batch.names) is not list:
+                yield batch
+        offset = number = 0
+    if small:
+        yield joined(small)
+
+
+def joined(small):
+    return Batch(b''.join(one.raw for one in small), np.concatenate([one.lengths for one in small]),
+                 b'', [name for one in small for name in one.names], 0, small[-1].after,
+                 tuple(what for one in small for what in one.left_out))
+
+
+def read(name, path, options, i, offset, number):
+    """Batches of file `i`, from its document `number` at `offset` (bytes, or rows) on."""
+    kind, end = Path(name.removesuffix('.gz').removesuffix('.zst')).suffix, (i + 1, 0, 0)
+    if kind == '.parquet':
+        return parquet_batches(name, path, options, i, offset)
+    if kind in ('.jsonl', '.json'):
+        return parted_batches(name, path, f'{name}:', b'\n', options, i, offset, number)
+    if options.separator:
+        return parted_batches(name, path, f'{name}: document ', options.separator.encode(),
+                              options, i, offset, number)
+    if kind == '.py':
+        found = [text.encode() for text in python_documents(path) if text]
+        return iter([together(found, [name] * len(found), 0, end)])
+    with opened(name, path) as file:
+        raw = file.read(options.max_bytes + len(BOM) + 1).removeprefix(BOM)
+    if len(raw) > options.max_bytes:
+        return iter([together([], [], 0, end, ((TOO_LONG, name),))])
+    return iter([together([raw], [name], 0, end)])
+
+
+class opened:
+    """The bytes of a file, unpacked if need be; damage in it is a ValueError that names it."""
+
+    def __init__(self, name, path):
+        self.name, self.path = name, path
+
+    def __enter__(self):
+        if self.name.endswith('.gz'):
+            self.file = gzip.open(self.path)
+        elif self.name.endswith('.zst'):
+            import pyarrow
+            self.file = pyarrow.input_stream(str(self.path), compression='zstd')
+        else:
+            self.file = open(self.path, 'rb')
+        return self
+
+    def read(self, size):
+        try:
+            return self.file.read(size)
+        except (EOFError, zlib.error, OSError) as error:
+            if self.name.endswith(PACKED):
+                raise ValueError(f'{self.path}: cannot be unpacked, damaged or cut off: {error}'
+                                 ) from None
+            raise
+
+    def go_to(self, offset):
+        """Behind the first `offset` bytes (of what is unpacked)."""
+        if not self.name.endswith(PACKED):
+            self.file.seek(offset)
+            return
+        while offset and (chunk := self.read(min(offset, BATCH_BYTES))):
+            offset -= len(chunk)
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def parted_batches(name, path, label, separator, options, i, offset, number):
+    """Batches of what `separator` parts. A document over max_bytes is dropped as it comes."""
+    width = len(separator)
+    with opened(name, path) as file:
+        file.go_to(offset)
+        held, dropped = bytearray(), 0          # read and not yet given; of a document too long
+        while chunk := file.read(BATCH_BYTES):
+            if not (offset or held or dropped) and chunk.startswith(BOM):
+                chunk, offset = chunk[len(BOM):], len(BOM)
+            held += chunk
+            if dropped:
+                at = held.find(separator)
+                if at < 0:
+                    dropped += len(held) - (width - 1)
+                    del held[:len(held) - (width - 1)]
+                    continue
+                offset, number = offset + dropped + at + width, number + 1
+                yield together([], label, number, (i, offset, number),
+                               ((TOO_LONG, f'{label}{number}'),))
+                del held[:at + width]
+                dropped = 0
+            at = held.rfind(separator, max(0, len(held) - len(chunk) - width))
+            if at >= 0:
+                raw, first = bytes(held[:at]), number
+                del held[:at + width]
+                offset, number = offset + at + width, number + raw.count(separator) + 1
+                yield Batch(raw, None, separator, label, first, (i, offset, number))
+            elif len(held) > options.max_bytes + width:
+                dropped = len(held) - (width - 1)
+                del held[:dropped]
+    end = (i + 1, 0, 0)
+    if dropped:
+        yield together([], label, number, end, ((TOO_LONG, f'{label}{number + 1}'),))
+    elif held:
+        yield Batch(bytes(held), None, separator, label, number, end)
+
+
+def parquet_batches(name, path, options, i, first):
+    """Batches of the rows from `first` on; a row group's text is held at most."""
+    from pyarrow import ArrowException, parquet
+    key, end = options.text_key, (i + 1, 0, 0)
+    try:
+        with parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if key in names:
+                found = column_batches(table, name, key, i, first)
+                yield from regrouped(found, options.begins, i) if options.begins else found
+                return
+    except (ArrowException, OSError) as error:
+        raise ValueError(f'{path}: not a parquet file, or a damaged one ({error})') from None
+    if options.errors != 'skip':
+        raise ValueError(f"{path}: no column {key!r} among {', '.join(names)}; --text_key names "
+                         f"another, --errors=skip leaves such files out")
+    yield together([], f'{name}: row ', 0, end, ((f'files without {key}', name),))
+
+
+def column_batches(table, name, key, i, first):
+    import pyarrow
+    from pyarrow import compute
+    row, rows = 0, table.metadata.num_rows
+    for group in range(table.num_row_groups):
+        about = table.metadata.row_group(group)
+        if row + about.num_rows <= first:
+            row += about.num_rows
+            continue
+        size = BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)
+        for part in table.iter_batches(min(max(1, size), 2 ** 16), row_groups=[group],
+                                       columns=[key]):
+            column = part.column(0)[max(0, first - row):]
+            row += len(part)
+            if not len(column):
+                continue
+            kind = column.type
+            if pyarrow.types.is_dictionary(kind):
+                column, kind = column.dictionary_decode(), kind.value_type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise ValueError(f'{name}: {key} is {kind}, expected a text (string)')
+            column = compute.fill_null(column.cast(pyarrow.large_binary()), b'')
+            _, ends, raw = column.buffers()
+            ends = np.frombuffer(ends, np.int64)[column.offset:column.offset + len(column) + 1]
+            raw = raw.slice(int(ends[0]), int(ends[-1] - ends[0])).to_pybytes() if raw else b''
+            yield Batch(raw, np.diff(ends), b'', f'{name}: row ', row - len(column),
+                        (i, row, row) if row < rows else (i + 1, 0, 0))
+
+
+def regrouped(found, begins, i):
+    """Rows joined to documents, each from a row that matches `begins` to before the next one."""
+    pattern, rows, documents, size, name = re.compile(begins.encode()), [], [], 0, ''
+    for batch in found:
+        for k, raw in enumerate(batch.parts()):
+            if rows and pattern.match(raw):
+                documents.append(b''.join(rows))
+                rows, size = [], size + len(documents[-1])
+                if size >= BATCH_BYTES:
+                    row = batch.first + k
+                    yield together(documents, [name] * len(documents), 0, (i, row, row))
+                    documents, size = [], 0
+            name = batch.name(k)
+            rows.append(raw)
+    yield together([*documents, b''.join(rows)], [name] * (len(documents) + 1), 0, (i + 1, 0, 0))
+
+
+def python_documents(file):
+    """The docstrings of the module `file`, joined, or each topic of pydoc_data.topics;
+    nothing is imported."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return                                                      # a deliberately broken example
+    if file.parts[-2:] == ('pydoc_data', 'topics.py'):
+        for node in tree.body:
+            if isinstance(node, ast.Assign):
+                yield from ast.literal_eval(node.value).values()
+        return
+    with_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node, clean=False) for node in ast.walk(tree)
+             if isinstance(node, with_docstring))
+    yield '\n\n'.join(inspect.cleandoc(text) for text in found if text)
+
+
+# From a batch to its texts.
+
+def texts(batch, options, counts):
+    """(text, the same as UTF-8) of every document of `batch` that has text.
+
+    What was left out or mended is counted in `counts`: {what: [how many, where the first]}.
+    Raises ValueError, naming file and line, for what options.errors does not forgive.
+    """
+    for what, name in batch.left_out:
+        note(counts, what, name)
+    is_json = batch.separator == b'\n'
+    for i, raw in enumerate(batch.parts()):
+        if is_json and not raw.strip():
+            continue                            # an empty line
+        if len(raw) > options.max_bytes:
+            note(counts, TOO_LONG, batch.name(i))
+            continue
+        try:
+            text, whole = decoded(raw, options.errors)
+            text = field(text, options.text_key) if is_json else text
+        except ValueError as error:
+            what, message = error.args
+            if options.errors != 'skip':
+                raise ValueError(f'{batch.name(i)}: {message}') from None
+            note(counts, what, batch.name(i))
+            continue
+        if not text:
+            note(counts, 'empty', batch.name(i))
+            continue
+        try:
+            raw = raw if whole and not is_json else text.encode()
+        except UnicodeEncodeError:              # lone surrogates, which UTF-8 has no form for
+            text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+            raw, whole = text.encode(), False
+        if not whole:
+            note(counts, 'mended with U+FFFD', batch.name(i))
+        if b'\0' in raw:
+            note(counts, 'with NUL bytes, kept', batch.name(i))
+        yield text, raw
+
+
+def note(counts, what, name):
+    counts.setdefault(what, [0, name])[0] += 1
+
+
+def decoded(raw, errors):
+    """(text, whether it is all that was there)."""
+    try:
+        return raw.decode(), True
+    except UnicodeDecodeError as error:
+        if errors == 'replace':
+            return raw.decode(errors='replace'), False
+        raise ValueError('not UTF-8', f'byte {raw[error.start]:#04x} at {error.start:,} is not '
+                         f'UTF-8; convert it, as in: iconv -f latin1 -t utf-8, or give '
+                         f'--errors=replace or --errors=skip') from None
+
+
+def field(line, text_key):
+    """The text in a line of JSON, '' for null."""
+    try:
+        text = json.loads(line)[text_key]
+    except json.JSONDecodeError as error:
+        raise ValueError('not JSON', f'not JSON: {error}') from None
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(f'without {text_key}', f'no field {text_key!r} here; '
+                         f'--text_key names another') from None
+    if not isinstance(text, str | None):
+        raise ValueError(f'with a {text_key} that is no text',
+                         f'{text_key} is {type(text).__name__}, expected a text')
+    return text or ''

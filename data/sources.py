@@ -1,0 +1,255 @@
+"""
+Where text comes from: named data sets, any text data set of the hub, files of one's own.
+
+find() says which files a source has, by name, size and sha256, without reading any of the hub's;
+Downloads brings those when their turn comes, one on the disk and the next on its way.
+"""
+
+import difflib
+import glob
+import os
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from data.documents import EXPECTED, SUFFIXES
+from data.fetch import digest, fetch
+
+READY = {       # shards of GPT-2's tokens in our own format: the hub's repository
+    'fineweb-10B': 'kjj0/fineweb10B-gpt2',              # 103 shards of 100M tokens
+    'fineweb-edu-10B': 'kjj0/finewebedu10B-gpt2',       # 99
+}
+HUB = {         # text: what hub:… would be given
+    'fineweb-sample-10BT': 'HuggingFaceFW/fineweb:sample-10BT',
+    'fineweb-sample-100BT': 'HuggingFaceFW/fineweb:sample-100BT',
+    'fineweb-edu-sample-10BT': 'HuggingFaceFW/fineweb-edu:sample-10BT',
+    'fineweb-edu-sample-100BT': 'HuggingFaceFW/fineweb-edu:sample-100BT',
+    'openwebtext': 'Skylion007/openwebtext',
+    'tinystories': 'roneneldan/TinyStories',
+    'wikitext-103': 'Salesforce/wikitext:wikitext-103-raw-v1',
+}
+BEGINS = {'wikitext-103': ' = [^=]'}    # its rows are lines; an article begins at such a heading
+SHAKESPEARE = (
+    'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
+    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
+READ = (*SUFFIXES, '.json', '.json.gz', '.json.zst')    # .json: lines of it, where it is named
+NAMES = ('pydocs', 'shakespeare', *READY, *HUB)
+
+
+class File(NamedTuple):
+    name: str
+    path: object            # where it lies (Path), or None: on the hub
+    size: int
+    sha256: str
+    repo: str = ''
+    revision: str = ''
+
+
+class Source(NamedTuple):
+    name: str               # what the data set is called unless it is given a name
+    files: list
+    facts: dict             # for the manifest: equal facts stand for equal text
+    begins: str = ''        # of documents.Options
+    ready: bool = False     # whether the files are shards already
+
+
+def find(dataset, inputs, split, downloads):
+    """The Source of these inputs, else of the data set of that name."""
+    if inputs:
+        found = of_files([str(path) for path in inputs])
+        return found._replace(name=dataset) if dataset == 'shakespeare' else found
+    if dataset == 'pydocs':
+        files = [File(str(path), path, path.stat().st_size, '') for path in python_files()]
+        return Source(dataset, files, {'pydocs': f'Python {sys.version.split()[0]}'})
+    if dataset == 'shakespeare':
+        found = of_files([str(fetch(SHAKESPEARE[0], downloads / 'shakespeare.txt',
+                                    SHAKESPEARE[1]))])
+        return found._replace(name=dataset)
+    if dataset in READY:
+        revision, files = hub_shards(READY[dataset])
+        facts = {'hub': READY[dataset], 'revision': revision}
+        return Source(dataset, files, facts, ready=True)
+    if dataset in HUB or dataset.startswith('hub:'):
+        what = HUB.get(dataset, dataset.removeprefix('hub:'))
+        repo, _, config = what.partition(':')
+        revision, files = hub_files(repo, config, split)
+        facts = {'hub': what, 'split': split, 'revision': revision,
+                 'files': [[file.name, file.size, file.sha256] for file in files]}
+        name = dataset if dataset in HUB else what.rpartition('/')[2].replace(':', '-')
+        return Source(name, files, facts, BEGINS.get(dataset, ''))
+    if not Path(dataset).exists() and not glob.has_magic(dataset):
+        close = difflib.get_close_matches(dataset, NAMES, n=1)
+        hint = f', did you mean {close[0]!r}' if close else ''
+        raise ValueError(f"dataset: given {dataset!r}{hint}. Expected one of "
+                         f"{', '.join(NAMES)}, hub:OWNER/NAME[:CONFIG], "
+                         f"or a file, folder or pattern: {EXPECTED}")
+    return of_files([dataset])
+
+
+# Files of one's own.
+
+def of_files(inputs):
+    paths = [path for text in inputs for path in text_files(text)]
+    files = [File(str(path), path, path.stat().st_size, digest(path)) for path in paths]
+    first = (Path(inputs[0]) if Path(inputs[0]).exists() else paths[0].parent).resolve()
+    endings = [ending for ending in sorted(READ, key=len) if first.name.endswith(ending)]
+    name = first.name if first.is_dir() else first.name.removesuffix(endings[-1])
+    return Source(name, files, {'files': [[file.path.name, file.size, file.sha256]
+                                          for file in files]})
+
+
+def text_files(text):
+    """The file `text`, or the text files in the folder or of the pattern `text`, in order."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob('*')
+                       if file.is_file() and file.name.endswith(SUFFIXES)
+                       and not any(part.startswith('.') for part in file.relative_to(path).parts))
+        if not files:
+            raise ValueError(f'{path}: there is no {EXPECTED} in this folder')
+        return files
+    found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if not found:
+        raise ValueError(f'{path}: there is no such file or folder')
+    for file in found:
+        if not file.name.endswith(READ):
+            raise ValueError(f'{file}: expected {EXPECTED}, or a folder of these')
+    return found
+
+
+def python_files():
+    """The modules of the standard library, without its tests and what others installed."""
+    library = Path(sysconfig.get_paths()['stdlib'])
+    left_out = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
+    return sorted(file for file in library.rglob('*.py')
+                  if not left_out & set(file.relative_to(library).parts)
+                  and not file.relative_to(library).parts[0].startswith('config-'))
+
+
+# The hub, by its own client: its cache, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE do what they do.
+
+def hub_files(repo, config, split):
+    """(revision, Files) with the text of a data set on the hub, found by `datasets`.
+
+    Where these are of a kind not read here, or made by a script (which nobody runs any more),
+    they are the parquet files that the hub converts every public data set to.
+    """
+    import datasets
+    try:
+        found = datasets.load_dataset_builder(repo, config or None).config.data_files
+    except Exception as error:                          # each way to fail has a class of its own
+        if 'scripts are no longer supported' not in str(error):
+            raise refused(f'hub:{repo}', error) from None
+        found = None
+    if found and split not in found:
+        raise ValueError(f"hub:{repo}: no split {split!r} among {', '.join(map(str, found))}; "
+                         f'--split names another')
+    urls = [str(url) for url in found[split]] if found else []
+    if urls and all(url.endswith(READ) for url in urls):
+        start = urls[0].partition('@')[0] + '@'         # hf://datasets/OWNER/NAME@revision/path
+        revision = urls[0].removeprefix(start).partition('/')[0]
+        return revision, described(repo, revision, [url.partition('@')[2].partition('/')[2]
+                                                    for url in urls])
+    revision, names = listed(repo, 'refs/convert/parquet')
+    folder = config or next((name.partition('/')[0] for name in names if '/' in name), '')
+    names = [name for name in names
+             if name.startswith((f'{folder}/{split}/', f'{folder}/partial-{split}/'))]
+    if not names:
+        raise ValueError(f'hub:{repo}: holds no {EXPECTED}, and the hub has not converted it to '
+                         f'parquet; download it and give its files')
+    return revision, described(repo, revision, names)
+
+
+def hub_shards(repo):
+    """(revision, Files) of a repository of ready shards, validation first."""
+    revision, names = listed(repo, 'main')
+    names = sorted((name for name in names if name.endswith('.bin')),
+                   key=lambda name: ('_val_' not in name, name))
+    return revision, described(repo, revision, names)
+
+
+def listed(repo, revision):
+    """(commit, names of all files) of a data set repository."""
+    from huggingface_hub import HfApi
+    try:
+        info = HfApi().dataset_info(repo, revision=revision)
+    except Exception as error:
+        raise refused(f'hub:{repo}', error) from None
+    return info.sha, sorted(file.rfilename for file in info.siblings)
+
+
+def described(repo, revision, names):
+    """The Files of these names, in this order, with size and, where the hub knows it, sha256."""
+    from huggingface_hub import HfApi
+    found = {}
+    try:
+        for i in range(0, len(names), 500):
+            for info in HfApi().get_paths_info(repo, names[i:i + 500], revision=revision,
+                                               repo_type='dataset'):
+                found[info.path] = File(info.path, None, info.size,
+                                        info.lfs.sha256 if info.lfs else '', repo, revision)
+    except Exception as error:
+        raise refused(f'hub:{repo}', error) from None
+    return [found[name] for name in names]
+
+
+def refused(what, error):
+    """What to raise for whatever the hub's client raised, in one line that says what to do."""
+    from huggingface_hub import errors
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ''
+    if isinstance(error, errors.GatedRepoError):
+        return ValueError(f'{what}: is gated: ask for access on its page, then set HF_TOKEN')
+    if isinstance(error, errors.RepositoryNotFoundError) or 'exist on the Hub' in first:
+        return ValueError(f'{what}: there is no such data set on the hub, or it is private '
+                          f'(set HF_TOKEN)')
+    if 'BuilderConfig' in first or 'Config name is missing' in first:
+        return ValueError(f'{what}: {" ".join(str(error).split())[:400]}; '
+                          f'give one, as in {what}:CONFIG')
+    return ConnectionError(f'{what}: the hub cannot be reached or did not answer as expected '
+                           f'({type(error).__name__}: {first[:200]}). Look after the network, '
+                           f'name a mirror in HF_ENDPOINT, or download the files by other means '
+                           f'and give them instead')
+
+
+class Downloads:
+    """The Path of file i: local, in the hub's cache, or downloaded into `folder`, where it stays
+    until a later file is asked for."""
+
+    def __init__(self, files, folder):
+        self.files, self.folder, self.coming = files, folder, {}
+        self.pool = ThreadPoolExecutor(1)
+
+    def __call__(self, i):
+        for earlier in [k for k in self.coming if k < i]:
+            path = self.coming.pop(earlier).result()
+            if self.folder in path.parents:
+                path.unlink(missing_ok=True)
+        for k in range(i, min(i + 2, len(self.files))):
+            if k not in self.coming and (k == i or not self.files[k].path):
+                self.coming[k] = self.pool.submit(self.bring, self.files[k])
+        return self.coming[i].result()
+
+    def bring(self, file):
+        return file.path or download(file, self.folder)
+
+
+def download(file, folder, tries=2):
+    """The Path of a file of the hub, of the size and sha256 that the hub promises."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    where = dict(repo_id=file.repo, filename=file.name, repo_type='dataset', revision=file.revision)
+    cached = try_to_load_from_cache(**where)
+    if isinstance(cached, str):
+        return Path(cached)
+    for _ in range(tries):
+        try:
+            path = Path(hf_hub_download(**where, local_dir=folder))
+        except Exception as error:
+            raise refused(f'{file.repo}: {file.name}', error) from None
+        found = digest(path) if file.sha256 else ''
+        if found == file.sha256 and path.stat().st_size == file.size:
+            return path
+        os.unlink(path)
+    raise ConnectionError(f'{file.repo}: {file.name} came with sha256 {found}, the hub promises '
+                          f'{file.sha256}: it was damaged on its way')

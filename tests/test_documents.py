@@ -1,0 +1,196 @@
+"""Files read as documents: the same whatever the batches, from any point on, in bounded memory."""
+
+import gzip
+import json
+import random
+import tracemalloc
+from types import SimpleNamespace
+
+import pytest
+
+from data import documents
+from data.documents import Options
+
+pyarrow = pytest.importorskip('pyarrow')
+from pyarrow import parquet
+
+TEXTS = [f'Document {i}: ' + 'wörd 世界 ' * (i % 9) + '\r\nend' * (i % 2) for i in range(50)]
+TEXTS += ['', 'é']
+
+
+def zst(path, raw):
+    with pyarrow.CompressedOutputStream(str(path), 'zstd') as file:
+        file.write(raw)
+
+
+def as_lines(texts):
+    return ''.join(json.dumps({'text': text, 'n': 1}, ensure_ascii=i % 2 == 0) + '\n'
+                   for i, text in enumerate(texts)).encode()
+
+
+def files_of(tmp_path, kind, texts=TEXTS):
+    """These texts as files of a kind, in two halves."""
+    paths = []
+    for k, half in enumerate((texts[:20], texts[20:])):
+        path = tmp_path / f'{k}.{kind}'
+        raw = as_lines(half) if 'json' in kind else '<|end|>'.join(half).encode()
+        if kind == 'parquet':
+            parquet.write_table(pyarrow.table({'n': range(len(half)), 'text': half}), path,
+                                row_group_size=6)
+        elif kind == 'folder':
+            for i, text in enumerate(half):
+                path = tmp_path / f'{k}-{i:02d}.txt'
+                path.write_bytes(text.encode())
+                paths.append(path)
+            continue
+        elif kind.endswith('.gz'):
+            path.write_bytes(gzip.compress(raw[:99]) + gzip.compress(raw[99:]))     # two members
+        elif kind.endswith('.zst'):
+            zst(tmp_path / 'a', raw[:99])
+            zst(tmp_path / 'b', raw[99:])
+            path.write_bytes((tmp_path / 'a').read_bytes() + (tmp_path / 'b').read_bytes())
+        else:
+            path.write_bytes(raw)
+        paths.append(path)
+    return paths
+
+
+def batches_of(paths, options=Options(), start=(0, 0, 0)):
+    files = [SimpleNamespace(name=str(path)) for path in paths]
+    return documents.batches(files, start, options, lambda i: paths[i])
+
+
+def texts_of(batches, options=Options(), counts=None):
+    counts = {} if counts is None else counts
+    return [text for batch in batches for text, raw in documents.texts(batch, options, counts)
+            if text.encode() == raw or pytest.fail('raw is not the text')]
+
+
+@pytest.mark.parametrize('size', [1, 40, 700, 2 ** 20])
+@pytest.mark.parametrize('kind', ['jsonl', 'jsonl.gz', 'jsonl.zst', 'parquet', 'txt', 'md.gz',
+                                  'txt.zst', 'folder'])
+def test_any_size_of_batch_gives_the_same_and_goes_on_from_any(tmp_path, monkeypatch, kind, size):
+    """The promise that a killed preparation rests on: what `after` names is what follows."""
+    monkeypatch.setattr(documents, 'BATCH_BYTES', size)
+    options = Options(separator='<|end|>' if kind[:2] in ('tx', 'md') else '')
+    paths, wanted = files_of(tmp_path, kind), [text for text in TEXTS if text]
+    if options.separator:
+        wanted = [text.strip('\r\n') for text in wanted]
+    batches = list(batches_of(paths, options))
+    assert texts_of(batches, options) == wanted
+    for i in {len(batches) - 1, *random.Random(size).sample(range(len(batches)),
+                                                            min(12, len(batches)))}:
+        rest = batches_of(paths, options, batches[i].after)
+        assert texts_of(rest, options) == texts_of(batches[i + 1:], options)
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'jsonl.gz', 'jsonl.zst', 'txt', 'txt.gz'])
+@pytest.mark.parametrize('ended', [True, False])
+def test_a_document_that_is_too_long_is_passed_over_without_being_held(tmp_path, kind, ended):
+    """60 MB in one document, among others; not a tenth of it is in memory."""
+    options = Options(separator='' if 'json' in kind else '<|end|>', max_bytes=2 ** 20)
+    long = b'{"text": "' + b'x' * 60_000_000
+    raw = [as_lines(['a']).strip(), long, as_lines(['b']).strip()][:3 if ended else 2]
+    raw = (b'\n' if 'json' in kind else b'<|end|>').join(raw)
+    path = tmp_path / f'a.{kind}'
+    gzip.open(path, 'wb', 1).write(raw) if kind.endswith('gz') else (
+        zst(path, raw) if kind.endswith('zst') else path.write_bytes(raw))
+    del raw, long
+    tracemalloc.start()
+    counts = {}
+    found = texts_of(batches_of([path], options), options, counts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found) == 2 if ended else 1
+    where = f'{path}:2' if 'json' in kind else f'{path}: document 2'
+    assert counts == {documents.TOO_LONG: [1, where]}
+    assert peak < 6_000_000
+
+
+def test_what_is_too_long_in_whole_files_and_rows(tmp_path):
+    options = Options(max_bytes=100)
+    (tmp_path / 'a.txt').write_text('x' * 101)
+    (tmp_path / 'b.txt').write_text('x' * 100)
+    parquet.write_table(pyarrow.table({'text': ['y' * 101, None, 'z']}), tmp_path / 'c.parquet')
+    counts = {}
+    found = texts_of(batches_of(sorted(tmp_path.iterdir()), options), options, counts)
+    assert found == ['x' * 100, 'z']
+    assert counts == {documents.TOO_LONG: [2, f'{tmp_path}/a.txt'],
+                      'empty': [1, f'{tmp_path}/c.parquet: row 2']}
+
+
+BAD = {'a.txt': b'caf\xe9', 'b.jsonl': b'{"text": "fine"}\n{"text": "caf\xe9"}\n\n{"text"\n'
+       b'{"n": 1}\n{"text": 3}\n[1]\n{"text": "nul \\u0000"}\n{"text": "lone \\ud800"}\n'
+       b'{"text": null}\n',
+       'c.md': b'\xef\xbb\xbfmarked', 'd.jsonl': b'\xef\xbb\xbf{"text": "also"}\r\n{"text": "x"}'}
+
+
+def bad_files(tmp_path):
+    for name, content in BAD.items():
+        (tmp_path / name).write_bytes(content)
+    parquet.write_table(pyarrow.table({'body': ['no text here']}), tmp_path / 'e.parquet')
+    return sorted(tmp_path.iterdir())
+
+
+def test_skip_leaves_out_what_cannot_be_read_and_counts_it(tmp_path):
+    options, counts = Options(errors='skip'), {}
+    found = texts_of(batches_of(bad_files(tmp_path), options), options, counts)
+    assert found == ['fine', 'nul \0', 'lone \ufffd', 'marked', 'also', 'x']
+    found = {what: (n, where.rpartition('/')[2]) for what, (n, where) in counts.items()}
+    assert found == {
+        'not UTF-8': (2, 'a.txt'), 'not JSON': (1, 'b.jsonl:4'), 'without text': (2, 'b.jsonl:5'),
+        'with a text that is no text': (1, 'b.jsonl:6'), 'with NUL bytes, kept': (1, 'b.jsonl:8'),
+        'mended with U+FFFD': (1, 'b.jsonl:9'), 'empty': (1, 'b.jsonl:10'),
+        'files without text': (1, 'e.parquet')}
+
+
+def test_replace_mends_bytes_and_refuses_the_rest(tmp_path):
+    options, counts = Options(errors='replace'), {}
+    paths = bad_files(tmp_path)
+    assert texts_of(batches_of(paths[:1], options), options, counts) == ['caf\ufffd']
+    assert counts == {'mended with U+FFFD': [1, str(paths[0])]}
+    with pytest.raises(ValueError, match='b.jsonl:4: not JSON'):
+        texts_of(batches_of(paths[1:], options), options)
+    with pytest.raises(ValueError, match='e.parquet: no column .text. among body.*--errors=skip'):
+        texts_of(batches_of(paths[4:], options), options)
+
+
+@pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.jsonl.zst', 'a.parquet'])
+def test_a_file_that_is_cut_off_is_named(tmp_path, name):
+    path = tmp_path / name
+    raw = as_lines(random.Random(1).randbytes(99_000).hex())
+    if name.endswith('parquet'):
+        parquet.write_table(pyarrow.table({'text': TEXTS}), path)
+    else:
+        path.write_bytes(gzip.compress(raw)) if name.endswith('gz') else zst(path, raw)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=f'{name}: (cannot be unpacked|not a parquet file)'):
+        texts_of(batches_of([path]))
+
+
+def test_columns_of_any_string_type_are_read_and_numbers_refused(tmp_path):
+    for i, kind in enumerate((pyarrow.string(), pyarrow.large_string(),
+                              pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))):
+        column = pyarrow.array(['a', None, 'bé'], pyarrow.string()).cast(kind)
+        table = pyarrow.table({'text': column})
+        parquet.write_table(table, tmp_path / f'{i}.parquet')
+        assert texts_of(batches_of([tmp_path / f'{i}.parquet'])) == ['a', 'bé']
+    parquet.write_table(pyarrow.table({'text': [1, 2]}), tmp_path / 'n.parquet')
+    with pytest.raises(ValueError, match='n.parquet: text is int64, expected a text'):
+        texts_of(batches_of([tmp_path / 'n.parquet']))
+
+
+@pytest.mark.parametrize('size', [1, 100, 2 ** 20])
+def test_lines_are_joined_to_articles(tmp_path, monkeypatch, size):
+    """As WikiText has them on the hub: a line a row, an article from a heading on."""
+    monkeypatch.setattr(documents, 'BATCH_BYTES', size)
+    articles = [''.join([f' = Title {i} = \n', '', f' text {i} \n' * (i % 4), ' = = Part = = \n'])
+                for i in range(30)]
+    rows = [row for article in articles for row in article.splitlines(keepends=True) + ['']]
+    parquet.write_table(pyarrow.table({'text': rows}), tmp_path / 'a.parquet', row_group_size=11)
+    options = Options(begins=' = [^=]')
+    batches = list(batches_of([tmp_path / 'a.parquet'], options))
+    assert texts_of(batches, options) == articles
+    for i, batch in enumerate(batches):
+        rest = batches_of([tmp_path / 'a.parquet'], options, batch.after)
+        assert texts_of(rest, options) == texts_of(batches[i + 1:], options)

@@ -1,0 +1,209 @@
+"""Data sets of the hub, by the real client, from a hub on this machine; files of one's own."""
+
+import gzip
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, script
+from loopback_hub import serving
+
+import tokenizer
+from data import sources
+from data.shards import ShardWriter, Tokens, verify
+
+pyarrow = pytest.importorskip('pyarrow')
+pytest.importorskip('datasets')
+from pyarrow import parquet
+
+TEXTS = [f'Document {i} of the hub. ' + 'Some more words stand in it. ' * (i % 40)
+         for i in range(400)]
+README = '''---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*
+  - split: test
+    path: data/test-*
+- config_name: one
+  data_files: data/train-00001*
+---
+'''
+
+
+def write_table(path, texts, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table({'text': texts, **columns}), path, row_group_size=50)
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp('hub') / 'datasets'
+    for i in range(3):
+        write_table(root / f'someone/parquet/data/train-{i:05d}.parquet', TEXTS[i * 100:][:100])
+    write_table(root / 'someone/parquet/data/test-00000.parquet', TEXTS[300:])
+    (root / 'someone/parquet/README.md').write_text(README)
+    lines = [json.dumps({'content': text}) + '\n' for text in TEXTS[:300]]
+    (root / 'someone/lines').mkdir()
+    for i in range(3):
+        (root / f'someone/lines/c4-train.{i}.json.gz').write_bytes(
+            gzip.compress(''.join(lines[i * 100:][:100]).encode()))
+    (root / 'Skylion007/openwebtext').mkdir(parents=True)       # a script, and what came of it
+    (root / 'Skylion007/openwebtext/openwebtext.py').write_text('raise SystemExit')
+    write_table(root / 'Skylion007/openwebtext@parquet/plain_text/partial-train/0000.parquet',
+                TEXTS[:300])
+    ready = root / 'kjj0/fineweb10B-gpt2'
+    ready.mkdir(parents=True)
+    for i, name in enumerate(('val_000000', 'train_000001', 'train_000002', 'train_000003')):
+        ids = np.random.default_rng(i).integers(0, 50256, 5000).astype(np.uint16)
+        ids[::500] = 50256
+        writer = ShardWriter(ready, 'x', 10 ** 6)
+        writer.write(ids)
+        writer.close()
+        (ready / 'x_000000.bin').rename(ready / f'fineweb_{name}.bin')
+    return root.parent
+
+
+@pytest.fixture
+def hub(root, tmp_path):
+    with serving(root, tmp_path / 'home') as server:
+        yield server
+
+
+def prepare(hub, tmp_path, *flags, check=True, **env):
+    tokens = () if 'fineweb-10B' in flags[0] else ('--tokenizer=bytes',)
+    return script('data/prepare.py', *flags, *tokens, f'--data_dir={tmp_path}/data', check=check,
+                  env={**hub.env, **env})
+
+
+def texts_in(tmp_path, name):
+    """All documents of a data set of bytes, sorted."""
+    found, enc = [], tokenizer.load(tmp_path / 'data' / name / 'tokenizer.json')
+    for split in ('train', 'val'):
+        tokens = Tokens(name, split, 257, tmp_path / 'data')
+        text = enc.decode(tokens.read(0, len(tokens)).tolist())
+        found += text.split('<|endoftext|>')[1:]
+    return sorted(found)
+
+
+def test_parquet_of_the_hub_leaves_no_second_copy(hub, tmp_path):
+    """All splits and configurations of it; a download that breaks off and a 429 are gone over."""
+    hub.break_off, hub.too_many = 1, 1
+    prepare(hub, tmp_path, '--dataset=hub:someone/parquet')
+    assert texts_in(tmp_path, 'parquet') == sorted(TEXTS[:300])
+    manifest = json.loads((tmp_path / 'data/parquet/manifest.json').read_text())
+    assert [name for name, *_ in manifest['source']['files']] == [
+        f'data/train-{i:05d}.parquet' for i in range(3)]
+    assert all(len(sha256) == 64 and size for _, size, sha256 in manifest['source']['files'])
+    assert not list(tmp_path.rglob('*.parquet')), 'what is tokenized is not kept'
+    prepare(hub, tmp_path, '--dataset=hub:someone/parquet', '--split=test', '--name=test')
+    assert texts_in(tmp_path, 'test') == sorted(TEXTS[300:])
+
+
+@pytest.mark.slow
+def test_configurations_lines_and_what_the_hub_converted(hub, tmp_path):
+    prepare(hub, tmp_path, '--dataset=hub:someone/parquet:one')
+    assert texts_in(tmp_path, 'parquet-one') == sorted(TEXTS[100:200])
+    prepare(hub, tmp_path, '--dataset=hub:someone/lines', '--text_key=content', '--name=lines')
+    assert texts_in(tmp_path, 'lines') == sorted(TEXTS[:300])
+    prepare(hub, tmp_path, '--dataset=openwebtext')
+    assert texts_in(tmp_path, 'openwebtext') == sorted(TEXTS[:300])
+    for flags, words in ((['--dataset=hub:someone/parquet:two'], "'two' not found.*one"),
+                         (['--dataset=hub:someone/nothing'], 'no such data set'),
+                         (['--dataset=hub:someone/parquet', '--split=dev'], "no split 'dev'"),
+                         (['--dataset=hub:someone/lines', '--name=x'], "no field 'text'")):
+        done = prepare(hub, tmp_path, *flags, check=False)
+        assert done.returncode == 2 and 'Traceback' not in done.stderr
+        assert re.search(words, done.stderr), done.stderr
+
+
+@pytest.mark.slow             # the client tries for 24 s
+def test_without_a_hub_it_says_what_to_do(hub, tmp_path):
+    done = prepare(hub, tmp_path, '--dataset=tinystories', check=False,
+                   HF_ENDPOINT='http://127.0.0.1:9')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    last = done.stderr.splitlines()[-1]         # the client's own words come before
+    assert 'cannot be reached' in last and 'give them instead' in last
+
+
+@pytest.mark.slow
+def test_killed_in_a_download_it_goes_on_with_the_same_result(hub, tmp_path):
+    prepare(hub, tmp_path, '--dataset=hub:someone/parquet', '--name=whole')
+    hub.stall = True
+    command = [sys.executable, 'data/prepare.py', '--dataset=hub:someone/parquet', '--name=killed',
+               '--tokenizer=bytes', f'--data_dir={tmp_path}/data']
+    hub.requests.clear()
+    running = subprocess.Popen(command, cwd=ROOT, env=hub.env)
+    while not any('parquet' in path and method == 'GET' and 'resolve' in path
+                  for method, path, _ in hub.requests):
+        time.sleep(0.05)
+    time.sleep(0.3)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    hub.stall, hub.break_off = False, 0
+    prepare(hub, tmp_path, '--dataset=hub:someone/parquet', '--name=killed')
+    for name in ('train_000000.bin', 'val_000000.bin', 'tokenizer.json'):
+        parts = [tmp_path / 'data' / folder / name for folder in ('whole', 'killed')]
+        assert parts[0].read_bytes() == parts[1].read_bytes()
+
+
+def test_ready_shards_are_fetched_verified_and_added_to(hub, tmp_path, root, real):
+    """A damaged one is fetched again; more shards later fetch only what is missing."""
+    real('tiktoken_cache')
+    hub.altered, hub.too_many = 1, 1
+    done = prepare(hub, tmp_path, '--dataset=fineweb-10B', '--shards=2')
+    folder = tmp_path / 'data/fineweb-10B'
+    assert '10,000 tokens of 20 documents' in done.stdout
+    names = [f'fineweb_{name}.bin' for name in ('train_000001', 'train_000002', 'val_000000')]
+    assert sorted(path.name for path in folder.glob('*.bin')) == names
+    for name in names:
+        theirs = root / 'datasets/kjj0/fineweb10B-gpt2' / name
+        assert (folder / name).read_bytes() == theirs.read_bytes()
+    assert verify('fineweb-10B', tmp_path / 'data') == []
+    assert 'is there already' in prepare(hub, tmp_path, '--dataset=fineweb-10B',
+                                         '--shards=1').stdout
+    hub.requests.clear()
+    prepare(hub, tmp_path, '--dataset=fineweb-10B')
+    assert {path.rpartition('/')[2] for method, path, _ in hub.requests
+            if method == 'GET' and path.endswith('.bin')} == {'fineweb_train_000003.bin'}
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    ids = Tokens('fineweb-10B', 'val', 50257, tmp_path / 'data').read(0, 5000)
+    text = tokenizer.gpt2().decode_bytes(ids[ids != 50256].tolist())
+    assert manifest['splits']['val']['bytes'] == len(text)
+    assert manifest['splits']['train']['tokens'] == 15_000
+
+
+@pytest.mark.slow
+def test_a_shard_that_stays_wrong_is_refused_and_the_right_ones_kept(hub, tmp_path, real):
+    real('tiktoken_cache')
+    hub.altered = 10 ** 6
+    done = prepare(hub, tmp_path, '--dataset=fineweb-10B', '--shards=1', check=False)
+    assert done.returncode == 2 and 'the hub promises' in done.stderr
+    assert not (tmp_path / 'data/fineweb-10B').exists() and not list(tmp_path.rglob('*.bin'))
+    done = prepare(hub, tmp_path, '--dataset=fineweb-10B', '--tokenizer=bytes', check=False)
+    assert done.returncode == 2 and 'tokens of gpt2 already' in done.stderr
+
+
+def test_files_folders_and_patterns(tmp_path):
+    for name in ('b.txt', 'a.jsonl.zst', 'deep/c.md', 'settings.json', 'deep/.hidden/d.txt'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('x')
+
+    def names(text):
+        return [path.name for path in sources.text_files(text)]
+
+    assert names(str(tmp_path)) == ['a.jsonl.zst', 'b.txt', 'c.md']
+    assert names(f'{tmp_path}/*.txt') == ['b.txt'] and names(f'{tmp_path}/**/*.md') == ['c.md']
+    assert names(f'{tmp_path}/settings.json') == ['settings.json']
+    assert sources.of_files([f'{tmp_path}/a.jsonl.zst']).name == 'a'
+    assert sources.of_files([f'{tmp_path}/*.txt']).name == tmp_path.name
+    shutil.rmtree(tmp_path / 'deep')
+    with pytest.raises(ValueError, match='no such file'):
+        names(f'{tmp_path}/*.md')
