@@ -194,9 +194,9 @@ def main(cfg):
         for i in range(micro_steps):
             index = world.rank * micro_steps + i            # of the micro-batch within the update
             here = now.position + index * micro_batch
-            last = i == micro_steps - 1     # then comes the first of this rank's next update
-            then = here + micro_batch + last * (sequences - micro_steps * micro_batch)
-            x, y = ahead.read(here, micro_batch, then)
+            last = i == micro_steps - 1
+            after = sequences - i * micro_batch if last else micro_batch    # to this rank's next
+            x, y = ahead.read(here, micro_batch, then=here + after)
             x, y = (part.to(world.device, non_blocking=True) for part in (x, y))
             torch.manual_seed(int(draw(f'{cfg.seed}:{now.step}:{index}', 1)[0]))    # for dropout
             with reduce_gradients(replica, last):
