@@ -239,7 +239,7 @@ def test_a_mixture_keeps_its_shares_in_every_cycle_and_epochs_of_its_own(tmp_pat
         assert np.bincount(here).tolist() == [700, 250, 50]
         assert here[:500].tolist() != sorted(here[:500])            # not one after another
     assert (kind[:CYCLE] != kind[CYCLE:2 * CYCLE]).any()
-    assert len(set(first[kind == 0][:2000])) == 2000                # its first epoch, no block twice
+    assert len(set(first[kind == 0][:2000])) == 2000        # its first epoch, no block twice
     for i, (part, share) in enumerate(zip(batches.parts, (700, 250, 50))):      # each one's own
         own = part.read(0, 3 * share)[0][:, 0]
         assert sorted(first[kind == i]) == sorted(own.tolist())

@@ -258,7 +258,7 @@ def test_a_mixture_resumes_exactly_and_says_what_each_set_loses(config, two_sets
 @pytest.mark.parametrize('changes, words', [
     ({'dataset': 'tiny,bytes'}, 'data sets tiny and bytes hold tokens of different tokenizers, '
      r'bpe:300 \(300\) and bpe:257 .*--name=bytes --tokenizer=.*/tiny FILES'),
-    ({'dataset': 'tiny,nowhere'}, 'is not prepared; run\n    python data/prepare.py --name=nowhere'),
+    ({'dataset': 'tiny,nowhere'}, 'not prepared; run\n    python data/prepare.py --name=nowhere'),
     ({'dataset': 'tiny,tiny'}, 'each once'), ({'dataset': 'tiny:x,other:1'}, 'a weight above 0')])
 def test_mixtures_that_are_refused(config, two_sets, changes, words):
     with pytest.raises(ValueError, match=words):
