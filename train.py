@@ -29,7 +29,8 @@ import checkpoints
 import distributed
 import tokenizer
 from configurator import as_config_file, run, settings
-from data.shards import DATA_DIR, TokenBatches, Tokens, draw, read_manifest
+from data.shards import (CYCLE, DATA_DIR, Ahead, Mixture, TokenBatches, Tokens, draw, mixture,
+                         read_manifest)
 from model import GPT, GPTConfig, crop_block
 
 # -----------------------------------------------------------------------------
@@ -58,12 +59,14 @@ wandb_log = False           # mirror the log there too (WANDB_MODE=offline needs
 wandb_project = 'gpt2'
 wandb_run_name = ''         # '': the name of out_dir
 # data
-dataset = 'pydocs'          # a folder in data/, made by data/prepare.py
+dataset = 'pydocs'          # a folder in data/, made by data/prepare.py; or several and what share
+                            # of the sequences each gives: books:0.7,openwebtext:0.3
 data_dir = ''               # where prepared data lies; '': data/ beside this script
 total_batch_size = 0        # tokens in an update, over all processes; 0: batch_size * block_size
 batch_size = 16             # sequences in a micro-batch of one process, as its memory allows
 gradient_accumulation_steps = 0     # nanoGPT's way to say it: micro-batches over all processes
 block_size = 256            # tokens in a sequence
+doc_start = False           # True: training sequences begin with a document, where one begins near
 # model
 n_layer = 4
 n_head = 4
@@ -114,23 +117,20 @@ def main(cfg):
     dtype, why = distributed.pick_dtype(cfg.dtype, world.device)
     say(f'device {world.device}; {str(dtype)[6:]}: {why}')
 
-    manifest, encoding = load_data_facts(cfg)
-    train_tokens, val_tokens = (Tokens(cfg.dataset, split, encoding.n_vocab, cfg.data_dir)
-                                for split in ('train', 'val'))
-    train_data = TokenBatches(train_tokens, cfg.block_size, cfg.seed)
+    sets, encoding = load_data(cfg)
+    train_data = make_batches(sets, encoding, cfg)
     questions = load_questions(cfg, world, encoding)
     lock = take_lock(cfg, world)
     model, saved = start(cfg, world, encoding, say)
-    shards = check_same_data(saved, manifest, cfg)
+    shards = check_same_data(saved, sets, cfg)
     model.to(world.device).train()
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype != torch.float32)
     now = Progress(**saved.get('progress', {}))
     if cfg.eval_only:
-        val_loss, count = evaluate(model, val_tokens, cfg, world, autocast)
-        bits = bits_per_byte(val_loss, count, manifest)
-        say(f'step {now.step}: {describe(val_loss, bits)}, over {count:,} tokens')
+        val_loss, others, count = validate(model, sets, cfg, world, autocast)
+        say(f'step {now.step}: {describe(val_loss, others)}, over {count:,} tokens')
         return distributed.leave()
     if saved:
         checkpoints.restore_optimizers(model, optimizers, saved['optimizer'])
@@ -140,8 +140,9 @@ def main(cfg):
 
     say(f'{sum(p.numel() for p in model.parameters()):,} parameters; an update is '
         f'{tokens_per_update:,} tokens = {world.size} processes x {micro_steps} micro-batches x '
-        f'{micro_batch} x {cfg.block_size}; an epoch: {train_data.blocks / sequences:.1f} updates')
+        f'{micro_batch} x {cfg.block_size}; {describe_epochs(sets, sequences, cfg)}')
     first = [part.to(world.device) for part in train_data.read(now.position, micro_batch)]
+    ahead = Ahead(train_data, pin=world.device.type == 'cuda')
     replica = make_replica(model, cfg, world, autocast, first, tokens_per_update, say)
     peak = distributed.measure_peak(world.device, dtype)
     log, stop, clock = Log(cfg, world, say), StopSignal(), Stopwatch()
@@ -162,16 +163,16 @@ def main(cfg):
                                 state)
             saved_at, saved_time = now.step, time.monotonic()
         if due and (finished or not asked_to_stop) and validated != now.step:
-            val_loss, count = evaluate(model, val_tokens, cfg, world, autocast)
-            bits, validated = bits_per_byte(val_loss, count, manifest), now.step
+            val_loss, others, _ = validate(model, sets, cfg, world, autocast)
+            validated = now.step
             if val_loss < now.best_val_loss:
                 now.best_val_loss, now.best_step = val_loss, now.step
                 distributed.on_main(world, checkpoints.mark_best, cfg.out_dir, now.step, val_loss)
             rest = cfg.patience * cfg.eval_interval         # as long without a better one
             finished = finished or 0 < rest <= now.step - now.best_step
             log.write(step=now.step, tokens=now.position * cfg.block_size, val_loss=val_loss,
-                      **bits)
-            say(f'step {now.step}: {describe(val_loss, bits)}')
+                      **others)
+            say(f'step {now.step}: {describe(val_loss, others)}')
         if saved_at == now.step and world.is_main:
             keep_newest = cfg.keep if cfg.always_save_checkpoint else 1
             checkpoints.prune(cfg.out_dir, keep_newest, now.best_step)
@@ -192,10 +193,13 @@ def main(cfg):
         loss = torch.zeros((), device=world.device)
         for i in range(micro_steps):
             index = world.rank * micro_steps + i            # of the micro-batch within the update
-            x, y = train_data.read(now.position + index * micro_batch, micro_batch)
+            here = now.position + index * micro_batch
+            last = i == micro_steps - 1
+            after = sequences - i * micro_batch if last else micro_batch    # to this rank's next
+            x, y = ahead.read(here, micro_batch, then=here + after)
             x, y = (part.to(world.device, non_blocking=True) for part in (x, y))
             torch.manual_seed(int(draw(f'{cfg.seed}:{now.step}:{index}', 1)[0]))    # for dropout
-            with reduce_gradients(replica, i == micro_steps - 1):
+            with reduce_gradients(replica, last):
                 with autocast():
                     micro_loss = replica(x, y) / micro_steps
                 scaler.scale(micro_loss).backward()
@@ -297,16 +301,66 @@ def divide_batch(cfg, world_size):
     return sequences, micro_batch, sequences // (micro_batch * world_size)
 
 
-def load_data_facts(cfg):
-    """(manifest, encoding) of the data set; without a manifest it is taken to hold GPT-2's."""
-    manifest = read_manifest(cfg.dataset, cfg.data_dir)
+@dataclass
+class DataSet:
+    """A prepared data set, and the share of the training sequences that is drawn from it."""
+    name: str
+    share: float
+    manifest: dict                      # {} where it came without one
+    train: Tokens
+    val: Tokens
+
+
+def load_data(cfg):
+    """([DataSet], their encoding) of the setting `dataset`, one name or a mixture."""
+    alone = (Path(cfg.data_dir or DATA_DIR) / cfg.dataset).is_dir()     # a comma may be in a name
+    shares = {cfg.dataset: CYCLE} if alone else mixture(cfg.dataset)
+    facts = {name: load_data_facts(name, cfg) for name in shares}
+    (first, (_, encoding)), *others = facts.items()
+    for name, (_, other) in others:
+        if tokenizer.fingerprint(other) != tokenizer.fingerprint(encoding):
+            same = Path(cfg.data_dir or 'data') / first if facts[first][0] else 'gpt2'
+            raise ValueError(f'the data sets {first} and {name} hold tokens of different '
+                             f'tokenizers, {encoding.name} ({encoding.n_vocab:,}) and {other.name} '
+                             f'({other.n_vocab:,}); prepare the second with that of the first: '
+                             f'python data/prepare.py --name={name} --tokenizer={same} '
+                             f'FILES_OR_FOLDERS')
+    return [DataSet(name, share / CYCLE, facts[name][0],
+                    *(Tokens(name, split, encoding.n_vocab, cfg.data_dir)
+                      for split in ('train', 'val'))) for name, share in shares.items()], encoding
+
+
+def load_data_facts(name, cfg):
+    """(manifest, encoding) of a data set; without a manifest it is taken to hold GPT-2's."""
+    manifest = read_manifest(name, cfg.data_dir)
     if not manifest:
-        Tokens(cfg.dataset, 'train', 2 ** 16, cfg.data_dir)         # refuses one that is not there
+        Tokens(name, 'train', 2 ** 16, cfg.data_dir)                # refuses one that is not there
         return {}, tokenizer.gpt2()
-    encoding = tokenizer.load(Path(cfg.data_dir or DATA_DIR) / cfg.dataset / 'tokenizer.json')
+    encoding = tokenizer.load(Path(cfg.data_dir or DATA_DIR) / name / 'tokenizer.json')
     if tokenizer.fingerprint(encoding) != manifest['tokenizer']['fingerprint']:
-        raise ValueError(f'data set {cfg.dataset}: its tokenizer.json is not the one that made it')
+        raise ValueError(f'data set {name}: its tokenizer.json is not the one that made it')
     return manifest, encoding
+
+
+def make_batches(sets, encoding, cfg):
+    """The training sequences of all data sets; those of one alone come in that one's own order."""
+    eot = tokenizer.eot_id(encoding) if cfg.doc_start else None
+    if cfg.doc_start and eot is None:
+        raise ValueError(f'doc_start: given True, expected False: the tokens of {cfg.dataset} '
+                         f'({encoding.name}) have no {tokenizer.EOT} that says where a document '
+                         f'begins; prepare it with another --tokenizer, such as bpe:4096')
+    batches = [TokenBatches(data.train, cfg.block_size, cfg.seed, eot) for data in sets]
+    shares = [round(data.share * CYCLE) for data in sets]
+    return batches[0] if len(sets) == 1 else Mixture(batches, shares, cfg.seed)
+
+
+def describe_epochs(sets, sequences, cfg):
+    """How many updates of so many sequences go once through the text of each data set."""
+    updates = [len(data.train) // cfg.block_size / sequences / data.share for data in sets]
+    if len(sets) == 1:
+        return f'an epoch: {updates[0]:.1f} updates'
+    return 'updates in an epoch: ' + ', '.join(
+        f'{data.name} {number:.1f}' for data, number in zip(sets, updates))
 
 
 def bits_per_byte(val_loss, count, manifest):
@@ -323,12 +377,26 @@ def bits_per_byte(val_loss, count, manifest):
     return found
 
 
-def describe(val_loss, bits):
+def mixed_bits_per_byte(val_loss, sets):
+    """{'val_bits_per_byte': …} of a mixture: the bits of its mean token over the bytes of its mean
+    token; {} when the bytes of one data set are not known. No one file holds it, hence no xz."""
+    if not all(data.manifest for data in sets):
+        return {}
+    facts = [data.manifest['splits']['val'] for data in sets]
+    mean = sum(data.share * fact['bytes'] / fact['tokens'] for data, fact in zip(sets, facts))
+    return {'val_bits_per_byte': val_loss / math.log(2) / mean}
+
+
+def describe(val_loss, others):
+    """What a validation found, in words."""
     words = f'val_loss {val_loss:.4f}'
-    if bits:
-        words += f", {bits['val_bits_per_byte']:.3f} bits per byte"
-    if 'xz_bits_per_byte' in bits:
-        words += f" (xz -9e: {bits['xz_bits_per_byte']:.3f})"
+    parts = [f"{key.partition('/')[2]} {loss:.4f}" for key, loss in others.items() if '/' in key]
+    if parts:
+        words += f" ({', '.join(parts)})"
+    if 'val_bits_per_byte' in others:
+        words += f", {others['val_bits_per_byte']:.3f} bits per byte"
+    if 'xz_bits_per_byte' in others:
+        words += f" (xz -9e: {others['xz_bits_per_byte']:.3f})"
     return words
 
 
@@ -397,9 +465,9 @@ def load_checked(folder, encoding, cfg, world):
     return model
 
 
-def check_same_data(saved, manifest, cfg):
+def check_same_data(saved, sets, cfg):
     """The sha256 of all shards, which must be those that the run went on with until now."""
-    shards = [shard['sha256'] for split in manifest.get('splits', {}).values()
+    shards = [shard['sha256'] for data in sets for split in data.manifest.get('splits', {}).values()
               for shard in split['shards']]
     if saved and saved['settings']['dataset'] == cfg.dataset and saved['shards'] != shards:
         raise ValueError(f'the data set {cfg.dataset} was prepared anew since {cfg.out_dir} was '
@@ -517,14 +585,30 @@ def reduce_gradients(replica, last):
 
 # Validation and samples.
 
+def validate(model, sets, cfg, world, autocast):
+    """(val_loss, {what else the log says of it}, tokens predicted) over all data sets.
+
+    The loss of a mixture is that of its mean token: each data set counts by its share, also where
+    its validation split is smaller than its share of eval_tokens.
+    """
+    found = [evaluate(model, data.val, cfg, world, autocast, data.share) for data in sets]
+    val_loss = sum(loss * data.share for (loss, _), data in zip(found, sets))
+    if len(sets) == 1:
+        return val_loss, bits_per_byte(*found[0], sets[0].manifest), found[0][1]
+    losses = {f'val_loss/{data.name}': loss for (loss, _), data in zip(found, sets)}
+    return (val_loss, {**losses, **mixed_bits_per_byte(val_loss, sets)},
+            sum(count for _, count in found))
+
+
 @torch.no_grad()
-def evaluate(model, tokens, cfg, world, autocast):
-    """(mean cross-entropy, tokens predicted) over the first eval_tokens of the validation split.
+def evaluate(model, tokens, cfg, world, autocast, share=1.0):
+    """(mean cross-entropy, tokens predicted) over the first eval_tokens * share of a split.
 
     Consecutive blocks, the last one shorter; every rank takes its share, and the sum is the same
     for any number of them, up to rounding.
     """
     wanted = cfg.eval_iters * cfg.batch_size * cfg.block_size or cfg.eval_tokens
+    wanted = max(1, round(wanted * share))
     count, size = min(wanted, len(tokens) - 1), cfg.block_size
     rows = count // size
     spans = [(row * size, min(cfg.batch_size, rows - row), size)

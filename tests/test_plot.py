@@ -43,6 +43,12 @@ def test_data_sets_with_a_reference_have_one(run):
     assert plot.REFERENCES[plot.dataset_of(run)][1] == ("nanoGPT's GPU run", 1.4697)
 
 
+def test_a_mixture_has_no_reference(run):
+    (run / 'config.py').write_text("dataset = 'shakespeare_char:0.7,openwebtext:0.3'\n")
+    assert plot.dataset_of(run) == 'shakespeare_char:0.7,openwebtext:0.3'
+    plot.main(plot.Config(runs=(str(run),)))
+
+
 def test_smoothing_is_the_mean_around_each_point():
     curve = ([1, 2, 3, 4], [4.0, 2.0, 3.0, 1.0])
     assert plot.smoothed(curve, 3) == ([1, 2, 3, 4], [3.0, 3.0, 2.0, 2.0])

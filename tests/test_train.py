@@ -5,8 +5,10 @@ import math
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, script
@@ -14,7 +16,7 @@ from conftest import ROOT, script
 import checkpoints
 import train
 from configurator import configure
-from data.shards import Tokens
+from data.shards import TokenBatches, Tokens
 from distributed import World, data_sheet_peak
 
 TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4,
@@ -197,6 +199,133 @@ def test_a_gpu_has_the_peak_of_its_data_sheet_or_none():
              'NVIDIA GeForce RTX 4090 Laptop GPU': None, 'NVIDIA RTX A1000': None,
              'NVIDIA L40': None}
     assert {name: data_sheet_peak(name) for name in names} == names
+
+
+# What it reads.
+
+@pytest.fixture
+def two_sets(stories, tmp_path):
+    """A data folder with 'tiny' and 'other', documents of their own in the same bpe:300."""
+    from data import prepare
+    shutil.copytree(stories / 'tiny', tmp_path / 'data/tiny')
+    source = tmp_path / 'other.jsonl'
+    texts = [f'{i} ducks swam over the lake; {i % 7} came back. ' * 9 for i in range(30)]
+    source.write_text('\n'.join(json.dumps({'text': text}) for text in texts))
+    make = dict(input=(str(source),), val_fraction=0.2, data_dir=str(tmp_path / 'data'))
+    prepare.main(prepare.Config(tokenizer=str(stories / 'tiny'), **make))
+    prepare.main(prepare.Config(tokenizer='bytes', name='bytes', **make))
+    return tmp_path / 'data'
+
+
+def test_a_mixture_resumes_exactly_and_says_what_each_set_loses(config, two_sets, tmp_path, capsys):
+    cfg = config(dataset='tiny:0.7,other:0.3', data_dir=str(two_sets), total_batch_size=64 * 16,
+                 eval_tokens=1000)
+    train.main(cfg)
+    words = capsys.readouterr().out
+    blocks = [len(Tokens(name, 'train', 300, two_sets)) // 16 for name in ('tiny', 'other')]
+    assert (f'updates in an epoch: tiny {blocks[0] / 64 / 0.7:.1f}, '
+            f'other {blocks[1] / 64 / 0.3:.1f}') in words
+    stopped = replace(cfg, out_dir=str(tmp_path / 'stopped'))
+    train.main(replace(stopped, max_iters=5, lr_decay_iters=12))
+    train.main(stopped)
+    whole, resumed = curve(tmp_path / 'run'), curve(tmp_path / 'stopped')
+    resumed[5] = resumed[5][:3] + whole[5][3:]                      # it validated where it stopped
+    assert resumed == whole and len(whole) == 13
+
+    model, _ = checkpoints.load_model(tmp_path / 'run/step_0000012')
+    record = json.loads((tmp_path / 'run/log.jsonl').read_text().splitlines()[-1])
+    alone, nats, size = World(0, 1, torch.device('cpu')), 0.0, 0.0
+    for name, share in (('tiny', 0.7), ('other', 0.3)):
+        tokens = Tokens(name, 'val', 300, two_sets)
+        part = replace(cfg, eval_tokens=round(1000 * share))
+        loss, count = train.evaluate(model, tokens, part, alone, torch.enable_grad)
+        assert record[f'val_loss/{name}'] == pytest.approx(loss, rel=1e-6)
+        assert count == 1000 * share
+        facts = train.read_manifest(name, two_sets)['splits']['val']
+        nats, size = nats + count * loss, size + count * facts['bytes'] / facts['tokens']
+    assert record['val_loss'] == pytest.approx(nats / 1000, rel=1e-6)
+    assert record['val_bits_per_byte'] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+    assert f"(tiny {record['val_loss/tiny']:.4f}, other {record['val_loss/other']:.4f})" in words
+
+    path = two_sets / 'other/manifest.json'
+    facts = json.loads(path.read_text())
+    facts['splits']['train']['shards'][0]['sha256'] = '0' * 64
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match='was prepared anew'):
+        train.main(cfg)
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({'dataset': 'tiny,bytes'}, 'data sets tiny and bytes hold tokens of different tokenizers, '
+     r'bpe:300 \(300\) and bpe:257 .*--name=bytes --tokenizer=.*/tiny FILES'),
+    ({'dataset': 'tiny,nowhere'}, 'not prepared; run\n    python data/prepare.py --name=nowhere'),
+    ({'dataset': 'tiny,tiny'}, 'each once'), ({'dataset': 'tiny:x,other:1'}, 'a weight above 0')])
+def test_mixtures_that_are_refused(config, two_sets, changes, words):
+    with pytest.raises(ValueError, match=words):
+        train.main(config(data_dir=str(two_sets), **changes))
+
+
+def test_a_comma_in_the_name_of_a_folder_is_no_mixture(config, stories, tmp_path):
+    shutil.copytree(stories / 'tiny', tmp_path / 'data/Plato, Republic')
+    assert train.main(config(dataset='Plato, Republic', data_dir=str(tmp_path / 'data'),
+                             max_iters=1)) == 0
+
+
+def test_only_the_first_batch_of_a_run_is_waited_for(config, tmp_path, monkeypatch):
+    """All others are read by a thread: each guess of what comes next is right."""
+    asked = []
+
+    class Watched(TokenBatches):
+        def read(self, position, count):
+            asked.append((position, threading.current_thread() is threading.main_thread()))
+            return super().read(position, count)
+
+    monkeypatch.setattr(train, 'TokenBatches', Watched)
+    train.main(config(max_iters=3))
+    assert [position for position, main in asked if main] == [0, 0]     # one to warm up
+    assert sorted(position for position, main in asked if not main)[:11] == list(range(4, 48, 4))
+
+
+def test_sequences_that_begin_with_a_document(config, stories, tmp_path, monkeypatch):
+    batches = []
+    whole = train.make_batches
+    monkeypatch.setattr(train, 'make_batches', lambda *a: batches.append(whole(*a)) or batches[-1])
+    train.main(config(doc_start=True, max_iters=2))
+    train.main(config(max_iters=2, out_dir=str(tmp_path / 'b')))
+    chosen, plain = batches
+    x, y = chosen.read(0, chosen.blocks)
+    assert (x[:, 0] == 299).sum() > (plain.read(0, plain.blocks)[0][:, 0] == 299).sum()
+    assert (x[:, 1:] == y[:, :-1]).all()
+    assert losses(tmp_path / 'run', 'val_loss')[0] == losses(tmp_path / 'b', 'val_loss')[0]
+
+
+def test_characters_know_no_documents(config, tmp_path):
+    from data import prepare
+    (tmp_path / 'a.txt').write_text('to be or not to be, ' * 100)
+    prepare.main(prepare.Config(input=(str(tmp_path / 'a.txt'),), tokenizer='chars', name='letters',
+                                data_dir=str(tmp_path / 'data')))
+    with pytest.raises(ValueError, match='doc_start: given True, expected False: .*letters'):
+        train.main(config(dataset='letters', doc_start=True, data_dir=str(tmp_path / 'data')))
+
+
+def test_nanogpt_s_train_bin_and_val_bin_are_trained_on_as_they_are(
+        config, real, tmp_path, capsys):
+    """Two headerless files of GPT-2's tokens in a folder, nothing else; nanoGPT puts
+    <|endoftext|> behind each document."""
+    real('tiktoken_cache')
+    encoding = train.tokenizer.gpt2()
+    ids = encoding.encode_ordinary('The fox counted 12 apples and went home. ' * 9)
+    (tmp_path / 'data/theirs').mkdir(parents=True)
+    for split, times in (('train', 30), ('val', 3)):
+        np.array([*ids, 50256] * times, np.uint16).tofile(tmp_path / f'data/theirs/{split}.bin')
+    cfg = config(dataset='theirs', data_dir=str(tmp_path / 'data'), max_iters=4, doc_start=True)
+    assert train.main(cfg) == 0
+    val = losses(tmp_path / 'run', 'val_loss')
+    assert abs(val[0] - math.log(50257)) < 0.3 and val[-1] < val[0] - 0.1
+    found = checkpoints.load_model(tmp_path / 'run/step_0000004')[1]
+    assert train.tokenizer.fingerprint(found) == train.tokenizer.fingerprint(encoding)
+    assert train.main(replace(cfg, max_iters=5)) == 0               # and goes on
+    assert 'bits per byte' not in capsys.readouterr().out           # nothing says how many
 
 
 # Where it goes on.
