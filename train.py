@@ -29,8 +29,7 @@ import checkpoints
 import distributed
 import tokenizer
 from configurator import as_config_file, run, settings
-from data.shards import (CYCLE, DATA_DIR, Ahead, Mixture, TokenBatches, Tokens, draw, mixture,
-                         read_manifest)
+from data.batches import Ahead, describe_epochs, draw, load_data, make_batches
 from model import GPT, GPTConfig, crop_block
 
 # -----------------------------------------------------------------------------
@@ -117,8 +116,8 @@ def main(cfg):
     dtype, why = distributed.pick_dtype(cfg.dtype, world.device)
     say(f'device {world.device}; {str(dtype)[6:]}: {why}')
 
-    sets, encoding = load_data(cfg)
-    train_data = make_batches(sets, encoding, cfg)
+    sets, encoding = load_data(cfg.dataset, cfg.data_dir)
+    train_data = make_batches(sets, encoding, cfg.block_size, cfg.seed, cfg.doc_start)
     questions = load_questions(cfg, world, encoding)
     lock = take_lock(cfg, world)
     model, saved = start(cfg, world, encoding, say)
@@ -140,7 +139,7 @@ def main(cfg):
 
     say(f'{sum(p.numel() for p in model.parameters()):,} parameters; an update is '
         f'{tokens_per_update:,} tokens = {world.size} processes x {micro_steps} micro-batches x '
-        f'{micro_batch} x {cfg.block_size}; {describe_epochs(sets, sequences, cfg)}')
+        f'{micro_batch} x {cfg.block_size}; {describe_epochs(sets, tokens_per_update)}')
     first = [part.to(world.device) for part in train_data.read(now.position, micro_batch)]
     ahead = Ahead(train_data, pin=world.device.type == 'cuda')
     replica = make_replica(model, cfg, world, autocast, first, tokens_per_update, say)
@@ -299,68 +298,6 @@ def divide_batch(cfg, world_size):
                          f'processes in micro-batches of {micro_batch} x {cfg.block_size} tokens; '
                          f'the nearest that can: --total_batch_size={nearest}')
     return sequences, micro_batch, sequences // (micro_batch * world_size)
-
-
-@dataclass
-class DataSet:
-    """A prepared data set, and the share of the training sequences that is drawn from it."""
-    name: str
-    share: float
-    manifest: dict                      # {} where it came without one
-    train: Tokens
-    val: Tokens
-
-
-def load_data(cfg):
-    """([DataSet], their encoding) of the setting `dataset`, one name or a mixture."""
-    alone = (Path(cfg.data_dir or DATA_DIR) / cfg.dataset).is_dir()     # a comma may be in a name
-    shares = {cfg.dataset: CYCLE} if alone else mixture(cfg.dataset)
-    facts = {name: load_data_facts(name, cfg) for name in shares}
-    (first, (_, encoding)), *others = facts.items()
-    for name, (_, other) in others:
-        if tokenizer.fingerprint(other) != tokenizer.fingerprint(encoding):
-            same = Path(cfg.data_dir or 'data') / first if facts[first][0] else 'gpt2'
-            raise ValueError(f'the data sets {first} and {name} hold tokens of different '
-                             f'tokenizers, {encoding.name} ({encoding.n_vocab:,}) and {other.name} '
-                             f'({other.n_vocab:,}); prepare the second with that of the first: '
-                             f'python data/prepare.py --name={name} --tokenizer={same} '
-                             f'FILES_OR_FOLDERS')
-    return [DataSet(name, share / CYCLE, facts[name][0],
-                    *(Tokens(name, split, encoding.n_vocab, cfg.data_dir)
-                      for split in ('train', 'val'))) for name, share in shares.items()], encoding
-
-
-def load_data_facts(name, cfg):
-    """(manifest, encoding) of a data set; without a manifest it is taken to hold GPT-2's."""
-    manifest = read_manifest(name, cfg.data_dir)
-    if not manifest:
-        Tokens(name, 'train', 2 ** 16, cfg.data_dir)                # refuses one that is not there
-        return {}, tokenizer.gpt2()
-    encoding = tokenizer.load(Path(cfg.data_dir or DATA_DIR) / name / 'tokenizer.json')
-    if tokenizer.fingerprint(encoding) != manifest['tokenizer']['fingerprint']:
-        raise ValueError(f'data set {name}: its tokenizer.json is not the one that made it')
-    return manifest, encoding
-
-
-def make_batches(sets, encoding, cfg):
-    """The training sequences of all data sets; those of one alone come in that one's own order."""
-    eot = tokenizer.eot_id(encoding) if cfg.doc_start else None
-    if cfg.doc_start and eot is None:
-        raise ValueError(f'doc_start: given True, expected False: the tokens of {cfg.dataset} '
-                         f'({encoding.name}) have no {tokenizer.EOT} that says where a document '
-                         f'begins; prepare it with another --tokenizer, such as bpe:4096')
-    batches = [TokenBatches(data.train, cfg.block_size, cfg.seed, eot) for data in sets]
-    shares = [round(data.share * CYCLE) for data in sets]
-    return batches[0] if len(sets) == 1 else Mixture(batches, shares, cfg.seed)
-
-
-def describe_epochs(sets, sequences, cfg):
-    """How many updates of so many sequences go once through the text of each data set."""
-    updates = [len(data.train) // cfg.block_size / sequences / data.share for data in sets]
-    if len(sets) == 1:
-        return f'an epoch: {updates[0]:.1f} updates'
-    return 'updates in an epoch: ' + ', '.join(
-        f'{data.name} {number:.1f}' for data, number in zip(sets, updates))
 
 
 def bits_per_byte(val_loss, count, manifest):

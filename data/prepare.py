@@ -422,7 +422,7 @@ def val_threshold(texts, rule, counts):
             return fraction
     if not lowest:
         raise ValueError('there is no text to prepare' + describe(counts) +
-                         (f'; --max_document_mb allows longer ones, --separator parts a file'
+                         ('; --max_document_mb allows longer ones, --separator parts a file'
                           if documents.TOO_LONG in counts else ''))
     return 0.0 if len(lowest) == 1 else highest if highest < fraction else lowest[1]
 

@@ -5,7 +5,6 @@ The client reads its environment when it is imported, and so runs in processes o
 """
 
 import json
-import os
 import re
 import signal
 import subprocess

@@ -16,7 +16,8 @@ from conftest import ROOT, script
 import checkpoints
 import train
 from configurator import configure
-from data.shards import TokenBatches, Tokens
+from data.batches import TokenBatches
+from data.shards import Tokens
 from distributed import World, data_sheet_peak
 
 TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4,
