@@ -50,7 +50,8 @@ SUFFIXES = ('.txt', '.md', '.jsonl', '.jsonl.gz', '.parquet')
 SHAKESPEARE = (
     'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
     '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
-OUR_FILES = r'manifest\.json|tokenizer\.json|(train|val)_\d{6}\.bin'
+OUR_FILES = (r'manifest\.json|tokenizer\.json|(train|val)_\d{6}\.bin|'
+             r'lengths\.png|contamination\.json')            # the last two are explore.py's
 XZ_BYTES = 2 ** 24          # validation text is compressed for comparison up to this size
 BPE_BYTES = 2 ** 28         # so many characters at the head of the training text train a tokenizer
 

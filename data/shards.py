@@ -132,6 +132,32 @@ class Tokens:
             count, start = count - n, (start + n) % len(self)
         return np.concatenate(parts).astype(np.int64)
 
+    def chunks(self, size=2 ** 22):
+        """All ids in order: uint16 arrays of `size`, the last with what is left."""
+        for start in range(0, len(self), size):
+            yield self.read(start, min(size, len(self) - start)).astype(np.uint16)
+
+
+def documents(tokens, eot_id, size=2 ** 22):
+    """Every document of the split in order, as (ids without <|endoftext|>, whether it ends here).
+
+    One that is longer than `size` comes in several pieces, of which the last may be empty. What
+    stands before the first <|endoftext|> is a document too; without eot_id the split is one.
+    """
+    rest, begun = np.empty(0, np.uint16), False
+    for chunk in tokens.chunks(size):
+        ids, start = np.concatenate([rest, chunk]), 0
+        for end in [] if eot_id is None else np.flatnonzero(ids == eot_id).tolist():
+            if begun or end > start:
+                yield ids[start:end], True
+            start, begun = end + 1, True
+        rest = ids[start:]
+        if len(rest) >= size:
+            yield rest, False
+            rest, begun = rest[:0], True
+    if begun or len(rest):
+        yield rest, True
+
 
 class TokenBatches:
     """Training sequences as a pure function of (seed, position), position counting sequences.
