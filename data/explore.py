@@ -32,8 +32,8 @@ from data import benchmarks, overlap, shards
 name = ()               # the data set, given bare: explore.py pydocs
 decode = ''             # SHARD:OFFSET, as train_000000:0: show the text there, instead of the page
 count = 256             # tokens that are shown of it
-contamination = ()      # of hellaswag, cbt, lambada, wikitext2: look for these, instead of the page;
-                        # SET=PATH reads a file of one's own, cbt=PATH also a folder
+contamination = ()      # of hellaswag, cbt, lambada, wikitext2: look for these, instead of the
+                        # page; SET=PATH reads a file of one's own, cbt=PATH also a folder
 seed = 1337             # of the documents whose beginning the page shows
 width = 100             # columns of what is printed
 out = ''                # '': lengths.png or contamination.json in the folder of the data set
@@ -152,7 +152,8 @@ def source(manifest):
     if not files:
         return ', '.join(map(str, manifest['source'].values()))
     names = ', '.join(file for file, *_ in files[:2]) + (', …' if len(files) > 2 else '')
-    return f'{names} ({len(files):,} files, {sum(size for _, size, *_ in files):,} bytes)'
+    return (f'{names} ({len(files):,} file{"s" * (len(files) > 1)}, '
+            f'{sum(size for _, size, *_ in files):,} bytes)')
 
 
 def figures(data, found):
@@ -210,23 +211,26 @@ def most_frequent(enc, counts):
 
 
 def readable(raw):
-    return repr(raw.decode('utf-8', 'backslashreplace'))
+    try:
+        return repr(raw.decode('utf-8'))
+    except UnicodeDecodeError:                                      # a part of a character
+        return repr(raw)
 
 
 def beginnings(cfg, data, lengths):
-    """How some documents of train begin, a line each; where there are none, what some places say."""
+    """How some documents of train begin, a line each; without documents, what some places say."""
     tokens, rng = data.splits['train'], random.Random(cfg.seed)
     if data.eot is None:
         places = [(start, start, cfg.width)
                   for start in sorted(rng.sample(range(len(tokens)), min(SHOWN, len(tokens))))]
     else:
-        marks = len(tokens) - int(lengths.sum())        # one less if something precedes the first
-        places = [(length := int(lengths[i]),
-                   int(lengths[:i].sum()) + i + 1 - (len(lengths) - marks), length)
+        first = int(tokens.read(0, 1)[0] == data.eot)   # 0: nothing stands before the first one
+        places = [(int(lengths[i]), first + i + int(lengths[:i].sum()), int(lengths[i]))
                   for i in sorted(rng.sample(range(len(lengths)), min(SHOWN, len(lengths))))]
     for label, start, length in places:
         raw = data.enc.decode_bytes(tokens.read(start, min(length, cfg.width)).tolist())
         line = re.sub(r'\s*\n\s*', ' ↵ ', raw.decode('utf-8', 'replace').strip())
+        line = ''.join(char if char.isprintable() else ' ' for char in line)
         yield f'{label:>12,}  {line}'[:cfg.width]
 
 
@@ -290,6 +294,9 @@ def text_at(data, place, count, width):
 def report(cfg, data):
     """Look for the n-grams of the test sets in train; print and write what was found."""
     sets = {name: (items, facts) for name, items, facts in map(read_set, cfg.contamination)}
+    if len(sets) < len(cfg.contamination):
+        raise ValueError(f"contamination: given {','.join(cfg.contamination)}, expected each set "
+                         f"once; look for them one after another, each with its own --out")
     grams = {name: {n: overlap.ngrams_of(items, n) for n in NGRAMS}
              for name, (items, _) in sets.items()}
     known = {n: overlap.distinct(np.concatenate([of[n][0] for of in grams.values()]))
@@ -326,9 +333,12 @@ def read_set(entry):
 
 def read_cbt(path):
     """(texts, facts) of the questions with their answers, common nouns and named entities."""
-    files = sorted(Path(path).expanduser().glob('cbtest_[CN][NE]_valid*.txt')) if path else []
-    sets = ([benchmarks.cbt('CN', 'valid', file) for file in files or [path]] if path else
-            [benchmarks.cbt(subset, 'valid') for subset in ('CN', 'NE')])
+    if path:
+        files = sorted(Path(path).expanduser().glob('cbtest_[CN][NE]_valid*.txt')) or [Path(path)]
+        sets = [benchmarks.cbt('NE' if '_NE_' in file.name else 'CN', 'valid', file)
+                for file in files]
+    else:
+        sets = [benchmarks.cbt(subset, 'valid') for subset in ('CN', 'NE')]
     texts = [' '.join([*asked.sentences, asked.query.replace('XXXXX', asked.answer)])
              for questions, _ in sets for asked in questions]
     facts = [found for _, found in sets]
@@ -343,7 +353,9 @@ def pieces(data, bar):
     table, rest = token_table(data, overlap.MARK), b''
     for ids in data.splits['train'].chunks(2 ** 17):
         raw = rest + b''.join(map(table.__getitem__, ids.tolist()))
-        cut = max(raw.rfind(blank) for blank in (b' ', b'\n', overlap.MARK)) + 1 or len(raw)
+        cut = max(raw.rfind(blank) for blank in (b' ', b'\n', overlap.MARK)) + 1
+        if not cut and len(raw) > 2 ** 22:
+            cut = len(raw)                                          # no word is that long
         rest = raw[cut:]
         yield raw[:cut]
         bar.update(len(ids))

@@ -142,20 +142,22 @@ def documents(tokens, eot_id, size=2 ** 22):
     """Every document of the split in order, as (ids without <|endoftext|>, whether it ends here).
 
     One that is longer than `size` comes in several pieces, of which the last may be empty. What
-    stands before the first <|endoftext|> is a document too; without eot_id the split is one.
+    stands before the first <|endoftext|> is a document too; then one at the very end begins none,
+    as in nanoGPT's files, where it stands behind each document. Without eot_id the split is one.
     """
-    rest, begun = np.empty(0, np.uint16), False
+    rest, eots, leading, cut = np.empty(0, np.uint16), 0, False, False
     for chunk in tokens.chunks(size):
         ids, start = np.concatenate([rest, chunk]), 0
         for end in [] if eot_id is None else np.flatnonzero(ids == eot_id).tolist():
-            if begun or end > start:
+            if eots or end or cut:
                 yield ids[start:end], True
-            start, begun = end + 1, True
+                leading |= not eots
+            start, eots, cut = end + 1, eots + 1, False
         rest = ids[start:]
         if len(rest) >= size:
             yield rest, False
-            rest, begun = rest[:0], True
-    if begun or len(rest):
+            rest, cut = rest[:0], True
+    if len(rest) or cut or eots and not leading:
         yield rest, True
 
 
