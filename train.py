@@ -139,7 +139,7 @@ def main(cfg):
 
     say(f'{sum(p.numel() for p in model.parameters()):,} parameters; an update is '
         f'{tokens_per_update:,} tokens = {world.size} processes x {micro_steps} micro-batches x '
-        f'{micro_batch} x {cfg.block_size}; {describe_epochs(sets, tokens_per_update)}')
+        f'{micro_batch} x {cfg.block_size}; {describe_epochs(sets, cfg.block_size, sequences)}')
     first = [part.to(world.device) for part in train_data.read(now.position, micro_batch)]
     ahead = Ahead(train_data, pin=world.device.type == 'cuda')
     replica = make_replica(model, cfg, world, autocast, first, tokens_per_update, say)

@@ -72,9 +72,9 @@ def make_batches(sets, encoding, block_size, seed, doc_start=False):
     return batches[0] if len(sets) == 1 else Mixture(batches, shares, seed)
 
 
-def describe_epochs(sets, tokens_per_update):
-    """How many updates of so many tokens go once through the text of each data set."""
-    updates = [len(data.train) / tokens_per_update / data.share for data in sets]
+def describe_epochs(sets, block_size, sequences):
+    """How many updates of so many sequences go once through the text of each data set."""
+    updates = [len(data.train) // block_size / sequences / data.share for data in sets]
     if len(sets) == 1:
         return f'an epoch: {updates[0]:.1f} updates'
     return 'updates in an epoch: ' + ', '.join(

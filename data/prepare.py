@@ -65,14 +65,13 @@ data_dir = ''               # where prepared data lies; '': data/ beside this sc
 Config = settings(globals())
 
 COLLECT = 'input'           # takes the arguments without a flag
-OUR_FILES = (r'manifest\.json|tokenizer\.json|lengths\.png|contamination\.json|'
-             r'(\w+_)?(train|val)_\d{6}\.bin')
+OUR_FILES = (r'manifest\.json|tokenizer\.json|(\w+_)?(train|val)_\d{6}\.bin|'
+             r'lengths\.png|contamination\.json')            # the last two are explore.py's
 XZ_BYTES = 2 ** 24          # validation text is compressed for comparison up to this size
 BPE_BYTES = 2 ** 28         # so many characters at the head of the training text train a tokenizer
 MANY_BYTES = 2 ** 25        # a larger corpus is tokenized by one process a core
 IN_FLIGHT_BYTES = 2 ** 26   # of batches that wait for a process or for being written
 SAVE_SECONDS = 2            # between notes of how far it has come
-SPLITS = ('train', 'val')
 
 
 def main(cfg):

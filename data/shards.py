@@ -171,6 +171,34 @@ class Tokens:
             count, start = count - n, (start + n) % len(self)
         return np.concatenate(parts).astype(np.int64)
 
+    def chunks(self, size=2 ** 22):
+        """All ids in order: uint16 arrays of `size`, the last with what is left."""
+        for start in range(0, len(self), size):
+            yield self.read(start, min(size, len(self) - start)).astype(np.uint16)
+
+
+def documents(tokens, eot_id, size=2 ** 22):
+    """Every document of the split in order, as (ids without <|endoftext|>, whether it ends here).
+
+    One that is longer than `size` comes in several pieces, of which the last may be empty. What
+    stands before the first <|endoftext|> is a document too; then one at the very end begins none,
+    as in nanoGPT's files, where it stands behind each document. Without eot_id the split is one.
+    """
+    rest, eots, leading, cut = np.empty(0, np.uint16), 0, False, False
+    for chunk in tokens.chunks(size):
+        ids, start = np.concatenate([rest, chunk]), 0
+        for end in [] if eot_id is None else np.flatnonzero(ids == eot_id).tolist():
+            if eots or end or cut:
+                yield ids[start:end], True
+                leading |= not eots
+            start, eots, cut = end + 1, eots + 1, False
+        rest = ids[start:]
+        if len(rest) >= size:
+            yield rest, False
+            rest, cut = rest[:0], True
+    if len(rest) or cut or eots and not leading:
+        yield rest, True
+
 
 def read_manifest(name, data_dir=''):
     """The manifest of data set `name`, or {} for shards that came without one."""

@@ -14,9 +14,9 @@ GROUND = {'model': set(), 'configurator': set(), 'tokenizer': set(), 'distribute
 MIDDLE = {'checkpoints': {'model', 'tokenizer', 'distributed'}, 'data.shards': set(),
           'likelihood': {'distributed'}, 'results': set(), 'data.benchmarks': {'data.fetch'},
           'data.documents': set(), 'data.sources': {'data.documents', 'data.fetch'},
-          'data.batches': {'tokenizer', 'data.shards'}}
+          'data.batches': {'tokenizer', 'data.shards'}, 'data.overlap': set()}
 SCRIPTS = {name: {*GROUND, *MIDDLE} for name in ('train', 'sample', 'plot', 'hellaswag', 'eval_cbt',
-                                                 'eval_lm', 'data.prepare')}
+                                                 'eval_lm', 'data.prepare', 'data.explore')}
 SCRIPTS['train'] = {*SCRIPTS['train'], 'hellaswag'}     # the one door: the live curve, see below
 HOUSE = {**GROUND, **MIDDLE, **SCRIPTS}
 SOURCES = {name: ROOT / f"{name.replace('.', '/')}.py" for name in HOUSE}
@@ -132,7 +132,8 @@ def test_no_file_bears_the_name_of_a_standard_module():
 def test_importing_does_no_work():
     """No tokenizer, hub, CUDA or plotting library is loaded by importing the scripts;
     nothing is printed."""
-    code = ('import sys, train, sample, plot, hellaswag, eval_cbt, eval_lm, data.prepare, torch\n'
+    code = ('import sys, train, sample, plot, hellaswag, eval_cbt, eval_lm, data.prepare\n'
+            'import data.explore, torch\n'
             "print([m for m in ('transformers', 'matplotlib.pyplot', 'wandb', 'datasets', "
             "'huggingface_hub', 'pyarrow') if m in sys.modules], torch.cuda.is_initialized())")
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,

@@ -16,8 +16,9 @@ from conftest import ROOT, script
 import checkpoints
 import train
 from configurator import configure
+from data import batches
 from data.batches import TokenBatches
-from data.shards import Tokens
+from data.shards import Tokens, read_manifest
 from distributed import World, data_sheet_peak
 
 TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4,
@@ -185,7 +186,7 @@ def test_validation_is_the_mean_over_every_token_of_the_split(config, stories):
 
 def test_bits_per_byte_is_what_it_says(stories):
     """nats / ln 2 over the bytes of the text; xz stands beside it only for the same text."""
-    manifest = train.read_manifest('tiny', stories)
+    manifest = read_manifest('tiny', stories)
     facts = manifest['splits']['val']
     whole = train.bits_per_byte(math.log(2), facts['tokens'] - 1, manifest)
     assert whole['val_bits_per_byte'] == pytest.approx(facts['tokens'] / facts['bytes'])
@@ -242,7 +243,7 @@ def test_a_mixture_resumes_exactly_and_says_what_each_set_loses(config, two_sets
         loss, count = train.evaluate(model, tokens, part, alone, torch.enable_grad)
         assert record[f'val_loss/{name}'] == pytest.approx(loss, rel=1e-6)
         assert count == 1000 * share
-        facts = train.read_manifest(name, two_sets)['splits']['val']
+        facts = read_manifest(name, two_sets)['splits']['val']
         nats, size = nats + count * loss, size + count * facts['bytes'] / facts['tokens']
     assert record['val_loss'] == pytest.approx(nats / 1000, rel=1e-6)
     assert record['val_bits_per_byte'] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
@@ -281,19 +282,19 @@ def test_only_the_first_batch_of_a_run_is_waited_for(config, tmp_path, monkeypat
             asked.append((position, threading.current_thread() is threading.main_thread()))
             return super().read(position, count)
 
-    monkeypatch.setattr(train, 'TokenBatches', Watched)
+    monkeypatch.setattr(batches, 'TokenBatches', Watched)
     train.main(config(max_iters=3))
     assert [position for position, main in asked if main] == [0, 0]     # one to warm up
     assert sorted(position for position, main in asked if not main)[:11] == list(range(4, 48, 4))
 
 
 def test_sequences_that_begin_with_a_document(config, stories, tmp_path, monkeypatch):
-    batches = []
+    made = []
     whole = train.make_batches
-    monkeypatch.setattr(train, 'make_batches', lambda *a: batches.append(whole(*a)) or batches[-1])
+    monkeypatch.setattr(train, 'make_batches', lambda *a: made.append(whole(*a)) or made[-1])
     train.main(config(doc_start=True, max_iters=2))
     train.main(config(max_iters=2, out_dir=str(tmp_path / 'b')))
-    chosen, plain = batches
+    chosen, plain = made
     x, y = chosen.read(0, chosen.blocks)
     assert (x[:, 0] == 299).sum() > (plain.read(0, plain.blocks)[0][:, 0] == 299).sum()
     assert (x[:, 1:] == y[:, :-1]).all()

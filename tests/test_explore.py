@@ -1,0 +1,393 @@
+"""The page, the text at a place and the contamination report, against plain recounts in Python."""
+
+import hashlib
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_benchmarks import question
+
+import tokenizer
+from configurator import configure
+from data import explore, overlap, prepare, shards
+
+STRANGE = ['It’s', '“naïve”', 'co-op', 'snake_case', "don't", 'ÉCOLE', '３', '42', 'Straße', 'ΣΑΣ',
+           '北京', 'a', 'b', 'the', 'x²', '—', 'İstanbul', '…', 'n', 't', '_', '‘tis', 'e\u0301']
+
+
+def explored(capsys, *args):
+    """What explore.py prints with these arguments."""
+    capsys.readouterr()
+    explore.main(configure(explore.Config, list(map(str, args)), collect=explore.COLLECT))
+    return capsys.readouterr().out
+
+
+def prepared(folder, texts, name='d', **options):
+    (folder / f'{name}.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
+    prepare.main(prepare.Config(**{
+        'input': (str(folder / f'{name}.jsonl'),), 'name': name, 'data_dir': str(folder),
+        'tokenizer': 'bytes', 'val_fraction': 0.01, **options}))
+    return folder
+
+
+def shard(path, ids):
+    """Write ids as a shard without a manifest."""
+    path.parent.mkdir(exist_ok=True)
+    writer = shards.ShardWriter(path.parent, path.name.partition('_')[0], 10 ** 6)
+    writer.write(np.array(ids, np.uint16))
+    writer.close()
+
+
+def plain_documents(ids, eot):
+    """Lists of the ids that stand between the ids `eot`, by hand."""
+    found = [[]]
+    for i in ids:
+        if i == eot:
+            found.append([])
+        else:
+            found[-1].append(i)
+    if not found[0]:
+        return found[1:]
+    return found[:-1] if len(found) > 1 and not found[-1] else found
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 7, 10 ** 6])
+def test_documents_are_what_stands_between_the_marks(tmp_path, size):
+    """Whatever the size of the pieces, also where documents are empty or longer than one."""
+    rng = random.Random(size)
+    for trial in range(40):
+        ids = rng.choices([0, 1, 2, 3], [trial % 5, 3, 2, 1], k=rng.randrange(1, 25))
+        shard(tmp_path / 'd/train_000000.bin', ids)
+        tokens = shards.Tokens('d', 'train', 4, tmp_path)
+        assert np.concatenate(list(tokens.chunks(size))).tolist() == ids
+        found, pieces = [], []
+        for part, ends in shards.documents(tokens, 0, size):
+            assert part.dtype == np.uint16 and len(part) < 2 * size
+            pieces += part.tolist()
+            if ends:
+                found, pieces = [*found, pieces], []
+        assert found == plain_documents(ids, 0) and not pieces
+        whole = list(shards.documents(tokens, None, size))
+        assert np.concatenate([part for part, _ in whole]).tolist() == ids
+        assert [ends for _, ends in whole] == [False] * (len(whole) - 1) + [True]
+
+
+def test_documents_refuse_ids_outside_of_the_vocabulary(tmp_path):
+    shard(tmp_path / 'd/train_000000.bin', [0, 1, 9])
+    with pytest.raises(ValueError, match='holds token id 9, the vocabulary ends at 8'):
+        list(shards.documents(shards.Tokens('d', 'train', 9, tmp_path), 0))
+
+
+def test_the_page_is_a_plain_recount(stories, capsys):
+    page = explored(capsys, 'tiny', f'--data_dir={stories}')
+    manifest = json.loads((stories / 'tiny/manifest.json').read_text())
+    data = explore.open_data('tiny', str(stories))
+    lines = {re.split(r'\s{2,}', line.strip())[0]: re.split(r'\s{2,}', line.strip())[1:]
+             for line in page.splitlines()}
+    used, every = [], []
+    for split in ('train', 'val'):
+        tokens, said = data.splits[split], manifest['splits'][split]
+        ids = tokens.read(0, len(tokens)).tolist()
+        documents = plain_documents(ids, data.eot)
+        lengths = sorted(map(len, documents))
+        column = ['train', 'val'].index(split)
+        expected = {
+            'tokens': f"{said['tokens']:,}", 'bytes of text': f"{said['bytes']:,}",
+            'bytes a token': f"{said['bytes'] / said['tokens']:.3f}", 'shards': '1',
+            'documents': f"{said['documents']:,}", 'shortest': f'{lengths[0]:,} tokens',
+            'half are up to': f'{lengths[-(-len(lengths) // 2) - 1]:,} tokens',
+            '90 % are up to': f'{lengths[-(-len(lengths) * 9 // 10) - 1]:,} tokens',
+            'longest': f'{lengths[-1]:,} tokens',
+            'mean': f'{sum(lengths) / len(lengths):,.1f} tokens'}
+        assert {key: lines[key][column] for key in expected} == expected
+        seen = explore.survey(data, split)
+        assert seen.lengths.tolist() == list(map(len, documents))
+        assert [int(h).to_bytes(8, 'little') for h in seen.hashes] == [
+            hashlib.blake2b(np.array(part, '<u2').tobytes(), digest_size=8).digest()
+            for part in documents]
+        counts = Counter(i for part in documents for i in part)
+        assert {i: n for i, n in enumerate(seen.counts.tolist()) if n} == counts
+        used.append(f'{len(counts) / 300:.1%} used')
+        every.append(counts)
+    assert re.search(rf'bpe:300, 300 tokens +{used[0]} +{used[1]}\n', page)
+    assert 'tiny.jsonl (1 file, ' in page
+    top, n = every[0].most_common(1)[0]
+    shown = repr(data.enc.decode([top]))
+    assert re.search(rf'{re.escape(shown)} +{n / sum(every[0].values()):.2%}', page)
+    assert max(map(len, page.splitlines()[:-1])) <= 100
+
+
+def test_the_picture_of_the_lengths(stories, tmp_path, capsys):
+    assert str(tmp_path / 'a.png') in explored(capsys, 'tiny', f'--data_dir={stories}',
+                                               f'--out={tmp_path / "a.png"}')
+    assert (tmp_path / 'a.png').read_bytes()[:4] == b'\x89PNG'
+    with pytest.raises(ValueError, match='a.what'):
+        explored(capsys, 'tiny', f'--data_dir={stories}', f'--out={tmp_path / "a.what"}')
+
+
+def test_what_it_writes_does_not_keep_a_data_set_from_being_replaced(tmp_path, capsys):
+    prepared(tmp_path, ['one', 'two'])
+    (tmp_path / 'l.jsonl').write_text('{"text": "one two three four five six seven eight"}')
+    explored(capsys, 'd', f'--data_dir={tmp_path}')
+    explored(capsys, 'd', f'--data_dir={tmp_path}', f'--contamination=lambada={tmp_path}/l.jsonl')
+    assert {path.name for path in (tmp_path / 'd').iterdir()} >= {'lengths.png',
+                                                                  'contamination.json'}
+    prepared(tmp_path, ['three', 'four'])
+    assert not (tmp_path / 'd/lengths.png').exists()
+
+
+def test_duplicates_are_counted(tmp_path, capsys):
+    """prepare.py puts equal texts on the same side; in shards of another origin they may not be."""
+    page = explored(capsys, 'd', f'--data_dir={prepared(tmp_path, ["same"] * 3 + list("abcde"))}')
+    again = [int(n) for n in re.findall(r'(\d) \(', re.search('exact dup.*', page)[0])]
+    assert sum(again) == 2 and re.search(r'also in train +0 \(0.00%\)', page)
+    folder, eot = tmp_path / 'e', 50256
+    shard(folder / 'train_000000.bin', [eot, 1, 2, eot, 3, eot, 1, 2, eot, 4])
+    shard(folder / 'val_000000.bin', [eot, 1, 2, eot, 5])
+    page = explored(capsys, 'e', f'--data_dir={tmp_path}')
+    assert re.search(r'exact duplicates +1 \(25.00%\) +0 \(0.00%\)', page)
+    assert re.search(r'also in train +1 \(50.00%\)', page)
+
+
+@pytest.mark.parametrize('behind', [False, True])
+def test_nanogpt_s_files_without_header_are_read(tmp_path, capsys, behind):
+    """With <|endoftext|> before each document, or behind it as nanoGPT's own scripts have it."""
+    enc = tokenizer.gpt2()
+    texts = [f'Story {i}: {"once upon a time " * (i + 1)}' for i in range(7)]
+    for split, part in (('train', texts), ('val', texts[:1])):
+        ids = [i for text in part for i in (
+            [*enc.encode(text), 50256] if behind else [50256, *enc.encode(text)])]
+        (tmp_path / 'd').mkdir(exist_ok=True)
+        np.array(ids, '<u2').tofile(tmp_path / f'd/{split}.bin')
+    page = explored(capsys, 'd', f'--data_dir={tmp_path}')
+    assert 'taken for tokens of gpt2' in page and re.search(r'documents +7 +1\n', page)
+    assert re.search(rf'bytes of text +{sum(map(len, texts))} +{len(texts[0])}\n', page)
+    read = page.partition('read at random')[2]
+    sampled = re.findall(r'(\d+)  (Story \d: .*)', read)
+    assert len(sampled) == 5 and all(
+        any(text.startswith(line) and len(enc.encode(text)) == int(length) for text in texts)
+        for length, line in ((length, line.rstrip()) for length, line in sampled))
+    (tmp_path / 'd/val.bin').unlink()
+    assert re.search(r'documents +7\n', explored(capsys, 'd', f'--data_dir={tmp_path}'))
+
+
+def test_characters_have_no_document_boundaries(tmp_path, capsys):
+    prepared(tmp_path, ['to be or not to be, that is the question ' * 20], tokenizer='chars')
+    page = explored(capsys, 'd', f'--data_dir={tmp_path}')
+    assert 'document boundaries are not known' in page and 'documents' not in page
+    assert not (tmp_path / 'd/lengths.png').exists()
+    shown = explored(capsys, 'd', f'--data_dir={tmp_path}', '--decode=train_000000:3', '--count=10')
+    assert shown.splitlines()[1] == 'be or not '
+
+
+def test_decode_shows_exactly_the_text(tmp_path, capsys):
+    """Shard after shard, cut anywhere, with a line in the place of each <|endoftext|>."""
+    texts = ['First.\nTwo lines.', 'Second - with "quotes".', 'Third', 'Fourth, and no more']
+    prepared(tmp_path, texts, shard_tokens=20)
+    data = explore.open_data('d', str(tmp_path))
+    mark = f'\n──── <|endoftext|> {"─" * 81}\n'
+    for tokens in data.splits.values():
+        text = ''.join(mark if i == 256 else chr(i) for i in tokens.read(0, len(tokens)))
+        shown = [explored(capsys, 'd', f'--data_dir={tmp_path}', f'--decode={path.stem}:0')
+                 for path in tokens.paths]
+        assert ''.join(part.partition('\n')[2][:-1] for part in shown) == text
+    tokens = data.splits['train']
+    ids, start = tokens.read(0, len(tokens)).tolist(), int(tokens.starts[1])
+    for offset in (0, 3, 12):
+        shown = explored(capsys, 'd', f'--data_dir={tmp_path}', '--count=3',
+                         f'--decode=train_000001.bin:{offset}').splitlines()
+        begun = ids[start:start + offset + 1].count(256)
+        assert shown[0] == (f'train_000001: tokens {offset} to {offset + 2} of 20, ' + (
+            f'in document {begun} of those that begin in this shard' if begun
+            else 'before the first <|endoftext|> of this shard'))
+        part = ids[start + offset:start + offset + 3]
+        assert '\n'.join(shown[1:]) == ''.join(mark if i == 256 else chr(i) for i in part)
+
+
+def test_a_plain_text_comes_back_from_decode(stories, capsys):
+    data = explore.open_data('tiny', str(stories))
+    documents = [data.enc.decode(part.tolist())
+                 for part, _ in shards.documents(data.splits['train'], data.eot)]
+    shown = explored(capsys, 'tiny', f'--data_dir={stories}', '--decode=train_000000:0',
+                     '--count=1000000')
+    assert re.split(r'\n── *[─ ]+<\|endoftext\|> ─+\n', shown.partition('\n')[2])[1:] == [
+        *documents[:-1], documents[-1] + '\n']
+    second = 1 + len(tokenizer.encode(data.enc, documents[0]))
+    shown = explored(capsys, 'tiny', f'--data_dir={stories}', f'--decode=train_000000:{second + 1}')
+    assert 'in document 2 of' in shown and shown.splitlines()[1].startswith(documents[1][:40])
+
+
+@pytest.mark.parametrize('args, words', [
+    ((), 'given none, expected one data set'), (('a', 'b'), 'given a b, expected one'),
+    (('tiny', '--decode=train_000000'), 'expected SHARD:OFFSET'),
+    (('tiny', '--decode=train_000009:0'), 'expected one of train_000000, val_000000'),
+    (('tiny', '--decode=val_000000:999999'), 'given the offset 999,999, expected less than'),
+    (('tiny', '--decode=val_000000:-1'), 'expected SHARD:OFFSET'),
+    (('tiny', '--count=0'), 'count: given 0'), (('tiny', '--width=9'), 'width: given 9'),
+    (('tiny', '--contamination=squad'), 'expected some of hellaswag, cbt, lambada, wikitext2'),
+    (('tiny', '--contamination=cbt=/nowhere'), '/nowhere: cannot read'),
+    (('nothing_here',), "the data set 'nothing_here' is not prepared")])
+def test_refusals(stories, capsys, args, words):
+    with pytest.raises(ValueError, match=words):
+        explored(capsys, *args, f'--data_dir={stories}')
+
+
+def test_a_set_is_given_once(stories, tmp_path, capsys):
+    (tmp_path / 'l.jsonl').write_text('{"text": "one two"}')
+    with pytest.raises(ValueError, match='expected each set once'):
+        explored(capsys, 'tiny', f'--data_dir={stories}',
+                 f'--contamination=lambada={tmp_path}/l.jsonl,lambada={tmp_path}/l.jsonl')
+
+
+def test_it_needs_no_torch_of_its_own():
+    """Nothing that explore.py uses is torch's; data/shards.py is what may import it."""
+    for name in ('explore', 'overlap'):
+        assert 'torch' not in (ROOT / f'data/{name}.py').read_text()
+    done = subprocess.run([sys.executable, ROOT / 'data/explore.py', '--help'], text=True,
+                          capture_output=True, check=True)
+    assert 'SHARD:OFFSET' in done.stdout
+
+
+# Contamination, against sets of tuples of words.
+
+def plain_words(text):
+    return re.findall(r'[^\W_]+', text.casefold())
+
+
+def plain_ngrams(text, n):
+    words = plain_words(text)
+    return [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+
+
+def strange_text(rng, most):
+    """A text of few different words, so that n-grams recur, with what may stand between words."""
+    between = [' ', ' ', '\n', ', ', ' — ', '_', "'", '”', '  ']
+    return ''.join(rng.choice(STRANGE) + rng.choice(between) for _ in range(rng.randrange(most)))
+
+
+def test_normalized_words_are_those_of_a_plain_reading():
+    rng = random.Random(1)
+    for _ in range(300):
+        text = strange_text(rng, 30)
+        assert overlap.normalize(text.encode()).decode().split() == plain_words(text)
+    every = ''.join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x30000)]))
+    assert overlap.normalize(every.encode()).decode().split() == plain_words(every)
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'gpt2'])
+@pytest.mark.parametrize('chunk', [5, 64, 2 ** 17])
+def test_counts_are_those_of_sets_of_tuples(tmp_path, monkeypatch, kind, chunk):
+    """Whatever the size of the pieces; n-grams over the end of a document are never found."""
+    rng = random.Random(chunk)
+    texts = [text for text in (strange_text(rng, 60) for _ in range(40)) if text.strip()]
+    items = [strange_text(rng, 40) for _ in range(20)] + [texts[0] + texts[1], texts[2], '', '!']
+    data = explore.open_data('d', str(prepared(tmp_path, texts, tokenizer=kind)))
+    chunks = shards.Tokens.chunks
+    train = [data.enc.decode(part)
+             for part in plain_documents(data.splits['train'].read(
+                 0, len(data.splits['train'])).tolist(), data.eot)]
+    monkeypatch.setattr(shards.Tokens, 'chunks', lambda self, size: chunks(self, chunk))
+    grams = {n: overlap.ngrams_of(items, n) for n in (2, 3, 5)}
+    known = {n: overlap.distinct(hashes) for n, (hashes, _) in grams.items()}
+    found = overlap.look_up(explore.pieces(data, explore.progress([], '')), known)
+    for n, (hashes, of) in grams.items():
+        there = {gram for text in train for gram in plain_ngrams(text, n)}
+        plain = [(gram, i) for i, text in enumerate(items) for gram in plain_ngrams(text, n)]
+        assert of.tolist() == [i for _, i in plain]
+        assert len(known[n]) == len({gram for gram, _ in plain})
+        hits = found[n][np.searchsorted(known[n], hashes)]
+        assert hits.tolist() == [gram in there for gram, _ in plain] and 0 < hits.sum() < len(hits)
+
+
+def test_the_longest_runs_and_none_twice():
+    texts = ['a b c d e f g', 'x b c d e y', 'p q r s', 'a b z']
+    grams, of = overlap.ngrams_of(texts, 2)
+    there = {('b', 'c'), ('c', 'd'), ('d', 'e'), ('q', 'r'), ('a', 'b')}
+    hits = np.array([gram in there for text in texts for gram in plain_ngrams(text, 2)])
+    assert overlap.longest(hits, grams, of, 3) == [(0, 0, 4), (2, 1, 1)]
+    assert overlap.longest(hits[:0], grams[:0], of[:0], 3) == []
+
+
+def words(rng, count):
+    return [''.join(rng.choices('abcdefghij', k=9)) for _ in range(count)]
+
+
+def contamination(folder, capsys, *sets, name='d'):
+    printed = explored(capsys, name, f'--data_dir={folder}', f"--contamination={','.join(sets)}")
+    return printed, json.loads((folder / name / 'contamination.json').read_text())['sets']
+
+
+def test_planted_overlaps_have_their_exact_share(tmp_path, capsys):
+    """Of 40 words the first 20 are copied: 13 of 33 8-grams, 8 of 28 13-grams."""
+    rng = random.Random(3)
+    copied, own = words(rng, 20), words(rng, 20)
+    (tmp_path / 'l.jsonl').write_text('\n'.join(json.dumps({'text': ' '.join(text)}) for text in (
+        [*copied, *own], words(rng, 40), words(rng, 10), words(rng, 7))))
+    texts = [f"{' '.join(words(rng, 30))} {'; '.join(copied).upper()}! {' '.join(words(rng, 30))}",
+             *(' '.join(words(rng, 30)) for _ in range(20))]
+    threshold = [prepare.document_hash(text, 1337) for text in texts]
+    assert threshold[0] > min(threshold)                            # the first goes to train
+    prepared(tmp_path, texts, val_fraction=min(threshold) * 1.0001)
+    printed, sets = contamination(tmp_path, capsys, f'lambada={tmp_path}/l.jsonl')
+    got = sets['lambada']
+    assert got['items'] == 4 and got['ngrams'] == {
+        '8': {'items': 3, 'distinct': 33 + 33 + 3, 'found': 13, 'touched': 1, 'half': 0},
+        '13': {'items': 2, 'distinct': 28 + 28, 'found': 8, 'touched': 1, 'half': 0}}
+    assert got['longest'] == [{'item': 0, 'words': 20, 'text': ' '.join(copied)}]
+    assert got['sha256'] == hashlib.sha256((tmp_path / 'l.jsonl').read_bytes()).hexdigest()
+    assert not got['official'] and 'lambada, item 1, 20 words: ' + copied[0] in printed
+    assert re.search(rf'lambada +4 +8 +3 +69 +{13 / 69:.3%} +{1 / 3:.2%} +0.00%', printed)
+
+
+def test_every_set_is_read_with_its_right_answer(tmp_path, capsys):
+    """A text against itself is found whole, one that has nothing to do with it not at all."""
+    rng = random.Random(4)
+    ctx, right, wrong = (' '.join(words(rng, 10)) for _ in range(3))
+    (tmp_path / 'h.jsonl').write_text(json.dumps(
+        {'ctx': ctx, 'label': 1, 'endings': [wrong, right, wrong, wrong]}))
+    (tmp_path / 'cbt').mkdir()
+    asked = question(query="-LRB- Then -RRB- they did n't like the XXXXX of the old king .",
+                     answer='dog')
+    (tmp_path / 'cbt/cbtest_CN_valid_2000ex.txt').write_text(asked)
+    (tmp_path / 'cbt/cbtest_NE_valid_2000ex.txt').write_text(question(7))
+    (tmp_path / 'w.txt').write_text(' = One = \n ' + ' '.join(words(rng, 30)) + ' \n = Two = \n '
+                                    + ' '.join(words(rng, 30)) + ' \n')
+    there = [f'{ctx} {right}', ' '.join(f'sentence {i} of 0.' for i in range(1, 21))
+             + " (Then) they didn't like the dog of the old king.",
+             ' '.join(f'Sentence {i} of 7.' for i in range(1, 21)) + ' The dog 7 ran.',
+             (tmp_path / 'w.txt').read_text()]
+    sets = [f'hellaswag={tmp_path}/h.jsonl', f'cbt={tmp_path}/cbt', f'wikitext2={tmp_path}/w.txt']
+    other = [' '.join(words(rng, 99)) for _ in 'abc']
+    for name, texts, share in (('d', there, 1), ('e', other, 0)):
+        fillers = [' '.join(words(rng, 5)) for _ in range(300)]     # one of them is to validate
+        texts += [min(fillers, key=lambda text: prepare.document_hash(text, 1337))]
+        prepared(tmp_path, texts, name=name, val_fraction=1e-6)
+        got = contamination(tmp_path, capsys, *sets, name=name)[1]
+        assert {key: [part['items'] for part in facts['ngrams'].values()]
+                for key, facts in got.items()} == {
+                    'hellaswag': [1, 1], 'cbt': [2, 2], 'wikitext2': [2, 2]}
+        for facts in got.values():
+            for part in facts['ngrams'].values():
+                assert part['found'] == share * part['distinct'] > 0 or not share
+                assert part['touched'] == part['half'] == share * part['items']
+    only = contamination(tmp_path, capsys, f'cbt={tmp_path}/cbt/cbtest_NE_valid_2000ex.txt')[1]
+    assert only['cbt']['items'] == 1
+
+
+def test_real_text_against_itself_is_found_whole(real, tmp_path, capsys):
+    path = real('wikitext/wiki.valid.tokens')
+    prepared(tmp_path, [path.read_text(), 'x'], tokenizer='gpt2', val_fraction=1e-9)
+    data = explore.open_data('d', str(tmp_path))
+    if len(data.splits['train']) < 10:                              # the text went to val
+        data.splits['train'] = data.splits['val']
+    items = [path.read_text()]
+    grams = overlap.ngrams_of(items, 8)[0]
+    known = {8: overlap.distinct(grams)}
+    assert overlap.look_up(explore.pieces(data, explore.progress([], '')), known)[8].all()
+    assert len(known[8]) == len(set(plain_ngrams(items[0], 8)))
