@@ -9,20 +9,13 @@ Text becomes tokens in shards, ready for train.py. Killed, it goes on where it w
     python data/prepare.py --verify=pydocs                          # re-read everything and compare
 """
 
-import hashlib
 import json
 import lzma
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -34,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file 
 from configurator import run, settings
 from data import documents, sources
 from data.fetch import digest, lock
-from data.shards import DATA_DIR, ShardWriter, Tokens, read_manifest, read_shard
+from data.shards import DATA_DIR, ShardWriter, Tokens, leaked, read_manifest, read_shard
 from data.shards import verify as find_damage
-from tokenizer import build, encode, eot_id, fingerprint, gpt2, load, stored, to_json, token_bytes
+from data.tokens import cores, divide, tokenized, val_threshold
+from tokenizer import build, eot_id, fingerprint, gpt2, load, stored, to_json, token_bytes
 
 # -----------------------------------------------------------------------------
 dataset = 'pydocs'          # pydocs, shakespeare; fineweb-10B, fineweb-edu-10B (tokens, ready);
@@ -70,7 +64,6 @@ OUR_FILES = (r'manifest\.json|tokenizer\.json|(\w+_)?(train|val)_\d{6}\.bin|'
 XZ_BYTES = 2 ** 24          # validation text is compressed for comparison up to this size
 BPE_BYTES = 2 ** 28         # so many characters at the head of the training text train a tokenizer
 MANY_BYTES = 2 ** 25        # a larger corpus is tokenized by one process a core
-IN_FLIGHT_BYTES = 2 ** 26   # of batches that wait for a process or for being written
 SAVE_SECONDS = 2            # between notes of how far it has come
 
 
@@ -239,7 +232,11 @@ def write_dataset(cfg, source, plan, folder):
         done = json.loads(progress.read_text(encoding='utf-8'))
     else:
         counts = {}
-        threshold = val_threshold(texts(counts), plan['settings'], counts)
+        threshold = val_threshold(texts(counts), plan['settings'])
+        if threshold is None:
+            raise ValueError(f'there is no text to prepare{describe(counts)}' + (
+                '; --max_document_mb allows longer ones, --separator parts a file'
+                if documents.TOO_LONG in counts else ''))
         done = {'after': (0, 0, 0), 'threshold': threshold, 'counts': {}, 'writers': {}, 'splits': {
             part: {'tokens': 0, 'documents': 0, 'bytes': 0} for part in ('train', 'val')}}
     rule = {**plan['settings'], 'threshold': done['threshold']}
@@ -248,8 +245,8 @@ def write_dataset(cfg, source, plan, folder):
         write_text(vocabulary, to_json(enc))
     enc = gpt2() if rule['tokenizer'] == 'gpt2' else load(vocabulary)
     size = sum(file.size for file in files)
-    workers = cfg.workers or (cores() if size > MANY_BYTES else 1)
-    results = tokenized(batches(done['after']), workers, vocabulary, options, rule)
+    processes = cfg.workers or (cores() if size > MANY_BYTES else 1)
+    results = tokenized(batches(done['after']), processes, vocabulary, options, rule)
     write_splits(results, rule['shard_tokens'], eot_id(enc), done, folder, len(files))
     facts = done['splits']
     if facts['val']['bytes'] <= XZ_BYTES:
@@ -318,128 +315,10 @@ def write_manifest(folder, plan, enc, splits, counts):
 def xz_size(folder, enc):
     """The bytes that `xz -9e` makes of the validation text."""
     tokens, eot = Tokens(folder.name, 'val', enc.n_vocab, folder.parent), eot_id(enc)
-    ids = tokens.read(0, len(tokens))
-    text = enc.decode_bytes((ids if eot is None else ids[ids != eot]).tolist())
-    return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
-
-
-# Tokenizing: processes get batches of bytes and give back bytes of uint16, in the same order.
-
-SHARED = {}                 # what a process needs for every batch, see begin()
-
-
-def tokenized(batches, workers, *setup):
-    """(after, {split: (ids, tokens, documents, bytes)}, counts) of every batch, in order."""
-    if workers == 1:
-        begin(*setup)
-        yield from map(tokenize, batches)
-        return
-    waiting, in_flight = deque(), 0
-    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), begin_process,
-                             setup) as pool:
-        try:
-            for batch in batches:
-                while waiting and (len(waiting) > 3 * workers or
-                                   in_flight + len(batch.raw) > IN_FLIGHT_BYTES):
-                    size, future = waiting.popleft()
-                    yield result_of(future)
-                    in_flight -= size
-                waiting.append((len(batch.raw), pool.submit(tokenize, batch)))
-                in_flight += len(batch.raw)
-            while waiting:
-                yield result_of(waiting.popleft()[1])
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def result_of(future):
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        raise ChildProcessError('a process that tokenizes was killed (for want of memory?); '
-                                'give fewer --workers, or a smaller --max_document_mb') from None
-    except ValueError as error:                 # raised there, to be shown as one of ours
-        raise ValueError(str(error)) from None
-
-
-def begin_process(*setup):
-    """The first thing in a process of its own; it ends when its parent is gone, however it went."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    begin(*setup)
-
-
-def begin(vocabulary, options, rule):
-    SHARED.update(enc=load(vocabulary), options=options, rule=rule)
-
-
-def tokenize(batch):
-    enc, rule, counts = SHARED['enc'], SHARED['rule'], {}
-    eot = np.array([] if eot_id(enc) is None else [eot_id(enc)], np.uint16)
-    found = {'train': ([], []), 'val': ([], [])}
-    for text, raw in documents.texts(batch, SHARED['options'], counts):
-        for split, part, size in divide(text, raw, rule):
-            ids, sizes = found[split]
-            ids += [eot, encode(enc, part)]
-            sizes.append(size)
-    made = {}
-    for split, (ids, sizes) in found.items():
-        ids = np.concatenate([eot[:0], *ids])
-        made[split] = (ids.tobytes(), len(ids), len(sizes), sum(sizes))
-    return batch.after, made, counts
-
-
-def cores():
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
-# Which documents are validation: those whose hash is small, so that adding documents moves none,
-# and a text that comes twice is on one side only.
-
-def document_hash(raw, seed):
-    """A number from 0 to 1 that depends on (seed, text as UTF-8) alone."""
-    drawn = hashlib.blake2b(f'{seed}:'.encode(), digest_size=8)
-    drawn.update(raw)
-    return int.from_bytes(drawn.digest()) / 2 ** 64
-
-
-def val_threshold(texts, rule, counts):
-    """Documents with a hash below it are validation: val_fraction,
-    unless one side would be empty then.
-
-    0 for a corpus of one (distinct) document, which is split by position. Reads until a document
-    of each side was seen. Raises ValueError for a corpus without text.
-    """
-    lowest, fraction = [], rule['val_fraction']     # the two lowest hashes, and the highest
-    highest = -1.0
-    for _, raw in texts:
-        drawn = document_hash(raw, rule['seed'])
-        lowest, highest = sorted({*lowest, drawn})[:2], max(highest, drawn)
-        if lowest[0] < fraction <= highest:
-            return fraction
-    if not lowest:
-        raise ValueError('there is no text to prepare' + describe(counts) +
-                         ('; --max_document_mb allows longer ones, --separator parts a file'
-                          if documents.TOO_LONG in counts else ''))
-    return 0.0 if len(lowest) == 1 else highest if highest < fraction else lowest[1]
-
-
-def divide(text, raw, rule):
-    """[(split, text, its bytes)] of one document, given also as UTF-8."""
-    if rule['threshold'] == 0.0:
-        cut = int(len(text) * (1 - rule['val_fraction']))
-        parts = ('train', text[:cut]), ('val', text[cut:])
-        return [(split, part, len(part.encode())) for split, part in parts]
-    below = document_hash(raw, rule['seed']) < rule['threshold']
-    return [('val' if below else 'train', text, len(raw))]
-
-
-def describe(counts):
-    """': 2 empty (the first: a.txt), …'"""
-    words = (f'{count:,} {what} (the first: {where})' for what, (count, where) in counts.items())
-    return ': ' + ', '.join(words) if counts else ''
+    xz, size = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME), 0
+    for ids in tokens.chunks(2 ** 16):
+        size += len(xz.compress(enc.decode_bytes(ids[ids != eot].tolist())))
+    return size + len(xz.flush())
 
 
 # Shards that others made of GPT-2's tokens.
@@ -481,6 +360,12 @@ def take_shards(cfg, source, plan, folder):
     write_manifest(folder, plan, enc, splits, {})
 
 
+def describe(counts):
+    """': 2 empty (the first: a.txt), …'"""
+    words = (f'{count:,} {what} (the first: {where})' for what, (count, where) in counts.items())
+    return ': ' + ', '.join(words) if counts else ''
+
+
 def print_summary(folder, manifest):
     train, val = manifest['splits']['train'], manifest['splits']['val']
     vocab = manifest['tokenizer']
@@ -497,16 +382,20 @@ def report(name, data_dir):
     folder = Path(data_dir or DATA_DIR) / name
     if not folder.is_dir():
         raise ValueError(f'verify: there is no data set in {folder}')
-    wrong = find_damage(name, data_dir)
-    made_with = read_manifest(name, data_dir).get('tokenizer', {}).get('fingerprint')
+    wrong, manifest = find_damage(name, data_dir), read_manifest(name, data_dir)
+    made_with = manifest.get('tokenizer', {}).get('fingerprint')
     if made_with and fingerprint(load(folder / 'tokenizer.json')) != made_with:
         wrong.append(f'{folder}/tokenizer.json is not the one that made the tokens')
+    both = 0 if wrong else leaked(name, data_dir)
+    words = f'{both:,} documents of train stand in val too'
+    if both and 'shards' not in manifest['settings']:
+        wrong.append(f'{folder}: {words}')
     if wrong:
         raise ValueError('\n'.join([f'{name} is damaged:', *wrong]))
-    splits = read_manifest(name, data_dir)['splits']
     print(f'{name} is whole:',
           ', '.join(f"{split} {facts['tokens']:,} tokens in {len(facts['shards'])} shards"
-                    for split, facts in splits.items()))
+                    for split, facts in manifest['splits'].items()),
+          f'(as it was published, {words})' if both else '')
 
 
 if __name__ == '__main__':

@@ -244,3 +244,21 @@ def verify(name, data_dir=''):
             wrong.append(f"{folder}: {began:,} documents begin in {split}, "
                          f"the manifest has {facts['documents']:,}")
     return wrong
+
+
+def leaked(name, data_dir=''):
+    """How many documents of train stand in val as well, token for token."""
+    vocab, seen, both = read_manifest(name, data_dir)['tokenizer'], set(), 0
+    if vocab['eot_id'] is None:
+        return 0
+    for split in ('val', 'train'):
+        tokens, digest = Tokens(name, split, vocab['vocab_size'], data_dir), None
+        for ids, ends in documents(tokens, vocab['eot_id']):
+            digest = digest or hashlib.blake2b(digest_size=16)
+            digest.update(ids)
+            if ends and split == 'val':
+                seen.add(digest.digest())
+            elif ends:
+                both += digest.digest() in seen
+            digest = None if ends else digest
+    return both

@@ -16,6 +16,7 @@ from test_benchmarks import question
 import tokenizer
 from configurator import configure
 from data import explore, overlap, prepare, shards
+from data.tokens import document_hash
 
 STRANGE = ['It’s', '“naïve”', 'co-op', 'snake_case', "don't", 'ÉCOLE', '３', '42', 'Straße', 'ΣΑΣ',
            '北京', 'a', 'b', 'the', 'x²', '—', 'İstanbul', '…', 'n', 't', '_', '‘tis', 'e\u0301']
@@ -331,7 +332,7 @@ def test_planted_overlaps_have_their_exact_share(tmp_path, capsys):
         [*copied, *own], words(rng, 40), words(rng, 10), words(rng, 7))))
     texts = [f"{' '.join(words(rng, 30))} {'; '.join(copied).upper()}! {' '.join(words(rng, 30))}",
              *(' '.join(words(rng, 30)) for _ in range(20))]
-    threshold = [prepare.document_hash(text, 1337) for text in texts]
+    threshold = [document_hash(text.encode(), 1337) for text in texts]
     assert threshold[0] > min(threshold)                            # the first goes to train
     prepared(tmp_path, texts, val_fraction=min(threshold) * 1.0001)
     printed, sets = contamination(tmp_path, capsys, f'lambada={tmp_path}/l.jsonl')
@@ -366,7 +367,7 @@ def test_every_set_is_read_with_its_right_answer(tmp_path, capsys):
     other = [' '.join(words(rng, 99)) for _ in 'abc']
     for name, texts, share in (('d', there, 1), ('e', other, 0)):
         fillers = [' '.join(words(rng, 5)) for _ in range(300)]     # one of them is to validate
-        texts += [min(fillers, key=lambda text: prepare.document_hash(text, 1337))]
+        texts += [min(fillers, key=lambda text: document_hash(text.encode(), 1337))]
         prepared(tmp_path, texts, name=name, val_fraction=1e-6)
         got = contamination(tmp_path, capsys, *sets, name=name)[1]
         assert {key: [part['items'] for part in facts['ngrams'].values()]

@@ -14,7 +14,8 @@ GROUND = {'model': set(), 'configurator': set(), 'tokenizer': set(), 'distribute
 MIDDLE = {'checkpoints': {'model', 'tokenizer', 'distributed'}, 'data.shards': set(),
           'likelihood': {'distributed'}, 'results': set(), 'data.benchmarks': {'data.fetch'},
           'data.documents': set(), 'data.sources': {'data.documents', 'data.fetch'},
-          'data.batches': {'tokenizer', 'data.shards'}, 'data.overlap': set()}
+          'data.batches': {'tokenizer', 'data.shards'}, 'data.overlap': set(),
+          'data.tokens': {'tokenizer', 'data.documents'}}
 SCRIPTS = {name: {*GROUND, *MIDDLE} for name in ('train', 'sample', 'plot', 'hellaswag', 'eval_cbt',
                                                  'eval_lm', 'data.prepare', 'data.explore')}
 SCRIPTS['train'] = {*SCRIPTS['train'], 'hellaswag'}     # the one door: the live curve, see below

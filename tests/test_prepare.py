@@ -13,12 +13,13 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT, script
 
 import tokenizer
-from data import documents, fetch, prepare, sources
-from data.shards import Tokens, verify
+from data import documents, fetch, prepare, sources, tokens
+from data.shards import ShardWriter, Tokens, leaked, verify
 
 TEXTS = [f'Document {i}: {"word " * (i % 7 + 1)}é 世界\n' for i in range(60)]
 
@@ -155,12 +156,12 @@ def test_a_tokenizer_is_not_trained_on_validation_text(tmp_path):
     texts = TEXTS
     run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', texts), val_fraction=0.3)
     val = set(decoded(tmp_path)['val'])
-    threshold = prepare.val_threshold(
-        ((text, text.encode()) for text in texts), {'seed': 1337, 'val_fraction': 0.3}, {})
+    threshold = tokens.val_threshold(
+        ((text, text.encode()) for text in texts), {'seed': 1337, 'val_fraction': 0.3})
     marked = []
     for i in range(4000):
         text = f'zqzqzq {i} zqzqzq'
-        if prepare.document_hash(text.encode(), 1337) < threshold:
+        if tokens.document_hash(text.encode(), 1337) < threshold:
             marked.append(text)
     run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', texts + marked), val_fraction=0.3,
         tokenizer='bpe:400')
@@ -168,46 +169,175 @@ def test_a_tokenizer_is_not_trained_on_validation_text(tmp_path):
     assert val and marked and not any(b'zq' in token for token in tokenizer.token_bytes(enc))
 
 
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+LONG = [f'{i} ' + 'lorem ipsum dolor ' * 50 for i in range(3000)]
+
+
 @pytest.mark.parametrize('delay', [0.15, *(pytest.param(delay, marks=pytest.mark.slow)
-                                           for delay in (0.0, 0.4))])
+                                           for delay in (0.0, 0.4, 0.8))])
 def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, delay):
-    source = write_jsonl(tmp_path / 'a.jsonl',
-                         [f'{i} ' + 'lorem ipsum dolor ' * 50 for i in range(3000)])
+    """With two processes, one, and two again; those of the killed one end as well."""
+    source = write_jsonl(tmp_path / 'a.jsonl', LONG)
+    code = ('import sys; from data import prepare; prepare.SAVE_SECONDS = 0; '
+            'from configurator import configure; '
+            'prepare.main(configure(prepare.Config, sys.argv[1:], None, "input"))')
     flags = [f'--data_dir={tmp_path}/x', '--name=d', '--tokenizer=bytes', '--shard_tokens=100000',
              source]
-    running = subprocess.Popen([sys.executable, 'data/prepare.py', *map(str, flags)], cwd=ROOT)
-    deadline = time.time() + 60
-    while (not list((tmp_path / 'x').glob('.d.partial/*.bin'))
-           and time.time() < deadline and running.poll() is None):
-        time.sleep(0.01)
-    time.sleep(delay)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    if not (tmp_path / 'x/d').exists():
-        with pytest.raises(ValueError, match='not prepared'):  # what is half written is no data set
-            Tokens('d', 'train', 257, tmp_path / 'x')
-    script('data/prepare.py', *flags)
+    for workers in (2, 1):
+        running = subprocess.Popen([sys.executable, '-c', code, *map(str, flags),
+                                    f'--workers={workers}'], cwd=ROOT)
+        deadline = time.time() + 60
+        while (not list((tmp_path / 'x').glob('.d.partial/*.bin'))
+               and time.time() < deadline and running.poll() is None):
+            time.sleep(0.01)
+        time.sleep(delay / workers)
+        processes = subprocess.run(['pgrep', '-P', str(running.pid)], capture_output=True,
+                                   text=True).stdout.split()
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+        if not (tmp_path / 'x/d').exists():
+            with pytest.raises(ValueError, match='not prepared'):   # what is half written is none
+                Tokens('d', 'train', 257, tmp_path / 'x')
+    done = script('-c', code, *flags, '--workers=2')
+    assert 'going on with' in done.stdout or 'is there already' in done.stdout
     script('data/prepare.py', f'--data_dir={tmp_path}/y', *flags[1:])
-    files = {path.name: path.read_bytes() for path in (tmp_path / 'y/d').iterdir()}
-    again = {path.name: path.read_bytes() for path in (tmp_path / 'x/d').iterdir()}
-    assert again == files and len(files) > 20
-    assert not list((tmp_path / 'x').glob('.d*'))
+    assert files_in(tmp_path / 'x/d') == files_in(tmp_path / 'y/d')
+    assert len(files_in(tmp_path / 'x/d')) > 20 and not list((tmp_path / 'x').glob('.d*'))
+    assert not any(is_running(pid) for pid in processes)
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path):
+def is_running(pid):
+    try:
+        return open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'jsonl.gz', 'parquet', 'folder'])
+def test_stopped_at_any_point_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, kind):
+    """It is made to fail at every write in turn, with every note of its progress kept."""
+    monkeypatch.setattr(documents, 'BATCH_BYTES', 600)
+    monkeypatch.setattr(prepare, 'SAVE_SECONDS', -1)
+    source = tmp_path / f'a.{kind}'
+    if kind == 'folder':
+        source.mkdir()
+        for i, text in enumerate(TEXTS):
+            (source / f'{i:03d}.txt').write_text(text)
+    elif kind == 'parquet':
+        write_parquet(source)
+    else:
+        write_jsonl(source, opener=gzip.open if kind.endswith('gz') else open)
+    options = {'shard_tokens': 333, 'val_fraction': 0.3}
+    run(tmp_path, source, name='whole', **options)
+    write, calls, stops = prepare.ShardWriter.write, [], []
+
+    def fails(writer, ids):
+        calls.append(0)
+        if len(calls) > 2:              # two writes succeed; the third is half done
+            write(writer, ids[:len(ids) // 2])
+            raise RuntimeError
+        write(writer, ids)
+
+    monkeypatch.setattr(prepare.ShardWriter, 'write', fails)
+    while not (tmp_path / 'd').exists():
+        calls.clear()
+        try:
+            run(tmp_path, source, **options)
+        except RuntimeError:
+            stops.append(1)
+    whole, again = files_in(tmp_path / 'whole'), files_in(tmp_path / 'd')
+    again['manifest.json'] = again['manifest.json'].replace(b'"name": "d"', b'"name": "whole"')
+    assert again == whole and len(stops) > 3 and len(whole) >= 10
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path):
+    source = write_jsonl(tmp_path / 'a.jsonl', LONG + ['', 'nul \0'])
+    for workers in (1, 3):
+        script('data/prepare.py', f'--data_dir={tmp_path}/{workers}', '--name=d', source,
+               '--tokenizer=bpe:300', f'--workers={workers}')
+    assert files_in(tmp_path / '1/d') == files_in(tmp_path / '3/d')
+    source.write_text(source.read_text() + '{"text": 3}')
+    done = script('data/prepare.py', f'--data_dir={tmp_path}', source, '--tokenizer=bytes',
+                  '--workers=2', check=False)
+    assert done.returncode == 2 and 'a.jsonl:3003: text is int' in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_strict_stops_and_a_more_lenient_command_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(documents, 'BATCH_BYTES', 600)
+    monkeypatch.setattr(prepare, 'SAVE_SECONDS', -1)
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    lines = source.read_bytes().splitlines(keepends=True)
+    source.write_bytes(b''.join([*lines[:40], b'{"text": "caf\xe9"}\n', *lines[40:]]))
+    with pytest.raises(ValueError, match='a.jsonl:41: byte 0xe9 .*--errors=skip'):
+        run(tmp_path, source)
+    manifest = run(tmp_path, source, errors='skip')
+    words = capsys.readouterr().out
+    assert 'going on with' in words and '1 not UTF-8 (the first: ' in words
+    assert manifest['left_out'] == {'not UTF-8': [1, f'{source}:41']}
+    found = decoded(tmp_path)
+    assert sorted(found['train'] + found['val']) == sorted(TEXTS)
+    assert run(tmp_path, source, errors='skip', name='e')['splits'] == manifest['splits']
+
+
+def test_one_name_is_prepared_by_one_process(tmp_path):
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    with prepare.locked(tmp_path / '.locks/d', 'd'):
+        with pytest.raises(ValueError, match='prepared by another process'):
+            run(tmp_path, source)
+    run(tmp_path, source)
+
+
+def test_a_full_disk_leaves_what_was_there_and_what_was_done(tmp_path):
     """A limit on file sizes stands in for the disk: writing fails in the middle of a shard."""
     source = write_jsonl(tmp_path / 'a.jsonl', ['x' * 1000] * 20 + ['y' * 1000])
     run(tmp_path, source, val_fraction=0.5)
     before = (tmp_path / 'd/train_000000.bin').read_bytes()
-    write_jsonl(source, ['x' * 9000] * 200 + ['y' * 9000])
+    write_jsonl(source, [f'{i} {"x" * 9000}' for i in range(200)])
     limits = (1_000_000, 1_000_000)
-    done = script('data/prepare.py', f'--data_dir={tmp_path}', '--name=d', '--tokenizer=bytes',
-                  source, check=False,
+    flags = [f'--data_dir={tmp_path}', '--name=d', '--tokenizer=bytes', source]
+    done = script('data/prepare.py', *flags, check=False,
                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
-    assert (done.returncode == 2 and 'nothing was changed' in done.stderr
+    assert (done.returncode == 2 and 'the same command goes on' in done.stderr
             and 'Traceback' not in done.stderr)
-    assert ((tmp_path / 'd/train_000000.bin').read_bytes() == before
-            and not (tmp_path / '.d.partial').exists())
+    assert (tmp_path / 'd/train_000000.bin').read_bytes() == before
+    assert 'going on with' in script('data/prepare.py', *flags).stdout
+    script('data/prepare.py', f'--data_dir={tmp_path}/y', *flags[1:])
+    assert files_in(tmp_path / 'd') == files_in(tmp_path / 'y/d')
+
+
+def test_twins_are_on_one_side_and_verify_finds_those_that_are_not(tmp_path):
+    source = write_jsonl(tmp_path / 'a.jsonl', TEXTS * 3)
+    manifest = run(tmp_path, source, val_fraction=0.3)
+    found = decoded(tmp_path)
+    assert not set(found['train']) & set(found['val']) and leaked('d', tmp_path) == 0
+    enc = tokenizer.load(tmp_path / 'd/tokenizer.json')
+    writer = ShardWriter(tmp_path / 'd', 'train', 10 ** 9, eot=256)
+    writer.write(np.concatenate([np.append(256, tokenizer.encode(enc, text)).astype(np.uint16)
+                                 for text in [*found['train'], found['val'][0]]]))
+    writer.close()
+    facts = manifest['splits']['train']
+    facts |= {'documents': facts['documents'] + 1, 'shards': writer.shards}
+    (tmp_path / 'd/manifest.json').write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match='1 documents of train stand in val too'):
+        prepare.report('d', tmp_path)
+
+
+def test_a_separator_parts_a_file(tmp_path):
+    (tmp_path / 'a.txt').write_text('<|endoftext|>\n'.join(TEXTS))
+    run(tmp_path, tmp_path / 'a.txt', separator='<|endoftext|>')
+    found = decoded(tmp_path)
+    assert sorted(found['train'] + found['val']) == sorted(text.strip('\n') for text in TEXTS)
+
+
+def test_a_document_over_the_limit_is_named(tmp_path, capsys):
+    (tmp_path / 'a.txt').write_text('x' * 2000)
+    with pytest.raises(ValueError, match='no text to prepare: 1 over max_document_mb .the first: '
+                                         '.*a.txt.*--max_document_mb allows longer ones'):
+        run(tmp_path, tmp_path / 'a.txt', max_document_mb=0.001)
 
 
 @pytest.mark.parametrize('name, content, words', [
@@ -306,22 +436,42 @@ def test_a_bad_download_leaves_no_file(tmp_path, server, monkeypatch, path, sha2
     assert not (tmp_path / 'file.txt').exists()
 
 
+def peak_of(*flags):
+    """Highest memory in MB of the process that prepares (VmHWM: ru_maxrss is inherited)."""
+    code = ('import sys; from data import prepare; from configurator import configure; '
+            'prepare.main(configure(prepare.Config, sys.argv[1:], None, "input")); '
+            'print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])')
+    return int(script('-c', code, *flags).stdout.splitlines()[-1]) // 1024
+
+
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Peak memory of preparing 5 and 50 MB of documents of the same size
-    differs by less than 10 MB."""
+@pytest.mark.parametrize('workers', [1, 2])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, workers):
+    """Peak memory of preparing 5 and 50 MB of documents of the same size; few of them validate,
+    because xz needs ten times the text that it compresses (at most 16 MB)."""
     peaks = []
     for n in (500, 5000):
         texts = (f'{i} ' + 'lorem ipsum dolor ' * 600 for i in range(n))
         source = write_jsonl(tmp_path / f'{n}.jsonl', texts)
-        done = script('-c', 'import resource, runpy, sys\nsys.argv = sys.argv[1:]\n'
-                      'import os; exit = os._exit\n'
-                      'os._exit = lambda status: ('
-                      'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss), exit(status))\n'
-                      'runpy.run_path(sys.argv[0], run_name="__main__")', ROOT / 'data/prepare.py',
-                      f'--data_dir={tmp_path}', '--tokenizer=bytes', source)
-        peaks.append(int(done.stdout.splitlines()[-1]))
-    assert peaks[1] - peaks[0] < 10_000, peaks
+        peaks.append(peak_of(f'--data_dir={tmp_path}', '--tokenizer=bytes', source,
+                             f'--workers={workers}', '--val_fraction=0.004'))
+    assert peaks[1] - peaks[0] < 15, peaks
+
+
+@pytest.mark.slow
+def test_a_line_of_any_length_costs_no_memory(tmp_path):
+    """A gigabyte in one line of JSON, among others, with a limit of a megabyte."""
+    path = tmp_path / 'a.jsonl'
+    with open(path, 'wb') as file:
+        file.write(b'{"text": "first"}\n{"text": "')
+        for _ in range(1000):
+            file.write(b'x' * 1_000_000)
+        file.write(b'"}\n' + b'{"text": "last"}\n' * 2)
+    assert peak_of(f'--data_dir={tmp_path}', '--tokenizer=bytes', '--max_document_mb=1',
+                   path) < 160
+    left_out = json.loads((tmp_path / 'a/manifest.json').read_text())['left_out']
+    assert left_out == {documents.TOO_LONG: [1, f'{path}:2']}
+    path.unlink()
 
 
 def test_verify_from_the_command_line(stories):
