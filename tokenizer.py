@@ -133,6 +133,21 @@ def encode(enc, text):
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
+def encode_documents(enc, texts):
+    """Ids of all texts, one after another, each behind <|endoftext|> where `enc` has one.
+
+    In one call, a tenth faster, unless a text holds these letters itself or is very long.
+    """
+    eot = eot_id(enc)
+    if eot is not None and max(map(len, texts), default=0) <= PIECE:
+        joined = ''.join(EOT + text for text in texts)
+        if joined.count(EOT) == len(texts):
+            return enc.encode_to_numpy(joined, allowed_special={EOT}).astype(np.uint16)
+    mark = np.array([] if eot is None else [eot], np.uint16)
+    return np.concatenate([mark[:0], *(part for text in texts
+                                       for part in (mark, encode(enc, text)))])
+
+
 def is_chars(enc):
     return enc._pat_str == CHARS_PATTERN
 

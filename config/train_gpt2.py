@@ -1,4 +1,4 @@
-# hf download kjj0/finewebedu10B-gpt2 --repo-type=dataset --local-dir=data/fineweb-edu-10B
+# python data/prepare.py --dataset=fineweb-edu-10B
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 #
 # GPT-2 124M on 10B tokens of FineWeb-Edu: 19,073 updates of 524,288 tokens. The same batch on any

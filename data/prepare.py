@@ -61,7 +61,7 @@ Config = settings(globals())
 COLLECT = 'input'           # takes the arguments without a flag
 OUR_FILES = (r'manifest\.json|tokenizer\.json|(\w+_)?(train|val)_\d{6}\.bin|'
              r'lengths\.png|contamination\.json')            # the last two are explore.py's
-XZ_BYTES = 2 ** 24          # validation text is compressed for comparison up to this size
+XZ_BYTES = 2 ** 21          # validation text is compressed for comparison up to this size
 BPE_BYTES = 2 ** 28         # so many characters at the head of the training text train a tokenizer
 MANY_BYTES = 2 ** 25        # a larger corpus is tokenized by one process a core
 SAVE_SECONDS = 2            # between notes of how far it has come
@@ -142,14 +142,22 @@ def is_made(folder, plan, cfg):
         raise ValueError(f"{folder} is there and was not made by this program"
                          f"{f' (it holds {foreign[0]})' if foreign else ''}; give another --name")
     made = read_manifest(plan['name'], cfg.data_dir)
-    more = made['settings'].get('shards', 0) >= plan['settings'].get('shards', 0)
-    wanted = {**plan['settings'], **({'shards': made['settings'].get('shards')} if more and
-                                     'shards' in plan['settings'] else {})}
-    if made['source'] != plan['source'] or made['settings'] != wanted:
+    wanted = {**plan, 'settings': dict(plan['settings'])}
+    if 0 < plan['settings'].get('shards', 0) < made['settings'].get('shards', 0):
+        wanted['settings']['shards'] = made['settings']['shards']   # it has even more of them
+    if not same(made, wanted):
         return False
     print(f"{folder} is there already, made from this text with these settings; "
           f"--verify={plan['name']} re-reads it")
     return True
+
+
+def same(a, b):
+    """Whether two plans give the same data set. The hub's revision may differ: what counts are the
+    files of it that are read."""
+    a, b = ({'settings': plan['settings'], 'source': {**plan['source'], 'revision': ''}}
+            for plan in (a, b))
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
 
 def begun(partial, plan):
@@ -162,7 +170,7 @@ def begun(partial, plan):
         before = json.loads(file.read_text(encoding='utf-8'))
         if before['settings'].get('errors') == 'strict':
             before['settings']['errors'] = plan['settings']['errors']
-    if before == json.loads(json.dumps(plan)):
+    if before and same(before, plan):
         print(f'going on with what was begun in {partial}')
     else:
         shutil.rmtree(partial, ignore_errors=True)
@@ -345,7 +353,7 @@ def take_shards(cfg, source, plan, folder):
         path = folder / file.name
         if not path.exists() and (earlier / file.name).exists():
             os.link(earlier / file.name, path)
-        if path.exists() and file.sha256 and digest(path) != file.sha256:
+        if path.exists() and digest(path) != file.hash:
             path.unlink()
         if not path.exists():
             os.replace(sources.download(file, folder / 'downloads'), path)

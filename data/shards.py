@@ -124,6 +124,8 @@ def prepare_command(name):
     """The command that makes data set `name`, for error messages."""
     flags = {'pydocs': '', 'shakespeare': ' --dataset=shakespeare',
              'shakespeare_char': ' --dataset=shakespeare --tokenizer=chars'}
+    if name.startswith(('fineweb', 'openwebtext', 'tinystories', 'wikitext-103')):
+        flags[name] = f' --dataset={name}'
     return 'python data/prepare.py' + flags.get(name, f' --name={name} FILES_OR_FOLDERS')
 
 

@@ -14,10 +14,8 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-import numpy as np
-
 from data import documents
-from tokenizer import encode, eot_id, load
+from tokenizer import encode_documents, load
 
 IN_FLIGHT_BYTES = 2 ** 26   # of batches that wait for a process or for being written
 SHARED = {}                 # what a process needs for every batch, see begin()
@@ -70,17 +68,15 @@ def begin(vocabulary, options, rule):
 
 
 def tokenize(batch):
-    enc, rule, counts = SHARED['enc'], SHARED['rule'], {}
-    eot = np.array([] if eot_id(enc) is None else [eot_id(enc)], np.uint16)
-    found = {'train': ([], []), 'val': ([], [])}
+    rule, found, counts = SHARED['rule'], {'train': ([], []), 'val': ([], [])}, {}
     for text, raw in documents.texts(batch, SHARED['options'], counts):
         for split, part, size in divide(text, raw, rule):
-            ids, sizes = found[split]
-            ids += [eot, encode(enc, part)]
+            texts, sizes = found[split]
+            texts.append(part)
             sizes.append(size)
     made = {}
-    for split, (ids, sizes) in found.items():
-        ids = np.concatenate([eot[:0], *ids])
+    for split, (texts, sizes) in found.items():
+        ids = encode_documents(SHARED['enc'], texts)
         made[split] = (ids.tobytes(), len(ids), len(sizes), sum(sizes))
     return batch.after, made, counts
 

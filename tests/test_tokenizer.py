@@ -133,3 +133,30 @@ def test_the_older_pair_of_files_is_the_same_tokenizer(tmp_path):
     (tmp_path / 'merges.txt').unlink()
     with pytest.raises(ValueError, match='cannot be used as a tokenizer'):
         tokenizer.load_pair(tmp_path / 'vocab.json', tmp_path / 'merges.txt')
+
+
+PARTS = ['a', 'ab', 'the', ' ', '  ', '\n', '\r\n', '\t', '\u3000', '\x85', "'s", "'", '12', '世界',
+         'é', '.', '!?', '\x1c', '\0', '<|endoftext|>', '<|', '🙂']
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'bpe:300', 'bytes'])
+def test_pieces_and_documents_at_once_give_what_one_text_at_a_time_gives(name, real, monkeypatch):
+    """Against tiktoken's own encode_ordinary, text by text and whole."""
+    if name == 'gpt2':
+        real('tiktoken_cache')
+    enc, rng = tokenizer.build(name, lambda: ['the ab 12 ab the ab ' * 9]), random.Random(3)
+    texts = [''.join(rng.choices(PARTS, k=rng.randrange(60))) for _ in range(300)]
+    expected = [enc.encode_ordinary(text) for text in texts]
+    for piece in (1, 3, 10, 2 ** 18):
+        monkeypatch.setattr(tokenizer, 'PIECE', piece)
+        assert [tokenizer.encode(enc, text).tolist() for text in texts] == expected
+        for some in ([], texts, [text for text in texts if '<|e' not in text]):
+            ids = tokenizer.encode_documents(enc, some).tolist()
+            assert ids == [id for text in some
+                           for id in [tokenizer.eot_id(enc), *enc.encode_ordinary(text)]]
+
+
+def test_white_space_without_end_is_encoded():
+    """tiktoken 0.14 alone gives up on this ('Max stack size exceeded for backtracking')."""
+    enc, text = tokenizer.build('bytes', list), 'a' + ' ' * 1_500_000 + 'b\t' + '\n' * 1_500_000
+    assert enc.decode(tokenizer.encode(enc, text).tolist()) == text
