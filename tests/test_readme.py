@@ -20,8 +20,8 @@ COMMANDS = [line.partition('  #')[0].strip()
             for block in BLOCKS for line in block.splitlines() if line.strip()]
 HEADERS = [line[2:].partition('   #')[0] for path in sorted(ROOT.glob('config/*.py'))
            for line in path.read_text().splitlines() if re.match(r'# (python|torchrun) ', line)]
-NEEDS_A_HUB = ('--dataset=shakespeare', 'gpt2', 'shakespeare_char', 'finetune',
-               '--compare')                             # or GPUs, or results
+NEEDS_A_HUB = ('--dataset=shakespeare', 'gpt2', 'shakespeare_char', 'finetune', 'fineweb',
+               'openwebtext', 'hub:', '--contamination', '--compare')   # or GPUs, or results
 
 
 def script_and_arguments(command):
@@ -70,6 +70,10 @@ def test_the_commands_run_one_after_another(tmp_path):
     (tmp_path / 'book.txt').write_text(
         'Once there was a book, which was short and had no end.\n' * 200)
     (tmp_path / 'chats.jsonl').write_text('{"text": "Hello there, how are you today?"}\n' * 30)
+    pyarrow = pytest.importorskip('pyarrow')
+    (tmp_path / 'dumps').mkdir()
+    with pyarrow.CompressedOutputStream(str(tmp_path / 'dumps/a.jsonl.zst'), 'zstd') as file:
+        file.write(''.join(f'{{"text": "Page {i}."}}\n' for i in range(40)).encode())
     run = 0
     for command in COMMANDS:
         name, arguments = script_and_arguments(command)
@@ -78,7 +82,7 @@ def test_the_commands_run_one_after_another(tmp_path):
         extra = (['--max_iters=3', '--eval_interval=3', '--compile=False']
                  if name == 'train.py' else [])
         # the default tokenizer is downloaded
-        extra += ['--tokenizer=bpe:300'] if '--name=mine' in command else []
+        extra += ['--tokenizer=bpe:300'] if re.search('--name=(mine|web)', command) else []
         launcher = (['-m', 'torch.distributed.run', *shlex.split(command)[1:3]]
                     if command.startswith('torchrun') else [])
         done = subprocess.run([sys.executable, *launcher, name, *arguments, *extra], cwd=tmp_path,
