@@ -101,9 +101,14 @@ def make_plan(cfg, source):
         raise ValueError(f'shard_tokens: given {cfg.shard_tokens}, expected 1 or more')
     if cfg.errors not in ('strict', 'replace', 'skip'):
         raise ValueError(f"errors: given {cfg.errors!r}, expected 'strict', 'replace' or 'skip'")
-    for key in ('max_document_mb', 'workers', 'shards'):
-        if getattr(cfg, key) < (key == 'max_document_mb') * 1e-6:
-            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected more than 0')
+    if cfg.max_document_mb <= 0:
+        raise ValueError(f'max_document_mb: given {cfg.max_document_mb}, expected more than 0')
+    for key in ('workers', 'shards'):
+        if getattr(cfg, key) < 0:
+            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
+    if cfg.shards and not source.ready:
+        raise ValueError(f"shards: given {cfg.shards}, expected none but for "
+                         f"{' and '.join(sources.READY)}, which are shards already")
     name = cfg.name or source.name + ('_char' if (source.name, kind) == ('shakespeare', 'chars')
                                       else '')
     if Path(name).name != name or name.startswith('.'):
@@ -112,7 +117,7 @@ def make_plan(cfg, source):
         if kind != 'gpt2':
             raise ValueError(f"{cfg.dataset} is tokens of gpt2 already, given --tokenizer={kind}; "
                              f"the text itself: {', '.join(sources.HUB)}")
-        wanted = cfg.shards or len(source.files) - 1
+        wanted = min(cfg.shards or 2 ** 30, sum('_train_' in file.name for file in source.files))
         return {'name': name, 'source': facts, 'settings': {'tokenizer': kind, 'shards': wanted}}
     return {'name': name, 'source': facts, 'settings': {
         'tokenizer': kind, 'val_fraction': fraction, 'seed': cfg.seed, 'text_key': cfg.text_key,
@@ -166,8 +171,8 @@ def begun(partial, plan):
     What was done with errors='strict' had no errors, and so fits the other ways to treat them.
     """
     file, before = partial / 'plan.json', {}
-    if file.exists():
-        before = json.loads(file.read_text(encoding='utf-8'))
+    if noted := next((path for path in (file, partial / 'manifest.json') if path.exists()), None):
+        before = json.loads(noted.read_text(encoding='utf-8'))      # the manifest: it was complete
         if before['settings'].get('errors') == 'strict':
             before['settings']['errors'] = plan['settings']['errors']
     if before and same(before, plan):
@@ -198,10 +203,9 @@ def kept(partial):
 
 def replace(folder, partial):
     """Put the data set that is complete in `partial` in its place."""
-    for name in ('plan.json', 'progress.json'):
+    shutil.rmtree(partial / 'downloads', ignore_errors=True)
+    for name in ('progress.json', 'plan.json'):
         (partial / name).unlink(missing_ok=True)
-    for name in ('downloads', '.cache'):
-        shutil.rmtree(partial / name, ignore_errors=True)
     old = folder.with_name(f'.{folder.name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

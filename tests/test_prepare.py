@@ -253,6 +253,35 @@ def test_stopped_at_any_point_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch
     assert again == whole and len(stops) > 3 and len(whole) >= 10
 
 
+@pytest.mark.parametrize('moment', range(4))
+def test_killed_while_it_is_put_in_its_place_nothing_is_done_again(tmp_path, monkeypatch, moment):
+    """Complete, it is taken as it is: nothing is tokenized a second time."""
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    run(tmp_path, source, seed=2)                                   # to be replaced
+    run(tmp_path, source, name='whole')
+    left, unlink, rename = [moment], prepare.Path.unlink, prepare.Path.rename
+
+    def counted(method):
+        def fails(*arguments, **options):
+            if not left[0]:
+                raise RuntimeError
+            left[0] -= 1
+            return method(*arguments, **options)
+        return fails
+
+    monkeypatch.setattr(prepare.Path, 'unlink', counted(unlink))
+    monkeypatch.setattr(prepare.Path, 'rename', counted(rename))
+    with pytest.raises(RuntimeError):
+        run(tmp_path, source)
+    monkeypatch.setattr(prepare.Path, 'unlink', unlink)
+    monkeypatch.setattr(prepare.Path, 'rename', rename)
+    monkeypatch.setattr(prepare, 'write_dataset', None)             # not called any more
+    run(tmp_path, source)
+    for name in ('train_000000.bin', 'val_000000.bin', 'tokenizer.json'):
+        assert (tmp_path / 'd' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.glob('.*')) == ['.locks']
+
+
 def test_the_number_of_processes_changes_nothing(tmp_path):
     source = write_jsonl(tmp_path / 'a.jsonl', LONG + ['', 'nul \0'])
     for workers in (1, 3):
@@ -355,7 +384,9 @@ def test_bad_files_are_refused_by_name_and_place(tmp_path, name, content, words)
 
 
 @pytest.mark.parametrize('options, words', [
-    ({'shard_tokens': 0}, 'shard_tokens: given 0'),
+    ({'shard_tokens': 0}, 'shard_tokens: given 0'), ({'shards': 3}, 'expected none but for fineweb'),
+    ({'workers': -1}, 'workers: given -1'), ({'max_document_mb': 0.0}, 'expected more than 0'),
+    ({'errors': 'ignore'}, "'strict', 'replace' or 'skip'"),
     ({'tokenizer': 'bpe:70000'}, '65,536'), ({'tokenizer': 'gpt5'}, "'bpe:N'"),
     ({'val_fraction': 1.5}, 'less than 1'), ({'name': '../x'}, 'name of a folder')])
 def test_bad_settings_are_refused(tmp_path, options, words):
