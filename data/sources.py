@@ -1,7 +1,7 @@
 """
 Where text comes from: named data sets, any text data set of the hub, files of one's own.
 
-find() says which files a source has, by name, size and sha256, without reading any of the hub's;
+find() says which files a source has, by name, size and hash, without reading any of the hub's;
 Downloads brings those when their turn comes, one on the disk and the next on its way.
 """
 
@@ -69,14 +69,13 @@ def find(dataset, inputs, split, downloads):
         return found._replace(name=dataset)
     if dataset in READY:
         revision, files = hub_shards(READY[dataset])
-        facts = {'hub': READY[dataset], 'revision': revision}
+        facts = {'hub': READY[dataset], 'revision': revision, 'files': listing(files)}
         return Source(dataset, files, facts, ready=True)
     if dataset in HUB or dataset.startswith('hub:'):
         what = HUB.get(dataset, dataset.removeprefix('hub:'))
         repo, _, config = what.partition(':')
         revision, files = hub_files(repo, config, split)
-        facts = {'hub': what, 'split': split, 'revision': revision,
-                 'files': [[file.name, file.size, file.hash] for file in files]}
+        facts = {'hub': what, 'split': split, 'revision': revision, 'files': listing(files)}
         name = dataset if dataset in HUB else what.rpartition('/')[2].replace(':', '-')
         return Source(name, files, facts, BEGINS.get(dataset, ''))
     if not Path(dataset).exists() and not glob.has_magic(dataset):
@@ -88,6 +87,11 @@ def find(dataset, inputs, split, downloads):
     return of_files([dataset])
 
 
+def listing(files):
+    """What the manifest says of files."""
+    return [[file.path.name if file.path else file.name, file.size, file.hash] for file in files]
+
+
 # Files of one's own.
 
 def of_files(inputs):
@@ -96,8 +100,7 @@ def of_files(inputs):
     first = (Path(inputs[0]) if Path(inputs[0]).exists() else paths[0].parent).resolve()
     endings = [ending for ending in sorted(READ, key=len) if first.name.endswith(ending)]
     name = first.name if first.is_dir() else first.name.removesuffix(endings[-1])
-    return Source(name, files, {'files': [[file.path.name, file.size, file.hash]
-                                          for file in files]})
+    return Source(name, files, {'files': listing(files)})
 
 
 def text_files(text):
@@ -223,17 +226,16 @@ class Downloads:
         self.pool = ThreadPoolExecutor(1)
 
     def __call__(self, i):
+        if self.files[i].path:
+            return self.files[i].path
         for earlier in [k for k in self.coming if k < i]:
             path = self.coming.pop(earlier).result()
             if self.folder in path.parents:
                 path.unlink(missing_ok=True)
         for k in range(i, min(i + 2, len(self.files))):
-            if k not in self.coming and (k == i or not self.files[k].path):
-                self.coming[k] = self.pool.submit(self.bring, self.files[k])
+            if k not in self.coming:
+                self.coming[k] = self.pool.submit(download, self.files[k], self.folder)
         return self.coming[i].result()
-
-    def bring(self, file):
-        return file.path or download(file, self.folder)
 
 
 def download(file, folder, tries=2):

@@ -41,6 +41,10 @@ def tokenized(batches, workers, *setup):
                 in_flight += len(batch.raw)
             while waiting:
                 yield result_of(waiting.popleft()[1])
+        except BrokenProcessPool:
+            raise ChildProcessError('a process that tokenizes was killed (for want of memory?); '
+                                    'give fewer --workers, or a smaller --max_document_mb'
+                                    ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -48,9 +52,6 @@ def tokenized(batches, workers, *setup):
 def result_of(future):
     try:
         return future.result()
-    except BrokenProcessPool:
-        raise ChildProcessError('a process that tokenizes was killed (for want of memory?); '
-                                'give fewer --workers, or a smaller --max_document_mb') from None
     except ValueError as error:                 # raised there, to be shown as one of ours
         raise ValueError(str(error)) from None
 

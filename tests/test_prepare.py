@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.server
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -207,6 +208,33 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, delay):
     assert files_in(tmp_path / 'x/d') == files_in(tmp_path / 'y/d')
     assert len(files_in(tmp_path / 'x/d')) > 20 and not list((tmp_path / 'x').glob('.d*'))
     assert not any(is_running(pid) for pid in processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', ['one that tokenizes', 'all, by Ctrl-C'])
+def test_what_is_stopped_says_so_and_leaves_no_process(tmp_path, victim):
+    source = write_jsonl(tmp_path / 'a.jsonl', LONG * 8)
+    flags = [f'--data_dir={tmp_path}', '--name=d', '--tokenizer=bpe:300', source, '--workers=2']
+    running = subprocess.Popen([sys.executable, 'data/prepare.py', *map(str, flags)], cwd=ROOT,
+                               start_new_session=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not list(tmp_path.glob('.d.partial/train*.bin')) and time.time() < deadline:
+        time.sleep(0.01)
+    processes = subprocess.run(['pgrep', '-P', str(running.pid)], capture_output=True,
+                               text=True).stdout.split()
+    if victim == 'all, by Ctrl-C':
+        os.killpg(running.pid, signal.SIGINT)
+    else:
+        os.kill(int(processes[-1]), signal.SIGKILL)
+    out, err = running.communicate(timeout=60)
+    assert 'the same command goes on' in out + err and 'Traceback' not in out + err
+    assert running.returncode == (130 if victim == 'all, by Ctrl-C' else 2)
+    deadline = time.time() + 10
+    while any(map(is_running, processes)) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, processes))
+    assert 'going on with' in script('data/prepare.py', *flags).stdout
 
 
 def is_running(pid):
