@@ -56,7 +56,8 @@ def load_facts(name, data_dir):
         return {}, tokenizer.gpt2()
     encoding = tokenizer.load(Path(data_dir or DATA_DIR) / name / 'tokenizer.json')
     if tokenizer.fingerprint(encoding) != manifest['tokenizer']['fingerprint']:
-        raise ValueError(f'data set {name}: its tokenizer.json is not the one that made it')
+        raise ValueError(f'data set {name}: its tokenizer.json is not the one that made it; '
+                         f'prepare it again')
     return manifest, encoding
 
 

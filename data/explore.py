@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file 
 import tokenizer
 from configurator import run, settings
 from data import benchmarks, overlap, shards
+from data.batches import load_facts
 
 # -----------------------------------------------------------------------------
 name = ()               # the data set, given bare: explore.py pydocs
@@ -74,15 +75,10 @@ def main(cfg):
 
 def open_data(name, data_dir):
     folder = Path(data_dir or shards.DATA_DIR) / name
-    manifest = shards.read_manifest(name, data_dir)
+    manifest, enc = load_facts(name, data_dir)
     splits = manifest['splits'] if manifest else [
         'train', *(['val'] if any(folder.glob('*val*.bin')) else [])]
-    size = manifest['tokenizer']['vocab_size'] if manifest else 50257
-    tokens = {split: shards.Tokens(name, split, size, data_dir) for split in splits}
-    enc = tokenizer.load(folder / 'tokenizer.json') if manifest else tokenizer.gpt2()
-    if manifest and tokenizer.fingerprint(enc) != manifest['tokenizer']['fingerprint']:
-        raise ValueError(f'data set {name}: its tokenizer.json is not the one that made it; '
-                         f'prepare it again')
+    tokens = {split: shards.Tokens(name, split, enc.n_vocab, data_dir) for split in splits}
     return Data(folder, manifest, enc, tokenizer.eot_id(enc), tokens)
 
 
