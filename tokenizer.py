@@ -13,6 +13,7 @@ An encoding is kept as a Hugging Face tokenizer.json, so that transformers reads
 import hashlib
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -117,8 +118,8 @@ def encode(enc, text):
     Raises ValueError, naming it, for a character that a 'chars' encoding does not have.
     """
     if is_chars(enc):
-        known = set(enc.token_byte_values())
-        unknown = sorted(char for char in set(text) if char.encode() not in known)
+        known = alphabet(enc)
+        unknown = sorted(char for char in set(text) if char not in known)
         if unknown:
             raise ValueError(f'the character {unknown[0]!r} is not one of '
                              f'the {enc.n_vocab} of this tokenizer, which has only those of the '
@@ -131,6 +132,11 @@ def encode(enc, text):
         pieces.append(ids.astype(np.uint16))
         start = stop
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+@lru_cache(1)
+def alphabet(enc):
+    return {token.decode() for token in enc.token_byte_values()}
 
 
 def encode_documents(enc, texts):

@@ -37,12 +37,13 @@ def load_data(text, data_dir=''):
     (first, (_, encoding)), *others = facts.items()
     for name, (_, other) in others:
         if tokenizer.fingerprint(other) != tokenizer.fingerprint(encoding):
-            same = Path(data_dir or 'data') / first if facts[first][0] else 'gpt2'
+            kinds = [manifest['tokenizer']['name'] if manifest else 'gpt2'
+                     for manifest, _ in (facts[first], facts[name])]
+            same = 'gpt2' if kinds[0] == 'gpt2' else Path(data_dir or 'data') / first
             raise ValueError(f'the data sets {first} and {name} hold tokens of different '
-                             f'tokenizers, {encoding.name} ({encoding.n_vocab:,}) and {other.name} '
-                             f'({other.n_vocab:,}); prepare the second with that of the first: '
-                             f'python data/prepare.py --name={name} --tokenizer={same} '
-                             f'FILES_OR_FOLDERS')
+                             f'tokenizers, {kinds[0]} ({encoding.n_vocab:,}) and {kinds[1]} '
+                             f'({other.n_vocab:,}); prepare the second anew, with '
+                             f'--tokenizer={same}')
     return [DataSet(name, share / CYCLE, facts[name][0],
                     *(Tokens(name, split, encoding.n_vocab, data_dir)
                       for split in ('train', 'val'))) for name, share in shares.items()], encoding
@@ -51,10 +52,15 @@ def load_data(text, data_dir=''):
 def load_facts(name, data_dir):
     """(manifest, encoding) of a data set; without a manifest it is taken to hold GPT-2's."""
     manifest = read_manifest(name, data_dir)
+    folder = Path(data_dir or DATA_DIR) / name
+    if not manifest and (folder / 'tokenizer.json').exists():
+        raise ValueError(f'{folder}: its manifest.json is missing; prepare the data set again')
     if not manifest:
         Tokens(name, 'train', 2 ** 16, data_dir)                    # refuses one that is not there
         return {}, tokenizer.gpt2()
-    encoding = tokenizer.load(Path(data_dir or DATA_DIR) / name / 'tokenizer.json')
+    if not (folder / 'tokenizer.json').exists():
+        raise ValueError(f'{folder}: its tokenizer.json is missing; prepare the data set again')
+    encoding = tokenizer.load(folder / 'tokenizer.json')
     if tokenizer.fingerprint(encoding) != manifest['tokenizer']['fingerprint']:
         raise ValueError(f'data set {name}: its tokenizer.json is not the one that made it; '
                          f'prepare it again')

@@ -41,7 +41,8 @@ class Batch(NamedTuple):
     """Documents that follow one another, as bytes."""
     raw: bytes
     lengths: object                 # of each document (int64 array); None: parted by `separator`
-    separator: bytes                # of one newline: these are lines of JSON
+    separator: bytes
+    is_json: bool                   # each is a line of JSON that holds the text
     names: object                   # of each document: a list, or what stands before its number
     first: int                      # number of documents before these in the file
     after: tuple                    # (file, offset, number) where reading goes on behind these
@@ -54,7 +55,7 @@ class Batch(NamedTuple):
         """The bytes of each document."""
         if self.lengths is None:
             found = self.raw.split(self.separator)
-            return found if self.separator == b'\n' else [part.strip(b'\r\n') for part in found]
+            return found if self.is_json else [part.strip(b'\r\n') for part in found]
         ends = np.cumsum(self.lengths).tolist()
         return [self.raw[start:end] for start, end in zip([0, *ends], ends)]
 
@@ -62,7 +63,7 @@ class Batch(NamedTuple):
 def together(raws, names, first, after, left_out=()):
     """The Batch of a list of documents."""
     lengths = np.fromiter(map(len, raws), np.int64)
-    return Batch(b''.join(raws), lengths, b'', names, first, after, left_out)
+    return Batch(b''.join(raws), lengths, b'', False, names, first, after, left_out)
 
 
 def batches(files, start, options, path_of):
@@ -90,20 +91,21 @@ def batches(files, start, options, path_of):
 
 def joined(small):
     return Batch(b''.join(one.raw for one in small), np.concatenate([one.lengths for one in small]),
-                 b'', [name for one in small for name in one.names], 0, small[-1].after,
+                 b'', False, [name for one in small for name in one.names], 0, small[-1].after,
                  tuple(what for one in small for what in one.left_out))
 
 
 def read(name, path, options, i, offset, number):
     """Batches of file `i`, from its document `number` at `offset` (bytes, or rows) on."""
-    kind, end = Path(name.removesuffix('.gz').removesuffix('.zst')).suffix, (i + 1, 0, 0)
+    kind = Path(name.lower().removesuffix('.gz').removesuffix('.zst')).suffix
+    end = (i + 1, 0, 0)
     if kind == '.parquet':
         return parquet_batches(name, path, options, i, offset)
     if kind in ('.jsonl', '.json'):
-        return parted_batches(name, path, f'{name}:', b'\n', options, i, offset, number)
+        return parted_batches(name, path, b'\n', True, options, i, offset, number)
     if options.separator:
-        return parted_batches(name, path, f'{name}: document ', options.separator.encode(),
-                              options, i, offset, number)
+        return parted_batches(name, path, options.separator.encode(), False, options, i, offset,
+                              number)
     if kind == '.py':
         found = [text.encode() for text in python_documents(path) if text]
         return iter([together(found, [name] * len(found), 0, end)])
@@ -118,12 +120,12 @@ class opened:
     """The bytes of a file, unpacked if need be; damage in it is a ValueError that names it."""
 
     def __init__(self, name, path):
-        self.name, self.path = name, path
+        self.name, self.path, self.packed = name, path, name.lower().endswith(PACKED)
 
     def __enter__(self):
-        if self.name.endswith('.gz'):
+        if self.name.lower().endswith('.gz'):
             self.file = gzip.open(self.path)
-        elif self.name.endswith('.zst'):
+        elif self.packed:
             import pyarrow
             self.file = pyarrow.input_stream(str(self.path), compression='zstd')
         else:
@@ -134,14 +136,14 @@ class opened:
         try:
             return self.file.read(size)
         except (EOFError, zlib.error, OSError) as error:
-            if self.name.endswith(PACKED):
-                raise ValueError(f'{self.path}: cannot be unpacked, damaged or cut off: {error}'
+            if self.packed:
+                raise ValueError(f'{self.name}: cannot be unpacked, damaged or cut off: {error}'
                                  ) from None
             raise
 
     def go_to(self, offset):
         """Behind the first `offset` bytes (of what is unpacked)."""
-        if not self.name.endswith(PACKED):
+        if not self.packed:
             self.file.seek(offset)
             return
         while offset and (chunk := self.read(min(offset, BATCH_BYTES))):
@@ -151,9 +153,9 @@ class opened:
         self.file.close()
 
 
-def parted_batches(name, path, label, separator, options, i, offset, number):
+def parted_batches(name, path, separator, is_json, options, i, offset, number):
     """Batches of what `separator` parts. A document over max_bytes is dropped as it comes."""
-    width = len(separator)
+    width, label = len(separator), f'{name}:' if is_json else f'{name}: document '
     with opened(name, path) as file:
         file.go_to(offset)
         held, dropped = bytearray(), 0          # read and not yet given; of a document too long
@@ -177,7 +179,7 @@ def parted_batches(name, path, label, separator, options, i, offset, number):
                 raw, first = bytes(held[:at]), number
                 del held[:at + width]
                 offset, number = offset + at + width, number + raw.count(separator) + 1
-                yield Batch(raw, None, separator, label, first, (i, offset, number))
+                yield Batch(raw, None, separator, is_json, label, first, (i, offset, number))
             elif len(held) > options.max_bytes + width:
                 dropped = len(held) - (width - 1)
                 del held[:dropped]
@@ -185,7 +187,8 @@ def parted_batches(name, path, label, separator, options, i, offset, number):
     if dropped:
         yield together([], label, number, end, ((TOO_LONG, f'{label}{number + 1}'),))
     elif held:
-        yield Batch(bytes(held), None, separator, label, number, end)
+        alone = () if number or is_json else (('without the separator', name),)
+        yield Batch(bytes(held), None, separator, is_json, label, number, end, alone)
 
 
 def parquet_batches(name, path, options, i, first):
@@ -194,16 +197,18 @@ def parquet_batches(name, path, options, i, first):
     key, end = options.text_key, (i + 1, 0, 0)
     try:
         with parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            if key in names:
+            columns = {field.name: str(field.type) for field in table.schema_arrow}
+            if re.match('(dictionary<values=)?(large_)?string', columns.get(key, '')):
                 found = column_batches(table, name, key, i, first)
                 yield from regrouped(found, options.begins, i) if options.begins else found
                 return
     except (ArrowException, OSError) as error:
-        raise ValueError(f'{path}: not a parquet file, or a damaged one ({error})') from None
+        raise ValueError(f'{name}: not a parquet file, or a damaged one ({error})') from None
     if options.errors != 'skip':
-        raise ValueError(f"{path}: no column {key!r} among {', '.join(names)}; --text_key names "
-                         f"another, --errors=skip leaves such files out")
+        why = (f'{key} is {columns[key]}, expected a text (string)' if key in columns else
+               f"no column {key!r} among {', '.join(columns)}")
+        raise ValueError(f'{name}: {why}; --text_key names another, --errors=skip leaves such '
+                         f'files out')
     yield together([], f'{name}: row ', 0, end, ((f'files without {key}', name),))
 
 
@@ -223,16 +228,13 @@ def column_batches(table, name, key, i, first):
             row += len(part)
             if not len(column):
                 continue
-            kind = column.type
-            if pyarrow.types.is_dictionary(kind):
-                column, kind = column.dictionary_decode(), kind.value_type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise ValueError(f'{name}: {key} is {kind}, expected a text (string)')
+            if pyarrow.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
             column = compute.fill_null(column.cast(pyarrow.large_binary()), b'')
             _, ends, raw = column.buffers()
             ends = np.frombuffer(ends, np.int64)[column.offset:column.offset + len(column) + 1]
             raw = raw.slice(int(ends[0]), int(ends[-1] - ends[0])).to_pybytes() if raw else b''
-            yield Batch(raw, np.diff(ends), b'', f'{name}: row ', row - len(column),
+            yield Batch(raw, np.diff(ends), b'', False, f'{name}: row ', row - len(column),
                         (i, row, row) if row < rows else (i + 1, 0, 0))
 
 
@@ -281,16 +283,15 @@ def texts(batch, options, counts):
     """
     for what, name in batch.left_out:
         note(counts, what, name)
-    is_json = batch.separator == b'\n'
     for i, raw in enumerate(batch.parts()):
-        if is_json and not raw.strip():
+        if batch.is_json and not raw.strip():
             continue                            # an empty line
         if len(raw) > options.max_bytes:
             note(counts, TOO_LONG, batch.name(i))
             continue
         try:
             text, whole = decoded(raw, options.errors)
-            text = field(text, options.text_key) if is_json else text
+            text = field(text, options.text_key) if batch.is_json else text
         except ValueError as error:
             what, message = error.args
             if options.errors != 'skip':
@@ -301,7 +302,7 @@ def texts(batch, options, counts):
             note(counts, 'empty', batch.name(i))
             continue
         try:
-            raw = raw if whole and not is_json else text.encode()
+            raw = raw if whole and not batch.is_json else text.encode()
         except UnicodeEncodeError:              # lone surrogates, which UTF-8 has no form for
             text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
             raw, whole = text.encode(), False
@@ -332,9 +333,9 @@ def field(line, text_key):
     """The text in a line of JSON, '' for null."""
     try:
         text = json.loads(line)[text_key]
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:   # RecursionError: thousands of brackets
         raise ValueError('not JSON', f'not JSON: {error}') from None
-    except (KeyError, TypeError, IndexError):
+    except (KeyError, TypeError):
         raise ValueError(f'without {text_key}', f'no field {text_key!r} here; '
                          f'--text_key names another') from None
     if not isinstance(text, str | None):

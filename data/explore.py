@@ -46,7 +46,8 @@ COLLECT = 'name'        # takes the argument without a flag
 TOP, SHOWN, WORST = 20, 5, 3        # tokens, documents, and overlaps of a test set that are printed
 NGRAMS = (8, 13)
 # the GPT-2 paper on WebText: table 6, and for LAMBADA an average over its passages
-PAPER = {'lambada': 'LAMBADA 1.2 %', 'wikitext2': 'WikiText-2 1.63 %'}
+PAPER = {'lambada': 'of LAMBADA 1.2 % (mean over its passages)',
+         'wikitext2': 'of WikiText-2 1.63 %'}
 
 
 class Data(NamedTuple):
@@ -191,7 +192,7 @@ def histogram(found, width):
         f'{split:>7}{"":{room + 3}}' for split in bins)]
     for i in range(min(np.flatnonzero(part)[0] for part in bins.values()),
                    max(map(len, bins.values()))):
-        line = f'{2 ** i:>10,} to {2 ** (i + 1) - 1:>9,}  '
+        line = f'{2 ** i if i else 0:>10,} to {2 ** (i + 1) - 1:>9,}  '
         for part in bins.values():
             n = int(part[i]) if i < len(part) else 0
             bar = '█' * round(room * n / part.sum() / largest) or '▏' * bool(n)
@@ -218,7 +219,7 @@ def beginnings(cfg, data, lengths):
     """How some documents of train begin, a line each; without documents, what some places say."""
     tokens, rng = data.splits['train'], random.Random(cfg.seed)
     if data.eot is None:
-        places = [(start, start, cfg.width)
+        places = [(start, start, len(tokens) - start)
                   for start in sorted(rng.sample(range(len(tokens)), min(SHOWN, len(tokens))))]
     else:
         first = int(tokens.read(0, 1)[0] == data.eot)   # 0: nothing stands before the first one
@@ -398,7 +399,7 @@ def shown(data, result, width):
                          f"{got['touched'] / items:>16.2%}{got['half'] / items:>18.2%}")
     if paper := [PAPER[name] for name, facts in result.items()
                  if name in PAPER and facts['official']]:
-        lines.append(f"\nThe GPT-2 paper on 8-grams in WebText: {', '.join(paper)}")
+        lines.append(f"\nThe GPT-2 paper found in WebText, of the 8-grams {', '.join(paper)}")
     lines.append('\nlongest overlaps')
     for name, facts in result.items():
         for worst in facts['longest']:

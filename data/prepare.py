@@ -44,7 +44,7 @@ tokenizer = 'auto'          # gpt2, bpe:N, bytes, chars, or that of a folder, su
 split = 'train'             # of a hub data set: the split that is read
 shards = 0                  # of fineweb-10B and fineweb-edu-10B: the first so many, 0: all
 text_key = 'text'           # the field or column of .jsonl and .parquet that holds the text
-separator = ''              # ends a document within .txt and .md, such as '<|endoftext|>';
+separator = ''              # ends a document within .txt and .md, such as '<|endoftext|>' or '\n';
                             # '': a file is a document
 errors = 'strict'           # what is no text: strict refuses it; skip leaves the document out;
                             # replace puts U+FFFD for bytes that are not UTF-8
@@ -60,7 +60,8 @@ Config = settings(globals())
 
 COLLECT = 'input'           # takes the arguments without a flag
 OUR_FILES = (r'manifest\.json|tokenizer\.json|(\w+_)?(train|val)_\d{6}\.bin|'
-             r'lengths\.png|contamination\.json')            # the last two are explore.py's
+             r'lengths\.png|\.?contamination\.json(\.partial)?|'  # explore.py's
+             r'\.DS_Store|Thumbs\.db|desktop\.ini')             # what file managers leave
 XZ_BYTES = 2 ** 21          # validation text is compressed for comparison up to this size
 BPE_BYTES = 2 ** 28         # so many characters at the head of the training text train a tokenizer
 MANY_BYTES = 2 ** 25        # a larger corpus is tokenized by one process a core
@@ -70,12 +71,12 @@ SAVE_SECONDS = 2            # between notes of how far it has come
 def main(cfg):
     if cfg.verify:
         return report(cfg.verify, cfg.data_dir)
-    root = Path(cfg.data_dir or DATA_DIR)
+    root = Path(cfg.data_dir or DATA_DIR).expanduser()
     source = sources.find(cfg.dataset, cfg.input, cfg.split, root / '.downloads')
     plan = make_plan(cfg, source)
     folder = root / plan['name']
     with locked(root / '.locks' / plan['name'], folder):
-        if folder.exists() and is_made(folder, plan, cfg):
+        if folder.exists() and is_made(folder, plan):
             return
         partial = begun(folder.with_name(f'.{folder.name}.partial'), plan)
         with kept(partial):
@@ -83,7 +84,7 @@ def main(cfg):
                 make = take_shards if source.ready else write_dataset
                 make(cfg, source, plan, partial)
         replace(folder, partial)
-    print_summary(folder, read_manifest(plan['name'], cfg.data_dir))
+    print_summary(folder, read_manifest(plan['name'], root))
 
 
 def make_plan(cfg, source):
@@ -139,18 +140,22 @@ def locked(path, folder):
         yield
 
 
-def is_made(folder, plan, cfg):
+def is_made(folder, plan):
     """Whether the data set is there already; refuses a folder that was not made here."""
+    if not folder.is_dir():
+        raise ValueError(f'name: given {folder.name!r}, which is a file in {folder.parent}')
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if not re.fullmatch(OUR_FILES, name)]
     if foreign or 'manifest.json' not in names:
         raise ValueError(f"{folder} is there and was not made by this program"
                          f"{f' (it holds {foreign[0]})' if foreign else ''}; give another --name")
-    made = read_manifest(plan['name'], cfg.data_dir)
+    made = read_manifest(folder.name, folder.parent)
     wanted = {**plan, 'settings': dict(plan['settings'])}
     if 0 < plan['settings'].get('shards', 0) < made['settings'].get('shards', 0):
         wanted['settings']['shards'] = made['settings']['shards']   # it has even more of them
     if not same(made, wanted):
+        print(f'{folder} is there, made from other text or with other settings: it is replaced '
+              f'once this is done')
         return False
     print(f"{folder} is there already, made from this text with these settings; "
           f"--verify={plan['name']} re-reads it")
@@ -178,6 +183,8 @@ def begun(partial, plan):
     if before and same(before, plan):
         print(f'going on with what was begun in {partial}')
     else:
+        if before:
+            print(f'what was begun in {partial} was of other text or other settings: begun anew')
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     write_text(file, json.dumps(plan, indent=1))
@@ -228,7 +235,8 @@ def write_text(path, text):
 
 def write_dataset(cfg, source, plan, folder):
     """Write shards, tokenizer.json and, last, manifest.json into `folder`."""
-    options = documents.Options(cfg.text_key, cfg.separator, int(cfg.max_document_mb * 2 ** 20),
+    separator = cfg.separator.replace('\\n', '\n').replace('\\t', '\t')
+    options = documents.Options(cfg.text_key, separator, int(cfg.max_document_mb * 2 ** 20),
                                 cfg.errors, source.begins)
     files = source.files
     path_of = sources.Downloads(files, folder / 'downloads')
@@ -253,6 +261,8 @@ def write_dataset(cfg, source, plan, folder):
             part: {'tokens': 0, 'documents': 0, 'bytes': 0} for part in ('train', 'val')}}
     rule = {**plan['settings'], 'threshold': done['threshold']}
     if not vocabulary.exists():
+        if rule['tokenizer'].startswith('bpe:'):
+            print(f"training the tokenizer {rule['tokenizer']}", flush=True)
         enc = build(rule['tokenizer'], lambda: sample(texts({}), rule))
         write_text(vocabulary, to_json(enc))
     enc = gpt2() if rule['tokenizer'] == 'gpt2' else load(vocabulary)
@@ -260,6 +270,10 @@ def write_dataset(cfg, source, plan, folder):
     processes = cfg.workers or (cores() if size > MANY_BYTES else 1)
     results = tokenized(batches(done['after']), processes, vocabulary, options, rule)
     write_splits(results, rule['shard_tokens'], eot_id(enc), done, folder, len(files))
+    for file in files:
+        if file.mtime and file.path.stat().st_mtime_ns != file.mtime:
+            raise ValueError(f'{file.name} was changed while it was read; run the same command '
+                             f'again')
     facts = done['splits']
     if facts['val']['bytes'] <= XZ_BYTES:
         facts['val']['xz_bytes'] = xz_size(folder, enc)
@@ -319,7 +333,7 @@ def write_manifest(folder, plan, enc, splits, counts):
         'format': 1, 'name': plan['name'], 'source': plan['source'], 'settings': plan['settings'],
         'tokenizer': {'name': plan['settings']['tokenizer'], 'vocab_size': enc.n_vocab,
                       'eot_id': eot_id(enc), 'fingerprint': fingerprint(enc)},
-        'splits': splits, 'left_out': counts,
+        'splits': splits, 'remarks': counts,
         'versions': {name: version(name) for name in ('tiktoken', 'tokenizers', 'numpy')}}
     write_text(folder / 'manifest.json', json.dumps(manifest, indent=1))
 
@@ -356,7 +370,10 @@ def take_shards(cfg, source, plan, folder):
     for file in tqdm(files, unit='shard', disable=not sys.stderr.isatty()):
         path = folder / file.name
         if not path.exists() and (earlier / file.name).exists():
-            os.link(earlier / file.name, path)
+            try:
+                os.link(earlier / file.name, path)
+            except OSError:                                         # no such links on this disk
+                shutil.copy2(earlier / file.name, path)
         if path.exists() and digest(path) != file.hash:
             path.unlink()
         if not path.exists():
@@ -385,8 +402,11 @@ def print_summary(folder, manifest):
           f"{val['tokens']:,} of {val['documents']:,} to validate; "
           f"{vocab['name']}, {vocab['vocab_size']:,} tokens, "
           f"{train['bytes'] / train['tokens']:.2f} bytes a token")
-    if manifest['left_out']:
-        print('of the documents' + describe(manifest['left_out']))
+    if manifest['remarks']:
+        print('of the documents' + describe(manifest['remarks']))
+    if val['bytes'] > train['bytes']:
+        print('more to validate than to train on: these are few documents, and hashes decide; '
+              'another --seed decides otherwise, --separator parts files, one file alone is cut')
 
 
 def report(name, data_dir):
@@ -395,19 +415,21 @@ def report(name, data_dir):
     if not folder.is_dir():
         raise ValueError(f'verify: there is no data set in {folder}')
     wrong, manifest = find_damage(name, data_dir), read_manifest(name, data_dir)
-    made_with = manifest.get('tokenizer', {}).get('fingerprint')
-    if made_with and fingerprint(load(folder / 'tokenizer.json')) != made_with:
-        wrong.append(f'{folder}/tokenizer.json is not the one that made the tokens')
+    vocabulary = folder / 'tokenizer.json'
+    if manifest and not vocabulary.exists():
+        wrong.append(f'{vocabulary} is missing')
+    elif manifest and fingerprint(load(vocabulary)) != manifest['tokenizer']['fingerprint']:
+        wrong.append(f'{vocabulary} is not the one that made the tokens')
     both = 0 if wrong else leaked(name, data_dir)
     words = f'{both:,} documents of train stand in val too'
     if both and 'shards' not in manifest['settings']:
         wrong.append(f'{folder}: {words}')
     if wrong:
-        raise ValueError('\n'.join([f'{name} is damaged:', *wrong]))
-    print(f'{name} is whole:',
-          ', '.join(f"{split} {facts['tokens']:,} tokens in {len(facts['shards'])} shards"
-                    for split, facts in manifest['splits'].items()),
-          f'(as it was published, {words})' if both else '')
+        raise ValueError('\n'.join([f'{name} is not whole:', *wrong]))
+    print(f'{name} is whole: ' + ', '.join(
+        f"{split} {facts['tokens']:,} tokens in {len(facts['shards'])} shard"
+        f"{'s' * (len(facts['shards']) > 1)}" for split, facts in manifest['splits'].items())
+          + (f'; as it was published, {words}' if both else ''))
 
 
 if __name__ == '__main__':

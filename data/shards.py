@@ -101,7 +101,10 @@ def read_shard(path, eot, token_sizes=None):
 
 def count_tokens(path):
     """(tokens in the shard at `path`, bytes before the first), its header checked."""
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ValueError(f'{path} is missing; prepare the data set again') from None
     if path.name in ('train.bin', 'val.bin'):                       # nanoGPT's: no header
         if size % 2:
             raise ValueError(f'{path}: {size:,} bytes are no whole number of 16-bit tokens')
@@ -120,13 +123,14 @@ def count_tokens(path):
     return count, HEADER_BYTES
 
 
-def prepare_command(name):
+def prepare_command(name, data_dir=''):
     """The command that makes data set `name`, for error messages."""
-    flags = {'pydocs': '', 'shakespeare': ' --dataset=shakespeare',
+    name, flags = Path(name).name, {'pydocs': '', 'shakespeare': ' --dataset=shakespeare',
              'shakespeare_char': ' --dataset=shakespeare --tokenizer=chars'}
     if name.startswith(('fineweb', 'openwebtext', 'tinystories', 'wikitext-103')):
         flags[name] = f' --dataset={name}'
-    return 'python data/prepare.py' + flags.get(name, f' --name={name} FILES_OR_FOLDERS')
+    place = f' --data_dir={data_dir}' if data_dir else ''
+    return 'python data/prepare.py' + flags.get(name, f' --name={name} FILES_OR_FOLDERS') + place
 
 
 class Tokens:
@@ -135,18 +139,25 @@ class Tokens:
     def __init__(self, name, split, vocab_size, data_dir=''):
         folder = Path(data_dir or DATA_DIR) / name
         manifest = read_manifest(name, data_dir)
-        if manifest:
-            paths = [folder / shard['file'] for shard in manifest['splits'][split]['shards']]
-        else:
-            paths = sorted(folder.glob(f'*{split}_*.bin')) or sorted(folder.glob(f'{split}.bin'))
-        if gone := [path for path in paths if not path.exists()]:
-            raise ValueError(f'{gone[0]} is missing; prepare the data set again')
+        shards = manifest['splits'][split]['shards'] if manifest else []
+        paths = [folder / shard['file'] for shard in shards] or sorted(
+            folder.glob(f'*{split}_*.bin')) or sorted(folder.glob(f'{split}.bin'))
+        if not paths and any(folder.glob('*.bin')):
+            raise ValueError(f'{folder}: there is no {split}.bin, nor *{split}_*.bin, beside '
+                             f'the other split')
         if not paths:
             raise ValueError(f'{folder}: the data set {name!r} is not prepared; run\n'
-                             f'    {prepare_command(name)}')
+                             f'    {prepare_command(name, data_dir)}')
         self.paths, self.vocab_size = paths, vocab_size
         counts, self.offsets = zip(*map(count_tokens, paths))
+        for path, count, shard in zip(paths, counts, shards):
+            if count != shard['tokens']:
+                raise ValueError(f"{path}: {count:,} tokens, the manifest has "
+                                 f"{shard['tokens']:,}: another file, prepare the data set again")
+        if not sum(counts):
+            raise ValueError(f'{folder}: there are no tokens in {split}')
         self.starts = np.cumsum([0, *counts])           # shard i holds starts[i] .. starts[i+1] - 1
+        self.changed = [path.stat().st_mtime_ns for path in paths]
 
     def __len__(self):
         return int(self.starts[-1])
@@ -158,12 +169,15 @@ class Tokens:
         Raises ValueError naming the shard when an id is outside of the vocabulary. The files are
         read, not mapped: mapped pages would count as memory of the process.
         """
-        parts, start = [], start % len(self)
+        parts, start = [np.empty(0, '<u2')], start % len(self)
         while count:
             i = int(np.searchsorted(self.starts, start, side='right')) - 1
             n = min(count, int(self.starts[i + 1]) - start)
             offset = self.offsets[i] + 2 * (start - int(self.starts[i]))
             part = np.fromfile(self.paths[i], '<u2', count=n, offset=offset)
+            if self.paths[i].stat().st_mtime_ns != self.changed[i]:
+                raise ValueError(f'{self.paths[i]}: has been written anew since it was opened; '
+                                 f'what was made of it until now is of the text before')
             if len(part) < n or part.max() >= self.vocab_size:
                 raise ValueError(f'{self.paths[i]}: ' + (
                     'has become shorter' if len(part) < n else
@@ -206,14 +220,17 @@ def read_manifest(name, data_dir=''):
     """The manifest of data set `name`, or {} for shards that came without one."""
     folder = Path(data_dir or DATA_DIR) / name
     try:
-        return json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
-    except FileNotFoundError:
+        manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
+        if missing := {'source', 'settings', 'tokenizer', 'splits'} - set(manifest):
+            raise ValueError(f"it says nothing of {', '.join(sorted(missing))}")
+        return manifest
+    except (FileNotFoundError, NotADirectoryError):
         if (folder / 'meta.pkl').exists():
             raise ValueError(f'{folder}: nanoGPT prepared this with a vocabulary of its own, '
                              f'kept as a pickle, which is not read here; run\n'
-                             f'    {prepare_command(name)}') from None
+                             f'    {prepare_command(name, data_dir)}') from None
         return {}
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f'{folder}/manifest.json is damaged ({error}); delete the folder and '
                          f'prepare the data set again') from None
 

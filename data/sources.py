@@ -10,9 +10,12 @@ import glob
 import os
 import sys
 import sysconfig
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from data.documents import EXPECTED, SUFFIXES
 from data.fetch import digest, fetch
@@ -43,6 +46,7 @@ class File(NamedTuple):
     path: object            # where it lies (Path), or None: on the hub
     size: int
     hash: str               # sha256, or git's sha1 for small files of the hub
+    mtime: int = 0          # of a local one, in ns, before it was read
     repo: str = ''
     revision: str = ''
 
@@ -57,6 +61,9 @@ class Source(NamedTuple):
 
 def find(dataset, inputs, split, downloads):
     """The Source of these inputs, else of the data set of that name."""
+    if inputs and dataset not in ('pydocs', 'shakespeare'):
+        raise ValueError(f'dataset: given {dataset!r} and {inputs[0]!r}, expected one of them; '
+                         f'--name={Path(dataset).name} names what is made')
     if inputs:
         found = of_files([str(path) for path in inputs])
         return found._replace(name=dataset) if dataset == 'shakespeare' else found
@@ -74,6 +81,8 @@ def find(dataset, inputs, split, downloads):
     if dataset in HUB or dataset.startswith('hub:'):
         what = HUB.get(dataset, dataset.removeprefix('hub:'))
         repo, _, config = what.partition(':')
+        if repo.count('/') > 1 or not all(repo.split('/')):
+            raise ValueError(f'dataset: given {dataset!r}, expected hub:OWNER/NAME[:CONFIG]')
         revision, files = hub_files(repo, config, split)
         facts = {'hub': what, 'split': split, 'revision': revision, 'files': listing(files)}
         name = dataset if dataset in HUB else what.rpartition('/')[2].replace(':', '-')
@@ -95,29 +104,42 @@ def listing(files):
 # Files of one's own.
 
 def of_files(inputs):
-    paths = [path for text in inputs for path in text_files(text)]
-    files = [File(str(path), path, path.stat().st_size, digest(path)) for path in paths]
+    found = {}
+    for path in (path for text in inputs for path in text_files(text)):
+        found.setdefault(path.resolve(), path)                      # each once
+    paths = list(found.values())
+    files = []
+    for path in tqdm(paths, 'checksums', unit='file', leave=False, delay=2,
+                     disable=not sys.stderr.isatty()):
+        about = path.stat()
+        files.append(File(str(path), path, about.st_size, digest(path), about.st_mtime_ns))
     first = (Path(inputs[0]) if Path(inputs[0]).exists() else paths[0].parent).resolve()
-    endings = [ending for ending in sorted(READ, key=len) if first.name.endswith(ending)]
-    name = first.name if first.is_dir() else first.name.removesuffix(endings[-1])
+    endings = [end for end in sorted(READ, key=len) if first.name.lower().endswith(end)]
+    name = first.name if first.is_dir() else first.name[:-len(endings[-1])]
     return Source(name, files, {'files': listing(files)})
 
 
 def text_files(text):
     """The file `text`, or the text files in the folder or of the pattern `text`, in order."""
+    if not text:
+        raise ValueError("input: given '', expected a file, a folder or a pattern")
     path = Path(text).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob('*')
-                       if file.is_file() and file.name.endswith(SUFFIXES)
-                       and not any(part.startswith('.') for part in file.relative_to(path).parts))
-        if not files:
+        files = [file for file in path.rglob('*') if file.is_file()
+                 and not any(part.startswith('.') for part in file.relative_to(path).parts)]
+        wanted = sorted(file for file in files if file.name.lower().endswith(SUFFIXES))
+        if not wanted:
             raise ValueError(f'{path}: there is no {EXPECTED} in this folder')
-        return files
+        others = Counter(file.suffix or file.name for file in set(files) - set(wanted))
+        if others:
+            print(f'{path}: passed over ' + ', '.join(
+                f'{count:,} {kind}' for kind, count in sorted(others.items())))
+        return wanted
     found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not found:
         raise ValueError(f'{path}: there is no such file or folder')
     for file in found:
-        if not file.name.endswith(READ):
+        if not file.name.lower().endswith(READ):
             raise ValueError(f'{file}: expected {EXPECTED}, or a folder of these')
     return found
 
@@ -192,8 +214,8 @@ def described(repo, revision, names):
             for info in HfApi().get_paths_info(repo, names[i:i + 500], revision=revision,
                                                repo_type='dataset'):
                 found[info.path] = File(info.path, None, info.size,
-                                        info.lfs.sha256 if info.lfs else info.blob_id, repo,
-                                        revision)
+                                        info.lfs.sha256 if info.lfs else info.blob_id,
+                                        repo=repo, revision=revision)
     except Exception as error:
         raise refused(f'hub:{repo}', error) from None
     return [found[name] for name in names]

@@ -37,7 +37,9 @@ def tokenized(batches, workers, *setup):
                     size, future = waiting.popleft()
                     yield result_of(future)
                     in_flight -= size
+                before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # for processes that begin
                 waiting.append((len(batch.raw), pool.submit(tokenize, batch)))
+                signal.signal(signal.SIGINT, before)
                 in_flight += len(batch.raw)
             while waiting:
                 yield result_of(waiting.popleft()[1])
@@ -58,7 +60,6 @@ def result_of(future):
 
 def begin_process(*setup):
     """The first thing in a process of its own; it ends when its parent is gone, however it went."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     begin(*setup)

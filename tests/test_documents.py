@@ -194,3 +194,39 @@ def test_lines_are_joined_to_articles(tmp_path, monkeypatch, size):
     for i, batch in enumerate(batches):
         rest = batches_of([tmp_path / 'a.parquet'], options, batch.after)
         assert texts_of(rest, options) == texts_of(batches[i + 1:], options)
+
+
+def test_a_line_end_may_be_the_separator(tmp_path):
+    (tmp_path / 'a.txt').write_text('one\n{"text": "two"}\n\nthree')
+    counts = {}
+    found = texts_of(batches_of([tmp_path / 'a.txt'], Options(separator='\n')), counts=counts)
+    assert found == ['one', '{"text": "two"}', 'three'] and counts['empty'][0] == 1
+    found = texts_of(batches_of([tmp_path / 'a.txt'], Options(separator='%%')), counts=counts)
+    assert len(found) == 1 and counts['without the separator'] == [1, f'{tmp_path}/a.txt']
+
+
+@pytest.mark.parametrize('line', ['{"text": "a", "n": ' + '1' * 5000 + '}',
+                                  '{"text": ' + '[' * 100_000, '"text"', '[{"text": "a"}]', '{}'])
+def test_whatever_a_line_of_json_holds_it_is_named_or_skipped(tmp_path, line):
+    path = tmp_path / 'a.jsonl'
+    path.write_text(f'{{"text": "first"}}\n{line}\n{{"text": "last"}}\n')
+    with pytest.raises(ValueError, match=r'a.jsonl:2: (not JSON|no field)'):
+        texts_of(batches_of([path]))
+    options = Options(errors='skip')
+    assert texts_of(batches_of([path], options), options) == ['first', 'last']
+
+
+def test_a_column_of_another_type_is_refused_or_skipped(tmp_path):
+    table = pyarrow.table({'text': [['a'], ['b']]})
+    parquet.write_table(table, tmp_path / 'a.parquet')
+    with pytest.raises(ValueError, match='a.parquet: text is list.*expected a text'):
+        texts_of(batches_of([tmp_path / 'a.parquet']))
+    options, counts = Options(errors='skip'), {}
+    assert texts_of(batches_of([tmp_path / 'a.parquet'], options), options, counts) == []
+    assert counts == {'files without text': [1, f'{tmp_path}/a.parquet']}
+
+
+def test_the_case_of_an_ending_does_not_matter(tmp_path):
+    (tmp_path / 'A.TXT').write_text('one')
+    (tmp_path / 'B.JSONL.GZ').write_bytes(gzip.compress(as_lines(['two'])))
+    assert texts_of(batches_of(sorted(tmp_path.iterdir()))) == ['one', 'two']

@@ -392,3 +392,26 @@ def test_real_text_against_itself_is_found_whole(real, tmp_path, capsys):
     known = {8: overlap.distinct(grams)}
     assert overlap.look_up(explore.pieces(data, explore.progress([], '')), known)[8].all()
     assert len(known[8]) == len(set(plain_ngrams(items[0], 8)))
+
+
+def test_empty_documents_and_the_end_of_the_text_are_met(tmp_path, capsys):
+    """Twice <|endoftext|> in a row, and a text shorter than a line of the page."""
+    (tmp_path / 'a.txt').write_text('hello there')
+    prepare.main(prepare.Config(input=(str(tmp_path / 'a.txt'),), tokenizer='bytes', name='d',
+                                data_dir=str(tmp_path)))
+    for split in ('train', 'val'):
+        writer = shards.ShardWriter(tmp_path / 'd', split, 99)
+        writer.write(np.array([256, 256, 65, 256, 256], np.uint16))
+        writer.close()
+    manifest = json.loads((tmp_path / 'd/manifest.json').read_text())
+    for split in ('train', 'val'):
+        manifest['splits'][split]['shards'][0]['tokens'] = 5
+    (tmp_path / 'd/manifest.json').write_text(json.dumps(manifest))
+    capsys.readouterr()
+    explore.main(configure(explore.Config, ['d', f'--data_dir={tmp_path}'], None, 'name'))
+    words = capsys.readouterr().out
+    assert re.search(r'documents +4 +4\n', words) and re.search(r'0 to +1 ', words)
+    prepare.main(prepare.Config(input=(str(tmp_path / 'a.txt'),), tokenizer='chars', name='c',
+                                data_dir=str(tmp_path)))
+    explore.main(configure(explore.Config, ['c', f'--data_dir={tmp_path}'], None, 'name'))
+    assert 'hello therehello' not in capsys.readouterr().out

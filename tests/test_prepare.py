@@ -334,7 +334,7 @@ def test_strict_stops_and_a_more_lenient_command_goes_on(tmp_path, monkeypatch, 
     manifest = run(tmp_path, source, errors='skip')
     words = capsys.readouterr().out
     assert 'going on with' in words and '1 not UTF-8 (the first: ' in words
-    assert manifest['left_out'] == {'not UTF-8': [1, f'{source}:41']}
+    assert manifest['remarks'] == {'not UTF-8': [1, f'{source}:41']}
     found = decoded(tmp_path)
     assert sorted(found['train'] + found['val']) == sorted(TEXTS)
     assert run(tmp_path, source, errors='skip', name='e')['splits'] == manifest['splits']
@@ -529,7 +529,7 @@ def test_a_line_of_any_length_costs_no_memory(tmp_path):
         file.write(b'"}\n' + b'{"text": "last"}\n' * 2)
     assert peak_of(f'--data_dir={tmp_path}', '--tokenizer=bytes', '--max_document_mb=1',
                    path) < 160
-    left_out = json.loads((tmp_path / 'a/manifest.json').read_text())['left_out']
+    left_out = json.loads((tmp_path / 'a/manifest.json').read_text())['remarks']
     assert left_out == {documents.TOO_LONG: [1, f'{path}:2']}
     path.unlink()
 
@@ -562,3 +562,32 @@ def test_verify_knows_the_tokenizer(tmp_path):
     (tmp_path / 'd/tokenizer.json').write_text(tokenizer.to_json(other))
     with pytest.raises(ValueError, match='tokenizer.json is not the one that made the tokens'):
         prepare.report('d', tmp_path)
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    source, tokenize = write_jsonl(tmp_path / 'a.jsonl'), prepare.tokenized
+
+    def changed(*arguments):
+        yield from tokenize(*arguments)
+        source.write_text(source.read_text() + '{"text": "more"}')
+
+    monkeypatch.setattr(prepare, 'tokenized', changed)
+    with pytest.raises(ValueError, match='a.jsonl was changed while it was read'):
+        run(tmp_path, source)
+    monkeypatch.setattr(prepare, 'tokenized', tokenize)
+    run(tmp_path, source)
+
+
+def test_what_is_replaced_passed_over_or_lopsided_is_said(tmp_path, capsys):
+    (tmp_path / 'texts').mkdir()
+    (tmp_path / 'texts/a.TXT').write_text('A short note.')
+    (tmp_path / 'texts/b.txt').write_text('A long book. ' * 1000)
+    (tmp_path / 'texts/c.csv').write_text('1,2')
+    seed = next(seed for seed in range(99) if tokens.document_hash(
+        b'A long book. ' * 1000, seed) < tokens.document_hash(b'A short note.', seed))
+    run(tmp_path, tmp_path / 'texts', tmp_path / 'texts/b.txt', seed=seed)
+    words = capsys.readouterr().out
+    assert 'passed over 1 .csv' in words and 'more to validate than to train on' in words
+    assert sum(map(len, decoded(tmp_path).values())) == 2, 'a file given twice is read once'
+    run(tmp_path, tmp_path / 'texts', seed=seed + 1)
+    assert 'it is replaced' in capsys.readouterr().out

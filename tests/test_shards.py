@@ -1,12 +1,14 @@
 """The shard format and its refusals."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 from conftest import script
 
+from data.batches import load_data
 from data.shards import HEADER_BYTES, ShardWriter, Tokens, verify
 
 
@@ -78,7 +80,7 @@ def test_a_data_set_that_is_not_there_says_how_to_make_it(tmp_path):
 
 @pytest.mark.parametrize('damage, words', [
     (lambda folder: (folder / 'val_000000.bin').write_bytes(b'x' * 2000), 'not a token shard'),
-    (lambda folder: (folder / 'val_000000.bin').unlink(), 'No such file'),
+    (lambda folder: (folder / 'val_000000.bin').unlink(), 'is missing'),
     (lambda folder: flip(folder / 'train_000000.bin', HEADER_BYTES + 8), 'altered'),
     (lambda folder: (folder / 'manifest.json').unlink(), 'no manifest.json')])
 def test_verify_names_what_is_wrong(stories, tmp_path, damage, words):
@@ -110,3 +112,38 @@ def flip(path, place):
 def test_preparing_text_needs_no_torch():
     code = 'import sys, data.shards, data.prepare; print([m for m in sys.modules if m == "torch"])'
     assert script('-c', code).stdout == '[]\n'
+
+
+@pytest.mark.parametrize('text', ['[]', '{"a": 1}', '3'])
+def test_a_manifest_that_says_too_little_is_damaged(stories, tmp_path, text):
+    shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
+    (tmp_path / 'tiny/manifest.json').write_text(text)
+    with pytest.raises(ValueError, match='manifest.json is damaged'):
+        load_data('tiny', tmp_path)
+
+
+@pytest.mark.parametrize('name', ['manifest.json', 'tokenizer.json'])
+def test_a_set_of_which_a_part_is_missing_is_not_taken_for_another(stories, tmp_path, name):
+    shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
+    (tmp_path / 'tiny' / name).unlink()
+    with pytest.raises(ValueError, match=f'its {name} is missing'):
+        load_data('tiny', tmp_path)
+
+
+def test_shards_that_changed_places_are_refused(stories, tmp_path):
+    shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
+    train, val = (tmp_path / 'tiny' / f'{split}_000000.bin' for split in ('train', 'val'))
+    raw = train.read_bytes()
+    train.write_bytes(val.read_bytes())
+    val.write_bytes(raw)
+    with pytest.raises(ValueError, match='train_000000.bin: .* the manifest has'):
+        load_data('tiny', tmp_path)
+
+
+def test_a_shard_that_is_written_anew_is_not_read_on(tmp_path):
+    found = tokens(tmp_path)
+    found.read(0, 10)
+    os.utime(tmp_path / 'd/train_000000.bin', ns=(1, 1))
+    found.read(500, 10)
+    with pytest.raises(ValueError, match='train_000000.bin: has been written anew'):
+        found.read(0, 10)
