@@ -69,9 +69,9 @@ SAVE_SECONDS = 2            # between notes of how far it has come
 
 
 def main(cfg):
-    if cfg.verify:
-        return report(cfg.verify, cfg.data_dir)
     root = Path(cfg.data_dir or DATA_DIR).expanduser()
+    if cfg.verify:
+        return report(cfg.verify, root)
     source = sources.find(cfg.dataset, cfg.input, cfg.split, root / '.downloads')
     plan = make_plan(cfg, source)
     folder = root / plan['name']
@@ -197,7 +197,7 @@ def kept(partial):
     try:
         yield
     except ValueError:
-        if not (partial / 'progress.json').exists():                # nothing much was done
+        if not any(partial.glob('*.bin')):                          # there is nothing to leave
             shutil.rmtree(partial, ignore_errors=True)
         raise
     except OSError as error:
@@ -251,6 +251,8 @@ def write_dataset(cfg, source, plan, folder):
     if progress.exists():
         done = json.loads(progress.read_text(encoding='utf-8'))
     else:
+        for path in folder.glob('*.bin'):       # of a beginning that came to no note
+            path.unlink()
         counts = {}
         threshold = val_threshold(texts(counts), plan['settings'])
         if threshold is None:
@@ -377,10 +379,14 @@ def take_shards(cfg, source, plan, folder):
         if path.exists() and digest(path) != file.hash:
             path.unlink()
         if not path.exists():
-            os.replace(sources.download(file, folder / 'downloads'), path)
+            came = sources.download(file, folder / 'downloads')
+            if folder not in came.parents:                          # it was in the hub's cache
+                came = Path(shutil.copy(came, folder / 'copy.aside'))
+            os.replace(came, path)
         facts, largest = read_shard(path, eot_id(enc), sizes)
-        if largest >= enc.n_vocab:
-            raise ValueError(f'{path}: token id {largest} is outside of the vocabulary')
+        if facts['sha256'] != file.hash or largest >= enc.n_vocab:
+            raise ValueError(f"{path}: sha256 {facts['sha256']}, largest id {largest:,}: this is "
+                             f"not what the hub has; clear its cache of {file.repo}")
         part = splits['val' if '_val_' in file.name else 'train']
         part['shards'].append({'file': file.name, **facts})
         for key in ('tokens', 'documents', 'bytes'):
@@ -409,18 +415,18 @@ def print_summary(folder, manifest):
               'another --seed decides otherwise, --separator parts files, one file alone is cut')
 
 
-def report(name, data_dir):
+def report(name, root):
     """Print that data set `name` is whole, or raise ValueError naming what is wrong with it."""
-    folder = Path(data_dir or DATA_DIR) / name
+    folder = root / name
     if not folder.is_dir():
         raise ValueError(f'verify: there is no data set in {folder}')
-    wrong, manifest = find_damage(name, data_dir), read_manifest(name, data_dir)
+    wrong, manifest = find_damage(name, root), read_manifest(name, root)
     vocabulary = folder / 'tokenizer.json'
     if manifest and not vocabulary.exists():
         wrong.append(f'{vocabulary} is missing')
     elif manifest and fingerprint(load(vocabulary)) != manifest['tokenizer']['fingerprint']:
         wrong.append(f'{vocabulary} is not the one that made the tokens')
-    both = 0 if wrong else leaked(name, data_dir)
+    both = 0 if wrong else leaked(name, root)
     words = f'{both:,} documents of train stand in val too'
     if both and 'shards' not in manifest['settings']:
         wrong.append(f'{folder}: {words}')

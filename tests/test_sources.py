@@ -1,5 +1,6 @@
 """Data sets of the hub, by the real client, from a hub on this machine; files of one's own."""
 
+import ast
 import gzip
 import json
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,6 +180,20 @@ def test_ready_shards_are_fetched_verified_and_added_to(hub, tmp_path, root, rea
     text = tokenizer.gpt2().decode_bytes(ids[ids != 50256].tolist())
     assert manifest['splits']['val']['bytes'] == len(text)
     assert manifest['splits']['train']['tokens'] == 15_000
+
+
+@pytest.mark.slow
+def test_shards_in_the_cache_of_the_hub_are_copied(hub, tmp_path, real):
+    real('tiktoken_cache')
+    code = ('from huggingface_hub import hf_hub_download; print([hf_hub_download('
+            '"kjj0/fineweb10B-gpt2", f"fineweb_{name}.bin", repo_type="dataset") '
+            'for name in ("val_000000", "train_000001")])')
+    cached = ast.literal_eval(script('-c', code, env=hub.env).stdout)
+    hub.requests.clear()
+    prepare(hub, tmp_path, '--dataset=fineweb-10B', '--shards=1')
+    assert verify('fineweb-10B', tmp_path / 'data') == []
+    assert not any(method == 'GET' and path.endswith('.bin') for method, path, _ in hub.requests)
+    assert all(Path(path).stat().st_size == 11024 for path in cached), 'the cache stays as it was'
 
 
 @pytest.mark.slow
