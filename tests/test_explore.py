@@ -282,7 +282,8 @@ def test_normalized_words_are_those_of_a_plain_reading():
 
 
 @pytest.mark.parametrize('kind', ['bytes', 'gpt2'])
-@pytest.mark.parametrize('chunk', [5, 64, 2 ** 17])
+@pytest.mark.parametrize('chunk', [5, pytest.param(64, marks=pytest.mark.slow),
+                                   pytest.param(2 ** 17, marks=pytest.mark.slow)])
 def test_counts_are_those_of_sets_of_tuples(tmp_path, monkeypatch, kind, chunk):
     """Whatever the size of the pieces; n-grams over the end of a document are never found."""
     rng = random.Random(chunk)

@@ -108,6 +108,7 @@ def test_models_of_the_hub_are_those_of_transformers_and_stay_in_the_cache(hub, 
     assert not any('someone/one' in path for _, path, _ in hub.requests), 'the cache was not used'
 
 
+@pytest.mark.slow
 def test_weights_cached_without_their_tokenizer_get_it_from_the_hub(hub, models):
     """As transformers' from_pretrained() leaves them; GPT-2's own would be a wrong guess."""
     code = """

@@ -89,6 +89,7 @@ def test_a_conversation_goes_on_with_the_text_on_an_empty_line(trained):
     assert first.startswith('The fox') and second.startswith(first) and '\nHe' in second
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_conversation_keeps_what_was_written(trained):
     """A long first turn and a short second one, which begins with all of it."""
     process = subprocess.Popen([sys.executable, 'sample.py', '--device=cpu', f'--model={trained}',

@@ -156,6 +156,7 @@ def test_killed_in_a_download_it_goes_on_with_the_same_result(hub, tmp_path):
         assert parts[0].read_bytes() == parts[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_ready_shards_are_fetched_verified_and_added_to(hub, tmp_path, root, real):
     """A damaged one is fetched again; more shards later fetch only what is missing."""
     real('tiktoken_cache')

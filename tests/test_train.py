@@ -143,6 +143,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept(config, tmp_path):
     assert len(checkpoints.steps(tmp_path / 'b')) <= 2 and 8 in checkpoints.steps(tmp_path / 'b')
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_and_its_best_step_is_the_model(config, tmp_path, capsys):
     """The same ruinous learning rate; a resumed run ends as soon, with more patience it goes on."""
     ruin = config(max_iters=40, eval_interval=2, patience=3, warmup_iters=0, decay_lr=False,
@@ -219,6 +220,7 @@ def two_sets(stories, tmp_path):
     return tmp_path / 'data'
 
 
+@pytest.mark.slow
 def test_a_mixture_resumes_exactly_and_says_what_each_set_loses(config, two_sets, tmp_path, capsys):
     cfg = config(dataset='tiny:0.7,other:0.3', data_dir=str(two_sets), total_batch_size=64 * 16,
                  eval_tokens=1000)
@@ -310,6 +312,7 @@ def test_characters_know_no_documents(config, tmp_path):
         train.main(config(dataset='letters', doc_start=True, data_dir=str(tmp_path / 'data')))
 
 
+@pytest.mark.slow
 def test_nanogpt_s_train_bin_and_val_bin_are_trained_on_as_they_are(
         config, real, tmp_path, capsys):
     """Two headerless files of GPT-2's tokens in a folder, nothing else; nanoGPT puts
