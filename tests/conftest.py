@@ -48,6 +48,16 @@ def real():
 
 
 @pytest.fixture(scope='session')
+def gpt2():
+    """GPT-2's own Encoding; tests are skipped where its files are neither cached nor to be had."""
+    import tokenizer
+    try:
+        return tokenizer.gpt2()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope='session')
 def stories(tmp_path_factory):
     """A data folder holding the data set 'tiny': 40 short documents in bpe:300,
     prepared by prepare.py."""

@@ -98,9 +98,9 @@ def test_context_and_endings_are_the_ten_texts(text, preset):
 
 
 @pytest.mark.parametrize('subset', ['CN', 'NE'])
-def test_parts_encoded_alone_are_the_whole_encoded(real, subset):
+def test_parts_encoded_alone_are_the_whole_encoded(real, gpt2, subset):
     """Over rebuilt questions, with GPT-2's tokens: what the definition asks for."""
-    encoding = tokenizer.gpt2()
+    encoding = gpt2
     file = real(f'cbt/rebuilt/cbtest_{subset}_valid_2000ex.rebuilt.txt')
     for q in random.Random(0).sample(benchmarks.cbt(subset, 'valid', file)[0], 60):
         for text in ('detok', 'raw'):

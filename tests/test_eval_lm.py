@@ -214,9 +214,9 @@ def test_lambada_perplexity_is_of_words_not_of_tokens():
     assert measures['perplexity']['count'] == 2
 
 
-def test_stop_words_and_punctuation_are_no_guess(real):
+def test_stop_words_and_punctuation_are_no_guess(gpt2):
     """With GPT-2's tokens: " the" is passed over for the next likeliest, in the first place."""
-    encoding = tokenizer.gpt2()
+    encoding = gpt2
     banned = eval_lm.never_last(encoding)
     for word, is_banned in ((' the', True), ('The', True), (' He', True), (',', True),
                             ('...', True), (' dog', False), (' Har', False), ('\n', False),

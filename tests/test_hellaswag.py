@@ -99,9 +99,9 @@ def test_the_protocols_render_as_their_authors_do():
         hellaswag.render({k: v for k, v in row.items() if k != 'ctx_a'}, BYTES, 'lm-eval')
 
 
-def test_parts_encoded_alone_are_the_whole_encoded(real):
+def test_parts_encoded_alone_are_the_whole_encoded(real, gpt2):
     """For GPT-2's tokens, over original rows: no token reaches over the blank before an ending."""
-    encoding = tokenizer.gpt2()
+    encoding = gpt2
     rows, _ = benchmarks.hellaswag(real('hellaswag/hellaswag_val_original_500.jsonl'))
     for row in rows:
         for protocol in hellaswag.PROTOCOLS:

@@ -140,10 +140,10 @@ PARTS = ['a', 'ab', 'the', ' ', '  ', '\n', '\r\n', '\t', '\u3000', '\x85', "'s"
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'bpe:300', 'bytes'])
-def test_pieces_and_documents_at_once_give_what_one_text_at_a_time_gives(name, real, monkeypatch):
+def test_pieces_and_documents_at_once_give_what_one_at_a_time_gives(name, request, monkeypatch):
     """Against tiktoken's own encode_ordinary, text by text and whole."""
     if name == 'gpt2':
-        real('tiktoken_cache')
+        request.getfixturevalue('gpt2')
     enc, rng = tokenizer.build(name, lambda: ['the ab 12 ab the ab ' * 9]), random.Random(3)
     texts = [''.join(rng.choices(PARTS, k=rng.randrange(60))) for _ in range(300)]
     expected = [enc.encode_ordinary(text) for text in texts]
