@@ -125,7 +125,8 @@ def count_tokens(path):
 
 def prepare_command(name, data_dir=''):
     """The command that makes data set `name`, for error messages."""
-    name, flags = Path(name).name, {'pydocs': '', 'shakespeare': ' --dataset=shakespeare',
+    name = Path(name).name
+    flags = {'pydocs': '', 'shakespeare': ' --dataset=shakespeare',
              'shakespeare_char': ' --dataset=shakespeare --tokenizer=chars'}
     if name.startswith(('fineweb', 'openwebtext', 'tinystories', 'wikitext-103')):
         flags[name] = f' --dataset={name}'

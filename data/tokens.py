@@ -35,14 +35,16 @@ def tokenized(batches, workers, *setup):
                 while waiting and (len(waiting) > 3 * workers or
                                    in_flight + len(batch.raw) > IN_FLIGHT_BYTES):
                     size, future = waiting.popleft()
-                    yield result_of(future)
+                    yield result_of(future, pool)
                     in_flight -= size
                 before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # for processes that begin
-                waiting.append((len(batch.raw), pool.submit(tokenize, batch)))
-                signal.signal(signal.SIGINT, before)
+                try:
+                    waiting.append((len(batch.raw), pool.submit(tokenize, batch)))
+                finally:
+                    signal.signal(signal.SIGINT, before)
                 in_flight += len(batch.raw)
             while waiting:
-                yield result_of(waiting.popleft()[1])
+                yield result_of(waiting.popleft()[1], pool)
         except BrokenProcessPool:
             raise ChildProcessError('a process that tokenizes was killed (for want of memory?); '
                                     'give fewer --workers, or a smaller --max_document_mb'
@@ -51,11 +53,20 @@ def tokenized(batches, workers, *setup):
             pool.shutdown(cancel_futures=True)
 
 
-def result_of(future):
-    try:
-        return future.result()
-    except ValueError as error:                 # raised there, to be shown as one of ours
-        raise ValueError(str(error)) from None
+def result_of(future, pool):
+    """A process that is killed within its answer would be waited for without end: hence the look
+    at all of them every second."""
+    while True:
+        try:
+            return future.result(timeout=1)
+        except TimeoutError:
+            processes = list((pool._processes or {}).values())
+            if not all(process.is_alive() for process in processes):
+                for process in processes:
+                    process.kill()
+                raise BrokenProcessPool from None
+        except ValueError as error:             # raised there, to be shown as one of ours
+            raise ValueError(str(error)) from None
 
 
 def begin_process(*setup):
