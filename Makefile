@@ -1,15 +1,16 @@
-# make quickstart | test | test-all | table3. `make PYTHON=python3.12 VENV=~/env …` uses another Python or environment.
+# make quickstart | test | test-all | bench | table3. `make PYTHON=python3.12 VENV=~/env …` uses another Python or environment.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 MODEL ?= gpt2
 
-.PHONY: help install quickstart test test-all table3 clean
+.PHONY: help install quickstart test test-all bench table3 clean
 
 help:
 	@echo 'make quickstart   prepare text, train a small GPT, let it write: about 5 minutes on 2 CPU cores'
 	@echo 'make test         the tests, under 3 minutes; no network'
 	@echo 'make test-all     and the slow ones: several processes, kills, real runs'
+	@echo 'make bench        how fast this machine trains, writes, scores, prepares, and how fast it could'
 	@echo 'make table3       MODEL=gpt2: the benchmarks of the GPT-2 paper, measured and printed'
 
 install: $(VENV)/.installed
@@ -39,6 +40,9 @@ test: install
 
 test-all: install
 	$(RUN) -m pytest -q --slow
+
+bench: install
+	$(RUN) bench.py
 
 # What has no result yet is measured (a GPU is a great help); what cannot be is named in the table.
 RESULTS = out/results/$(shell echo '$(MODEL)' | sed -E 's/[^[:alnum:]_.-]+/_/g; s/^_+|_+$$//g')

@@ -390,8 +390,8 @@ def restore_optimizers(model, optimizers, saved):
     stay theirs."""
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
-        is_muon = isinstance(optimizer, torch.optim.Muon)
-        expected = {'momentum_buffer'} if is_muon else {'step', 'exp_avg', 'exp_avg_sq'}
+        is_adamw = isinstance(optimizer, torch.optim.AdamW)
+        expected = {'step', 'exp_avg', 'exp_avg_sq'} if is_adamw else {'momentum_buffer'}
         for p in (p for group in optimizer.param_groups for p in group['params']):
             state = saved.get(names[p], {})
             if set(state) != expected:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 import checkpoints
 import distributed
@@ -31,6 +31,7 @@ import tokenizer
 from configurator import as_config_file, run, settings
 from data.batches import Ahead, describe_epochs, draw, load_data, make_batches
 from model import GPT, GPTConfig, crop_block
+from muon import Muon
 
 # -----------------------------------------------------------------------------
 # The defaults train a small GPT on the offline corpus in minutes, on a laptop.
@@ -64,6 +65,8 @@ data_dir = ''               # where prepared data lies; '': data/ beside this sc
 total_batch_size = 0        # tokens in an update, over all processes; 0: batch_size * block_size
 batch_size = 16             # sequences in a micro-batch of one process, as its memory allows
 gradient_accumulation_steps = 0     # nanoGPT's way to say it: micro-batches over all processes
+batch_warmup_iters = 0      # updates before the batch is whole: a quarter of it for the first half
+                            # of them, half of it for the second; 0: whole from the start
 block_size = 256            # tokens in a sequence
 doc_start = False           # True: training sequences begin with a document, where one begins near
 # model
@@ -94,7 +97,8 @@ compile = 'auto'            # True, False; auto: on CUDA, and on CPUs with a com
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
-COMPILE_FLOPS = 5e13        # on a CPU, compiling (about 30 s) pays for runs longer than this
+COMPILE_PAYS = 60, 180      # on a CPU, for runs longer than so many seconds: of half precision, of
+                            # float32 (it takes about 25 s, and saves less in float32)
 
 
 @dataclass
@@ -112,9 +116,13 @@ def main(cfg):
     world = distributed.join(cfg.device)
     say = print if world.is_main else no_one
     sequences, micro_batch, micro_steps = divide_batch(cfg, world.size)
+    for share in (4, 2) if cfg.batch_warmup_iters else ():
+        divide_batch(cfg, world.size, share)            # refuses what could only fail later
     tokens_per_update = sequences * cfg.block_size
-    dtype, why = distributed.pick_dtype(cfg.dtype, world.device)
+    dtype, why = distributed.on_main(world, distributed.pick_dtype, cfg.dtype, world.device, True)
     say(f'device {world.device}; {str(dtype)[6:]}: {why}')
+    if world.device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')      # TF32, where float32 is multiplied
 
     sets, encoding = load_data(cfg.dataset, cfg.data_dir)
     train_data = make_batches(sets, encoding, cfg.block_size, cfg.seed, cfg.doc_start)
@@ -123,7 +131,7 @@ def main(cfg):
     model, saved = start(cfg, world, encoding, say)
     shards = check_same_data(saved, sets, cfg)
     model.to(world.device).train()
-    optimizers = make_optimizers(model, cfg)
+    optimizers = make_optimizers(model, cfg, dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype != torch.float32)
     now = Progress(**saved.get('progress', {}))
@@ -142,12 +150,14 @@ def main(cfg):
         f'{micro_batch} x {cfg.block_size}; {describe_epochs(sets, cfg.block_size, sequences)}')
     first = [part.to(world.device) for part in train_data.read(now.position, micro_batch)]
     ahead = Ahead(train_data, pin=world.device.type == 'cuda')
-    replica = make_replica(model, cfg, world, autocast, first, tokens_per_update, say)
     peak = distributed.measure_peak(world.device, dtype)
+    seconds = (model.flops_per_token() * tokens_per_update * max(0, cfg.max_iters - now.step) /
+               (peak * world.size) if peak else math.inf)           # at the least
+    replica = make_replica(model, cfg, world, autocast, first, dtype, seconds, say)
     log, stop, clock = Log(cfg, world, say), StopSignal(), Stopwatch()
     saved_at, saved_time, validated = now.step if saved else 0, time.monotonic(), -1
     asked_to_stop = save_due = False
-    skipped_in_a_row = 0
+    skipped_in_a_row, underway = 0, []
 
     while True:
         # once in a while: save, and only then validate: if validating fails, nothing is lost
@@ -189,6 +199,7 @@ def main(cfg):
         lr = learning_rate_at(now.step, cfg)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group['lr'] = group['initial_lr'] * lr / cfg.learning_rate
+        sequences, micro_batch, micro_steps = batch_at(now.step, cfg, world.size)
         loss = torch.zeros((), device=world.device)
         for i in range(micro_steps):
             index = world.rank * micro_steps + i            # of the micro-batch within the update
@@ -206,30 +217,34 @@ def main(cfg):
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = get_total_norm([p.grad for p in model.parameters()])
-        if cfg.grad_clip:
-            clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
         save_due = world.is_main and 0 < cfg.save_minutes < (time.monotonic() - saved_time) / 60
-        wishes = loss.new_tensor([float(stop.requested), float(save_due)])
-        votes = distributed.all_reduce(torch.cat([loss[None] / world.size, wishes]))
-        loss, stops, saves, norm = torch.cat([votes, norm[None]]).tolist()  # waits for the device
-        asked_to_stop, save_due = stops > 0, saves > 0      # on all ranks, if any of them wishes so
-        finite = math.isfinite(norm) and math.isfinite(loss)
-        if finite:
-            for optimizer in optimizers:
-                scaler.step(optimizer)
+        wishes = [torch.full_like(loss, wish) for wish in (stop.requested, save_due)]
+        votes = distributed.all_reduce(torch.stack([loss / world.size, *wishes]))
+        update(optimizers, votes[0], norm, cfg.grad_clip)
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         now.step, now.position = now.step + 1, now.position + sequences
-        clock.stop()
 
-        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-        if not finite:
-            now.skipped += 1
-            say(f'step {now.step}: loss {loss}, norm {norm}: skipped ({now.skipped} so far)')
-        if now.step % cfg.log_interval == 0 or now.step == cfg.max_iters:
-            seconds = clock.per_step()
-            rate = tokens_per_update / seconds
+        # what came of it: on a GPU read an update later, so that it never waits for us
+        underway.append(Numbers(now.step, torch.cat([votes, norm[None]])))
+        logging = now.step % cfg.log_interval == 0 or now.step == cfg.max_iters
+        pause = logging or any(every and now.step % every == 0 for every in (
+            cfg.eval_interval, cfg.hellaswag_interval, cfg.sample_interval))
+        asked_to_stop = save_due = False
+        while len(underway) > (world.device.type == 'cuda'
+                               and not (pause or asked_to_stop or save_due)):
+            step, (loss, stops, saves, norm) = underway.pop(0).read()
+            asked_to_stop, save_due = stops > 0, saves > 0  # on all ranks, if any wishes so
+            finite = math.isfinite(norm) and math.isfinite(loss)
+            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            if not finite:
+                now.skipped += 1
+                say(f'step {step}: loss {loss}, norm {norm}: skipped ({now.skipped} so far)')
+        clock.stop(sequences * cfg.block_size)
+
+        if logging:
+            seconds, rate = clock.read()
             mfu = peak and model.flops_per_token() * rate / (peak * world.size)
             log.write(step=now.step, tokens=now.position * cfg.block_size, loss=loss, lr=lr,
                       grad_norm=norm, step_ms=1000 * seconds, tokens_per_second=rate, mfu=mfu)
@@ -261,7 +276,7 @@ def check(cfg):
     for key in ('max_iters', 'eval_iters', 'sample_interval', 'hellaswag_interval',
                 'hellaswag_limit', 'save_minutes', 'total_batch_size',
                 'gradient_accumulation_steps', 'weight_decay', 'grad_clip', 'warmup_iters',
-                'lr_decay_iters', 'cooldown_iters', 'min_lr', 'patience'):
+                'lr_decay_iters', 'cooldown_iters', 'min_lr', 'patience', 'batch_warmup_iters'):
         if getattr(cfg, key) < 0:
             raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
     for key, choices in (('optimizer', ('adamw', 'muon')), ('schedule', ('cosine', 'wsd')),
@@ -278,8 +293,15 @@ def check(cfg):
         raise ValueError(f'learning_rate: given {cfg.learning_rate}, expected more than 0')
 
 
-def divide_batch(cfg, world_size):
-    """(sequences in an update, sequences in a micro-batch, micro-batches of each process).
+def batch_at(step, cfg, world_size):
+    """divide_batch, for the update after `step` updates."""
+    warm = cfg.batch_warmup_iters
+    return divide_batch(cfg, world_size, 4 if 2 * step < warm else 2 if step < warm else 1)
+
+
+def divide_batch(cfg, world_size, share=1):
+    """(sequences in an update, sequences in a micro-batch, micro-batches of each process), of the
+    whole batch or of a half or a quarter of it, `share` 2 or 4.
 
     Raises ValueError, with the nearest size that works, when the batch cannot be divided evenly.
     """
@@ -289,12 +311,13 @@ def divide_batch(cfg, world_size):
                          f'one of them: both say how large an update is')
     tokens = (cfg.total_batch_size or
               max(1, cfg.gradient_accumulation_steps) * cfg.batch_size * cfg.block_size)
-    sequences = tokens // cfg.block_size
+    sequences = tokens // share // cfg.block_size
     micro_batch = min(cfg.batch_size, max(1, sequences // world_size))
-    unit = micro_batch * world_size * cfg.block_size
+    unit = micro_batch * world_size * cfg.block_size * share
     if tokens % unit:
         nearest = max(1, round(tokens / unit)) * unit
-        raise ValueError(f'an update of {tokens:,} tokens cannot be shared by {world_size} '
+        raise ValueError(f"{'' if share == 1 else f'1/{share} of '}an update of {tokens:,} tokens "
+                         f'cannot be shared by {world_size} '
                          f'processes in micro-batches of {micro_batch} x {cfg.block_size} tokens; '
                          f'the nearest that can: --total_batch_size={nearest}')
     return sequences, micro_batch, sequences // (micro_batch * world_size)
@@ -430,8 +453,8 @@ def write_config(cfg):
 
 # Optimizer, schedule, replicas.
 
-def make_optimizers(model, cfg):
-    """[AdamW] or [AdamW, Muon]; decay on matrices only."""
+def make_optimizers(model, cfg, dtype=torch.float32):
+    """[AdamW] or [AdamW, Muon], which multiplies in dtype; decay on matrices only."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     for_muon = [p for p in model.h.parameters() if p.dim() >= 2] if cfg.optimizer == 'muon' else []
@@ -442,11 +465,44 @@ def make_optimizers(model, cfg):
     betas = (cfg.beta1, cfg.beta2)
     optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)]
     if cfg.optimizer == 'muon':
-        optimizers.append(torch.optim.Muon(for_muon, lr=cfg.muon_learning_rate,
-                                           weight_decay=cfg.weight_decay))
+        half = dtype if dtype == torch.float32 else torch.bfloat16
+        optimizers.append(Muon(for_muon, lr=cfg.muon_learning_rate, weight_decay=cfg.weight_decay,
+                               dtype=half))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group['initial_lr'] = group['lr']
     return optimizers
+
+
+def update(optimizers, loss, norm, grad_clip):
+    """One step of each, by gradients of length grad_clip at most; none if loss or norm is not
+    finite. The device decides, and nobody waits for it."""
+    finite = torch.isfinite(loss) & torch.isfinite(norm)
+    if norm.device.type not in ('cpu', 'cuda'):         # elsewhere the fused kernels cannot
+        if not finite:
+            return
+        scale = 1 / (norm / grad_clip).clamp(min=1) if grad_clip else 1
+        for p in (p for o in optimizers for group in o.param_groups for p in group['params']):
+            p.grad.mul_(scale)
+    for optimizer in optimizers:
+        if norm.device.type in ('cpu', 'cuda'):
+            optimizer.grad_scale = (norm / grad_clip).clamp(min=1) if grad_clip else None
+            optimizer.found_inf = (~finite).float()
+        optimizer.step()
+
+
+class Numbers:
+    """What an update found, on its way from the device; read() waits until it is there."""
+
+    def __init__(self, step, numbers):
+        self.step, self.there = step, torch.cuda.Event() if numbers.is_cuda else None
+        self.numbers = numbers.to('cpu', non_blocking=numbers.is_cuda)
+        if self.there:
+            self.there.record()
+
+    def read(self):
+        if self.there:
+            self.there.synchronize()
+        return self.step, self.numbers.tolist()
 
 
 def learning_rate_at(step, cfg):
@@ -467,8 +523,8 @@ def learning_rate_at(step, cfg):
     return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)
 
 
-def pick_compile(cfg, device, flops):
-    """(whether to compile, why), for a run of so many operations."""
+def pick_compile(cfg, device, dtype, seconds):
+    """(whether to compile, why), for a run that takes so many seconds at the matmul rate."""
     if isinstance(cfg.compile, bool):
         return cfg.compile, 'as set'
     if device.type == 'cuda':
@@ -477,19 +533,20 @@ def pick_compile(cfg, device, flops):
         return False, 'not on this device'
     if not (compiler := shutil.which('g++') or shutil.which('clang++')):
         return False, 'no C++ compiler here'
-    return flops > COMPILE_FLOPS, (f'the run is {flops:.0e} operations, it pays above '
-                                   f'{COMPILE_FLOPS:.0e} ({compiler})')
+    least = COMPILE_PAYS[dtype == torch.float32]
+    return seconds > least, (f'what is left takes {seconds:.0f} s at the least, compiling pays '
+                             f'above {least} s ({compiler})')
 
 
-def make_replica(model, cfg, world, autocast, batch, tokens_per_update, say):
+def make_replica(model, cfg, world, autocast, batch, dtype, seconds, say):
     """`model`, compiled when that is wanted and works, in DDP when there are several processes.
 
     Runs one backward pass, whose gradients are dropped. It compiles; and DDP, which reorders its
     buckets after the first one, then adds in the same order in a resumed run as in one that never
     stopped.
     """
-    replica, flops = model, model.flops_per_token() * tokens_per_update * cfg.max_iters
-    wanted, why = pick_compile(cfg, world.device, flops)
+    replica = model
+    wanted, why = distributed.on_main(world, pick_compile, cfg, world.device, dtype, seconds)
     say(f'compile {wanted}: {why}')
     if wanted:
         began, failure, compiled = time.perf_counter(), '', torch.compile(model)
@@ -619,21 +676,23 @@ class StopSignal:
 
 
 class Stopwatch:
-    """Mean seconds of the updates since it was last asked."""
+    """Time and tokens of the updates since it was last read."""
 
     def __init__(self):
-        self.seconds, self.steps = 0.0, 0
+        self.seconds, self.steps, self.tokens = 0.0, 0, 0
 
     def start(self):
         self.began = time.perf_counter()
 
-    def stop(self):
-        self.seconds, self.steps = self.seconds + time.perf_counter() - self.began, self.steps + 1
+    def stop(self, tokens):
+        self.seconds += time.perf_counter() - self.began
+        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
 
-    def per_step(self):
-        mean = self.seconds / self.steps
-        self.seconds, self.steps = 0.0, 0
-        return mean
+    def read(self):
+        """(mean seconds of an update, tokens per second)."""
+        found = self.seconds / self.steps, self.tokens / self.seconds
+        self.seconds, self.steps, self.tokens = 0.0, 0, 0
+        return found
 
 
 def duration(seconds):

@@ -126,6 +126,38 @@ def test_the_sliced_loss_is_the_loss(monkeypatch):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('slice_tokens', [64, 7])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_the_loss_is_torch_s_cross_entropy(monkeypatch, compiled, slice_tokens, dtype, tolerance):
+    """And so are its gradients, with a padded vocabulary, also in half precision, where it is
+    float32 itself."""
+    shape = replace(TINY, vocab_size=5000)
+    net, ids = GPT(shape), random_ids(shape, 4, 16)
+    torch.nn.functional.cross_entropy(net(ids).flatten(0, 1), ids.flatten()).backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    reference = torch.nn.functional.cross_entropy(net(ids).flatten(0, 1), ids.flatten())
+    net.zero_grad()
+    monkeypatch.setattr(model_module, 'LOGITS_AT_ONCE', slice_tokens * 5000)
+    with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+        loss = (torch.compile(net) if compiled else net)(ids, ids)
+    assert loss.dtype == torch.float32
+    (loss / 2).backward()
+    assert abs(loss - reference) < tolerance * 0.1 * reference
+    for p, gradient in zip(net.parameters(), expected):
+        assert (2 * p.grad - gradient).norm() <= tolerance * gradient.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(net(ids, ids), reference)
+
+
+def test_the_compiled_gelu_is_torch_s(monkeypatch):
+    x = torch.linspace(-8, 8, 4001)
+    expected = torch.nn.functional.gelu(x, approximate='tanh')
+    assert torch.equal(model_module.gelu(x), expected)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+    torch.testing.assert_close(model_module.gelu(x), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_one_batch_can_be_learned_by_heart():
     torch.manual_seed(0)
     net, ids = GPT(TINY), random_ids(TINY, 4, 17)

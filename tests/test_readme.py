@@ -34,7 +34,7 @@ def script_and_arguments(command):
 def test_a_command_parses(command, monkeypatch):
     name, arguments = script_and_arguments(command)
     if name is None:
-        assert re.match(r'make (quickstart|test|table3)|python3 -m venv|'
+        assert re.match(r'make (quickstart|test|bench|table3)|python3 -m venv|'
                         r'pip install -r requirements.txt', command), command
         return
     module = __import__(name[:-3].replace('/', '.'), fromlist=['Config'])
@@ -45,7 +45,7 @@ def test_a_command_parses(command, monkeypatch):
 
 def test_the_make_targets_exist():
     text = (ROOT / 'Makefile').read_text()
-    for target in ('quickstart', 'test', 'test-all', 'table3'):
+    for target in ('quickstart', 'test', 'test-all', 'bench', 'table3'):
         assert re.search(rf'^{target}:', text, re.MULTILINE)
 
 

@@ -14,12 +14,13 @@ import torch
 from conftest import ROOT, script
 
 import checkpoints
+import distributed
 import train
 from configurator import configure
 from data import batches
 from data.batches import TokenBatches
 from data.shards import Tokens, read_manifest
-from distributed import World, data_sheet_peak
+from distributed import World, data_sheet_peak, pick_dtype
 
 TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4,
             total_batch_size=16 * 16, max_iters=12, eval_interval=4, log_interval=1,
@@ -128,6 +129,101 @@ def test_eval_only_writes_nothing(config, tmp_path, capsys):
     assert f"val_loss {losses(tmp_path / 'run', 'val_loss')[-1]:.4f}" in capsys.readouterr().out
     assert before == sorted(path.name for path in (tmp_path / 'run').rglob('*'))
     assert log == (tmp_path / 'run/log.jsonl').read_bytes()
+
+
+def with_gradients(optimizer, seed=0):
+    """(parameters, optimizers as train.py makes them) of a tiny GPT after one step, and with
+    gradients for another."""
+    torch.manual_seed(seed)
+    net = train.GPT(train.GPTConfig(16, 61, 2, 2, 32))
+    ids = torch.randint(61, (4, 16))
+    optimizers = train.make_optimizers(net, train.Config(optimizer=optimizer, learning_rate=0.01))
+    net(ids, ids).backward()
+    for each in optimizers:
+        each.step()
+    net.zero_grad()
+    (100 * net(ids, ids)).backward()
+    return list(net.parameters()), optimizers
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_an_update_clips_as_torch_does(optimizer):
+    ours, optimizers = with_gradients(optimizer)
+    norm = train.get_total_norm([p.grad for p in ours])
+    assert norm > 1
+    train.update(optimizers, torch.tensor(1.0), norm, 0.5)
+    theirs, references = with_gradients(optimizer)
+    torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+    for each in references:
+        each.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('loss, bad', [(float('inf'), None), (1.0, float('nan'))])
+def test_an_update_that_is_not_finite_changes_neither_weights_nor_moments(optimizer, loss, bad):
+    params, optimizers = with_gradients(optimizer)
+    if bad:
+        params[3].grad.view(-1)[0] = bad
+    state = [{key: value.clone() for key, value in each.state[p].items()}
+             for each in optimizers for p in each.state]
+    before = [p.detach().clone() for p in params]
+    norm = train.get_total_norm([p.grad for p in params])
+    train.update(optimizers, torch.tensor(loss), norm, 1.0)
+    assert all(map(torch.equal, params, before))
+    after = [each.state[p] for each in optimizers for p in each.state]
+    assert len(after) == len(params)
+    for old, new in zip(state, after):
+        assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+@pytest.mark.parametrize('has, half, chosen', [
+    (True, 4e12, torch.bfloat16), (True, 0.5e12, torch.float32), (False, 4e12, torch.float32)])
+def test_a_cpu_trains_in_the_dtype_that_it_is_fast_in(monkeypatch, has, half, chosen):
+    """There are CPUs with instructions for bfloat16 that are slower than those for float32."""
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': has})
+    monkeypatch.setattr(distributed, 'matmul_rate',
+                        lambda dtype: half if dtype == torch.bfloat16 else 1e12)
+    assert pick_dtype('auto', torch.device('cpu'), for_training=True)[0] == chosen
+    native = torch.bfloat16 if has else torch.float32
+    assert pick_dtype('auto', torch.device('cpu'))[0] == native
+
+
+def test_compiling_is_decided_by_the_length_of_the_run(monkeypatch):
+    cpu, cfg = torch.device('cpu'), train.Config()
+    monkeypatch.setattr(train.shutil, 'which', lambda name: '/usr/bin/g++')
+    for dtype, pays in zip((torch.bfloat16, torch.float32), train.COMPILE_PAYS):
+        assert train.pick_compile(cfg, cpu, dtype, pays + 1)[0]
+        assert not train.pick_compile(cfg, cpu, dtype, pays - 1)[0]
+    assert not train.pick_compile(replace(cfg, compile=False), cpu, torch.float32, 1e9)[0]
+    assert train.pick_compile(cfg, torch.device('cuda'), torch.bfloat16, 1)[0]
+    monkeypatch.setattr(train.shutil, 'which', lambda name: None)
+    found, why = train.pick_compile(cfg, cpu, torch.float32, 1e9)
+    assert not found and 'no C++ compiler' in why
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='of glibc')
+def test_memory_of_tensors_that_are_gone_is_kept():
+    """The sixth pass of a GPT with 16 MB of logits has its pages already; by itself the C library
+    would have given them back."""
+    words = ('import resource, torch, distributed\n'
+             'from model import GPT, GPTConfig\n'
+             'faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
+             'if KEEP: distributed.join("cpu")\n'
+             'net = GPT(GPTConfig(256, 4096, 2, 2, 64))\n'
+             'ids = torch.zeros(4, 256, dtype=torch.long)\n'
+             'for _ in range(6):\n'
+             '    before = faults(); net(ids, ids).backward(); net.zero_grad()\n'
+             'print(faults() - before)')
+    counts = []
+    for keep in (True, False):
+        result = subprocess.run([sys.executable, '-c', words.replace('KEEP', str(keep))], cwd=ROOT,
+                                capture_output=True, text=True, check=True)
+        counts.append(int(result.stdout))
+    if counts[1] < 1000:
+        pytest.skip('this C library keeps it by itself')
+    assert counts[0] < counts[1] / 20
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(config, tmp_path):
@@ -335,7 +431,7 @@ def test_nanogpt_s_train_bin_and_val_bin_are_trained_on_as_they_are(
 
 # Where it goes on.
 
-@pytest.mark.parametrize('changes', [{}, {'optimizer': 'muon'}, *(
+@pytest.mark.parametrize('changes', [{}, {'optimizer': 'muon', 'batch_warmup_iters': 8}, *(
     pytest.param(changes, marks=pytest.mark.slow) for changes in (
         {'dtype': 'bfloat16'}, {'dtype': 'float16'}, {'schedule': 'wsd', 'cooldown_iters': 4}))],
     ids=str)
@@ -610,6 +706,19 @@ def test_warmup_stable_decay():
     ({'total_batch_size': 0}, 2, (4, 2, 1))])
 def test_the_batch_is_the_same_on_any_number_of_processes(changes, world, expected):
     assert train.divide_batch(train.Config(**{**TINY, **changes}), world) == expected
+
+
+def test_the_batch_grows(config, tmp_path):
+    """A quarter of 16 sequences, half of them, all of them; the log counts what was consumed."""
+    cfg = config(batch_warmup_iters=4, max_iters=6, dropout=0.0)
+    assert [train.batch_at(step, cfg, 1)[0] for step in range(6)] == [4, 4, 8, 8, 16, 16]
+    assert train.batch_at(2, cfg, 2) == (8, 4, 1)
+    train.main(cfg)
+    records = map(json.loads, (tmp_path / 'run/log.jsonl').read_text().splitlines())
+    assert [record['tokens'] // 16 for record in records if 'loss' in record] == [
+        4, 8, 16, 24, 40, 56]
+    with pytest.raises(ValueError, match='1/2 of an update of 384 tokens .*=512'):
+        train.main(config(batch_warmup_iters=4, batch_size=8, total_batch_size=24 * 16))
 
 
 def test_eval_iters_is_nanogpt_s_spelling(config, stories):

@@ -1,0 +1,45 @@
+"""bench.py in small: every line is a rate beside its floor. No figure is judged."""
+
+import re
+
+import pytest
+
+import bench
+from model import GPTConfig
+
+TINY = GPTConfig(block_size=256, vocab_size=400, n_layer=1, n_head=2, n_embd=32)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(bench, 'SMALL', TINY)
+    monkeypatch.setitem(bench.SIZES, 'gpt2', TINY)
+    library = bench.library_texts(200_000)
+    assert sum(map(len, library)) > 200_000 and len(set(library)) == len(library)
+    monkeypatch.setattr(bench, 'library_texts', lambda size: library)
+
+    def none_here():
+        raise OSError
+    monkeypatch.setattr(bench.tokenizer, 'gpt2', none_here)
+
+
+def test_every_part_has_its_lines(capsys):
+    bench.main(bench.Config(seconds=0.05, device='cpu', compile=False, block_size=32))
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r'.+ threads; torch \S+, Python \S+$', lines[0])
+    rates = [re.fullmatch(r'(\w+) .+? +([\d,.]+) (tok/s|item/s) +([\d,.]+) \3 +(\d+)%', line)
+             for line in lines[2:]]
+    assert all(rates), lines
+    assert [rate[1] for rate in rates] == ['train'] * 2 + ['generate'] * 2 + ['evaluate', 'prepare']
+    for _, measured, _, floor, percent in (rate.groups() for rate in rates):
+        measured, floor = (float(x.replace(',', '')) for x in (measured, floor))
+        assert measured > 0 and abs(100 * measured / floor - float(percent)) < 1 + 60 / floor
+
+
+def test_one_part_and_what_is_refused(capsys):
+    bench.main(bench.Config(parts=('prepare',), device='cpu'))
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    with pytest.raises(ValueError, match='sampling: expected one of train'):
+        bench.main(bench.Config(parts=('sampling',)))
+    with pytest.raises(ValueError, match='expected one of gpt2, gpt2-medium'):
+        bench.main(bench.Config(model='gpt3'))
