@@ -1,7 +1,7 @@
 # python data/prepare.py --dataset=shakespeare --tokenizer=chars
 # python train.py config/shakespeare_char_seconds.py
 #
-# Character Shakespeare while you wait: 0.4M parameters, 0.6 epochs.
+# Character Shakespeare while you wait: 0.4M parameters, half an epoch.
 out_dir = 'out/shakespeare_char_seconds'
 dataset = 'shakespeare_char'
 device = 'cpu'
@@ -10,17 +10,15 @@ n_head = 4
 n_embd = 128
 block_size = 64
 bias = False
-batch_size = 16             # x 64
-total_batch_size = 4096     # after 120 updates of 1,024 characters and 120 of 2,048
-batch_warmup_iters = 240
-max_iters = 300
+batch_size = 32             # x 64
+max_iters = 270
 optimizer = 'muon'
 learning_rate = 6e-3
 muon_learning_rate = 0.05
 beta2 = 0.99
 schedule = 'wsd'
 warmup_iters = 10
-cooldown_iters = 180
+cooldown_iters = 135
 min_lr = 0.0
-eval_interval = 300
+eval_interval = 270
 log_interval = 50
