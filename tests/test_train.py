@@ -241,9 +241,10 @@ def test_the_newest_and_the_best_checkpoints_are_kept(config, tmp_path):
 
 @pytest.mark.slow
 def test_patience_ends_a_run_and_its_best_step_is_the_model(config, tmp_path, capsys):
-    """The same ruinous learning rate; a resumed run ends as soon, with more patience it goes on."""
-    ruin = config(max_iters=40, eval_interval=2, patience=3, warmup_iters=0, decay_lr=False,
-                  learning_rate=0.3, always_save_checkpoint=False)
+    """A learning rate that grows until it ruins; a resumed run ends as soon, with more patience it
+    goes on."""
+    ruin = config(max_iters=40, eval_interval=2, patience=3, warmup_iters=12, lr_decay_iters=1000,
+                  learning_rate=0.5, always_save_checkpoint=False)
     assert train.main(ruin) == 0
     val = losses(tmp_path / 'run', 'val_loss')
     best = 2 * val.index(min(val))
