@@ -126,10 +126,10 @@ def test_the_sliced_loss_is_the_loss(monkeypatch):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('slice_tokens', [64, 7])
+@pytest.mark.parametrize('slice_tokens, compiled', [
+    (64, False), (7, False), pytest.param(7, True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_the_loss_is_torch_s_cross_entropy(monkeypatch, compiled, slice_tokens, dtype, tolerance):
+def test_the_loss_is_torch_s_cross_entropy(monkeypatch, slice_tokens, compiled, dtype, tolerance):
     """And so are its gradients, with a padded vocabulary, also in half precision, where it is
     float32 itself."""
     shape = replace(TINY, vocab_size=5000)
