@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def train_line(name, shape, batch_size, block_size, cfg, world):
     device, say = world.device, partial(print, file=sys.stderr)
     dtype, _ = distributed.pick_dtype(cfg.dtype, device, for_training=True)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    gpt = GPT(shape).to(device).train()
+    gpt = GPT(replace(shape, block_size=block_size)).to(device).train()
     settings = train.Config(optimizer=cfg.optimizer, compile=cfg.compile)
     optimizers = train.make_optimizers(gpt, settings, dtype)
     ids = torch.randint(shape.vocab_size, (batch_size, block_size + 1), device=device)
@@ -150,10 +151,8 @@ def train_line(name, shape, batch_size, block_size, cfg, world):
 
     took, peak = between(lambda: distributed.measure_peak(device, dtype),
                          lambda: clock(update, device, cfg.seconds))
-    c, weights = shape, sum(p.numel() for p in gpt.parameters()) - gpt.wpe.weight.numel()
-    flops = 6 * weights + 12 * c.n_layer * c.n_embd * block_size        # for a token
     return (f'train {name}, {batch_size} x {block_size}, {str(dtype)[6:]}',
-            batch_size * block_size / took, peak and peak / flops, 'tok/s')
+            batch_size * block_size / took, peak and peak / gpt.flops_per_token(), 'tok/s')
 
 
 def generate_lines(cfg, world):

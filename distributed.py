@@ -76,8 +76,8 @@ def pick_device(name, local_rank=0, size=1):
 
 def keep_freed_memory():
     """Let the C library keep the memory of tensors that are gone, where it is glibc. It would give
-    large pieces back to the kernel, which hands them out again page by page, zeroed: a quarter of
-    the time that an update of GPT-2 takes."""
+    large pieces back to the kernel, which hands them out again page by page, zeroed: up to a
+    quarter of the time that an update of GPT-2 takes."""
     mallopt = sys.platform == 'linux' and getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4           # malloc.h
