@@ -11,6 +11,7 @@ The only reader and writer of checkpoints. A checkpoint is a Hugging Face model 
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import tokenizer
-from distributed import on_main, pick_dtype
+from distributed import like, on_main, pick_dtype, whole
 from model import GPT, SIZES, GPTConfig, pack
 
 HERE = Path(__file__).resolve().parent
@@ -348,6 +349,19 @@ def save(out_dir, step, model, encoding, training):
         return final
     partial = final.with_name(f'.{final.name}.partial')
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write(partial, model, encoding, training)
+    except (OSError, SafetensorError, RuntimeError) as error:   # a full disk has several names
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f'{final}: {error}') from None
+    shutil.rmtree(final, ignore_errors=True)                    # there only if it does not verify
+    partial.rename(final)
+    sync(final.parent)
+    return final
+
+
+def write(partial, model, encoding, training):
+    """All files of a checkpoint, synced to the disk."""
     partial.mkdir(parents=True)
     eot = tokenizer.eot_id(encoding)
     write_json(partial / 'config.json', config_json(model.config, eot))
@@ -365,10 +379,6 @@ def save(out_dir, step, model, encoding, training):
         for file in sorted(partial.iterdir())})
     for path in [*partial.iterdir(), partial]:
         sync(path)
-    shutil.rmtree(final, ignore_errors=True)                    # there only if it does not verify
-    partial.rename(final)
-    sync(final.parent)
-    return final
 
 
 def load_training(folder):
@@ -377,12 +387,12 @@ def load_training(folder):
                       weights_only=True)
 
 
-def optimizer_state(model, optimizers):
-    """{parameter name: {key: tensor}} of all optimizers: step counts and moments,
-    no learning rates."""
+def optimizer_state(model, optimizers, keep=True):
+    """{parameter name: {key: tensor}} of all optimizers: step counts and moments, no learning
+    rates. Of a sharded model all processes must ask, and those who `keep` it get it."""
     names = {p: name for name, p in model.named_parameters()}
-    return {names[p]: dict(state) for optimizer in optimizers
-            for p, state in optimizer.state.items()}
+    return {names[p]: {key: whole(value, keep) for key, value in state.items()}
+            for optimizer in optimizers for p, state in optimizer.state.items()}
 
 
 def restore_optimizers(model, optimizers, saved):
@@ -397,8 +407,7 @@ def restore_optimizers(model, optimizers, saved):
             if set(state) != expected:
                 raise ValueError(f'the checkpoint has no matching optimizer state for {names[p]}; '
                                  f'was it trained with another --optimizer?')
-            optimizer.state[p] = {key: value.to(p.device, copy=True)
-                                  for key, value in state.items()}
+            optimizer.state[p] = {key: like(value, p) for key, value in state.items()}
 
 
 def steps(out_dir):
@@ -407,7 +416,7 @@ def steps(out_dir):
     return dict(sorted((int(path.name[5:]), path) for path in found))
 
 
-def newest_step(out_dir):
+def newest_step(out_dir, until=math.inf):
     """(folder of the newest whole checkpoint or None if there are none at all,
     [(folder, what is wrong)] of newer ones).
 
@@ -415,7 +424,7 @@ def newest_step(out_dir):
     that is no reason to start over.
     """
     problems = []
-    for folder in reversed(steps(out_dir).values()):
+    for folder in [steps(out_dir)[step] for step in reversed(steps(out_dir)) if step <= until]:
         wrong = problem(folder)
         if not wrong:
             return folder, problems
@@ -425,6 +434,16 @@ def newest_step(out_dir):
         raise ValueError('\n'.join(['there are checkpoints, and none of them is whole:', *words,
                                     'give another --out_dir to start a new run']))
     return None, []
+
+
+def back_to(out_dir, step):
+    """The folder of the newest whole checkpoint of at most `step`, or None; newer ones are
+    deleted."""
+    folder, _ = newest_step(out_dir, step)
+    if folder:
+        for newer in [newer for number, newer in steps(out_dir).items() if number > step]:
+            remove(newer)
+    return folder
 
 
 def mark_best(out_dir, step, val_loss):
@@ -476,8 +495,12 @@ def prune(out_dir, keep, best=None):
     folders = steps(out_dir)
     for step in list(folders)[:-keep]:
         if step != best:
-            (folders[step] / 'manifest.json').unlink(missing_ok=True)   # no longer whole from here
-            shutil.rmtree(folders[step])
+            remove(folders[step])
+
+
+def remove(folder):
+    (folder / 'manifest.json').unlink(missing_ok=True)              # no longer whole from here on
+    shutil.rmtree(folder)
 
 
 def lock(out_dir):

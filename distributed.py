@@ -5,6 +5,7 @@ Ranks, devices and reductions: thin over torch.distributed, and the same calls w
 import ctypes
 import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ PEAK_FLOPS = {              # dense bfloat16 (V100, T4: float16) of the makers' 
     'A100': 312e12, 'L40S': 362e12, 'RTX 6000 Ada': 364e12, 'A6000': 155e12, 'A10G': 70e12,
     'L4': 121e12, 'RTX 5090': 209e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12,
     'T4': 65e12}
+COMPILE_PAYS = 60, 180      # on a CPU, for runs longer than so many seconds: of half precision, of
+                            # float32 (it takes about 25 s, and saves less in float32)
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,10 @@ class World:
         return self.rank == 0
 
 
-def join(device='auto', timeout_minutes=10):
+def join(device='auto', timeout_minutes=10.0):
     """The World of this process: what torchrun says, or one process alone.
+
+    timeout_minutes: how long one process waits for another before it gives up.
 
     device is 'auto' (CUDA, else MPS, else CPU) or what torch.device takes. Raises ValueError when
     the device is not there.
@@ -116,6 +121,21 @@ def pick_dtype(name, device, for_training=False):
     return torch.float32, 'the safe choice on this device'
 
 
+def pick_compile(wanted, device, dtype, seconds):
+    """(whether to compile, why), for a run that takes so many seconds at the matmul rate."""
+    if isinstance(wanted, bool):
+        return wanted, 'as set'
+    if device.type == 'cuda':
+        return True, 'on a GPU'
+    if device.type != 'cpu':
+        return False, 'not on this device'
+    if not (compiler := shutil.which('g++') or shutil.which('clang++')):
+        return False, 'no C++ compiler here'
+    least = COMPILE_PAYS[dtype == torch.float32]
+    return seconds > least, (f'what is left takes {seconds:.0f} s at the least, compiling pays '
+                             f'above {least} s ({compiler})')
+
+
 def matmul_rate(dtype, n=1024, seconds=0.2):
     """Operations per second of a product of n x n matrices on this CPU, the best of several."""
     a, times, ends = torch.randn(n, n).to(dtype), [], time.perf_counter() + seconds
@@ -140,6 +160,19 @@ def data_sheet_peak(gpu):
     """PEAK_FLOPS of a card by its full name; None for others: no MFU is better than a wrong one."""
     found = [peak for name, peak in PEAK_FLOPS.items() if re.search(rf'\b{name}\b', gpu)]
     return found[0] if found and 'Laptop' not in gpu else None
+
+
+def peak_memory(device):
+    """GB of 1e9 bytes that this process had at most: of the GPU, or of the machine."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource                                     # not on Windows
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def size():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_reduce(tensor, op='sum'):
@@ -179,6 +212,40 @@ def on_main(world, function, *args):
     if error is not None:
         raise error
     return result
+
+
+# A sharded model (FSDP2): its parameters, gradients and moments are DTensors, and every process
+# holds a share of each.
+
+def shard(model, blocks):
+    """Leave each process its share of every parameter of `model`, in place; what a block computes
+    with is gathered when it is needed, one of `blocks` at a time."""
+    from torch.distributed.fsdp import fully_shard
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, 'full_tensor')
+
+
+def whole(tensor, keep=True):
+    """All of a sharded tensor, on the CPU; every process must ask, those without `keep` get None.
+    Others are whole already."""
+    if not is_sharded(tensor):
+        return tensor
+    full = tensor.full_tensor()
+    return full.cpu() if keep else None
+
+
+def like(value, p):
+    """`value`, which all processes have, on the device of p, and shared among them if p is."""
+    value = value.to(p.device, copy=True)
+    if not is_sharded(p) or value.dim() == 0:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def leave():

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = None     # wte itself, unless pack() made a copy to read faster
-        self.initialise()
+        self.checkpoint_activations = False     # True: keep what goes into a block, not what it
+        self.initialise()                       # makes, and make that again in the backward pass
 
     @torch.no_grad()
     def initialise(self):
@@ -88,7 +90,10 @@ class GPT(nn.Module):
             mask = torch.ones(T, before + T, dtype=torch.bool, device=ids.device).tril(before)
         x = self.drop(self.wte(ids) + self.wpe(positions))                  # (B, T, C)
         for i, block in enumerate(self.h):
-            x = block(x, mask, cache, i)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, cache, i, use_reentrant=False)
+            else:
+                x = block(x, mask, cache, i)
         if cache:
             cache.length += T
         return self.ln_f(x)                                                 # (B, T, C)

@@ -33,18 +33,37 @@ class Muon(torch.optim.Optimizer):
         for p in batch:
             if not self.state[p]:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-        buffers = [self.state[p]['momentum_buffer'] for p in batch]
-        grads = torch.stack([p.grad for p in batch])                        # (n, out, in)
+        params = [local(p) for p in batch]      # of a sharded model: this process's share of them
+        buffers = [local(self.state[p]['momentum_buffer']) for p in batch]
+        grads = torch.stack([local(p.grad) for p in batch])                 # (n, out, in)
         if self.grad_scale is not None:
             grads /= self.grad_scale
         if self.found_inf is not None:          # as if the gradient were the momentum: it stays
             grads = torch.where(self.found_inf > 0, torch.stack(buffers), grads)
             lr = lr * (1 - self.found_inf)      # and so do the parameters
         torch._foreach_lerp_(buffers, grads.unbind(), 1 - momentum)
-        updates = orthogonal(grads.lerp(torch.stack(buffers), momentum), self.dtype)
-        updates *= lr * math.sqrt(max(1, grads.size(1) / grads.size(2)))
-        torch._foreach_mul_(batch, 1 - lr * weight_decay)
-        torch._foreach_sub_(batch, updates.unbind())
+        updates = grads.lerp(torch.stack(buffers), momentum)
+        updates = on_whole(lambda matrices: orthogonal(matrices, self.dtype), updates, batch[0])
+        updates *= lr * math.sqrt(max(1, batch[0].size(0) / batch[0].size(1)))
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_sub_(params, updates.unbind())
+
+
+def local(tensor):
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
+def on_whole(function, matrices, p):
+    """function of matrices (n, out, in), of which each process has some rows if p is sharded: they
+    are gathered, and each keeps its rows of the result."""
+    if not hasattr(p, 'to_local'):
+        return function(matrices)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    mesh, shape = p.device_mesh, torch.Size([len(matrices), *p.shape])
+    stride = (p.numel(), p.size(1), 1)
+    whole = DTensor.from_local(matrices, mesh, [Shard(1)], shape=shape, stride=stride).full_tensor()
+    result = DTensor.from_local(function(whole), mesh, [Replicate()], run_check=False)
+    return result.redistribute(placements=[Shard(1)]).to_local()
 
 
 def alike(params):

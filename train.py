@@ -8,13 +8,8 @@ Train a GPT, on one process or many.
 The same command again goes on where the run stopped, whatever stopped it.
 """
 
-import json
 import math
 import os
-import secrets
-import shutil
-import signal
-import threading
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -27,11 +22,15 @@ from torch.nn.utils import get_total_norm
 
 import checkpoints
 import distributed
+import planning
 import tokenizer
 from configurator import as_config_file, run, settings
 from data.batches import Ahead, describe_epochs, draw, load_data, make_batches
+from journal import Log, StopSignal, Stopwatch, Watch, duration
 from model import GPT, GPTConfig, crop_block
-from muon import Muon
+from optimizers import learning_rate_at, make_optimizers, update
+from planning import batch_at, divide_batch
+from validation import describe, validate
 
 # -----------------------------------------------------------------------------
 # The defaults train a small GPT on the offline corpus in minutes, on a laptop.
@@ -45,6 +44,8 @@ eval_interval = 100         # updates between validations; a checkpoint is saved
 eval_tokens = 1_000_000     # validation tokens: the first of the split, or all it has
 eval_iters = 0              # nanoGPT's spelling: eval_tokens = eval_iters * batch_size * block_size
 eval_only = False           # validate once, write nothing, leave
+plan = False                # check everything, measure 20 updates, say what the run takes, leave
+minutes = 0.0               # fit max_iters and the schedule into so many; 0: as they are given
 log_interval = 10           # updates between lines in the log
 sample_interval = 0         # updates between samples in samples.jsonl, 0: none
 hellaswag_interval = 0      # updates between HellaSwag scores, each after a checkpoint, 0: none
@@ -90,15 +91,21 @@ lr_decay_iters = 0          # where min_lr is reached; 0: at max_iters
 cooldown_iters = 300        # of 'wsd'
 min_lr = 1e-4
 max_skipped = 10            # so many non-finite updates in a row end the run (exit status 3)
+spike_z = 6.0               # a loss so many standard deviations above the last ones is a spike
+rollback = False            # True: after max_skipped non-finite updates or spikes in a row, go back
+                            # to the last good checkpoint and on with the data that come next
 # system
 device = 'auto'             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
 dtype = 'auto'              # 'float32', 'bfloat16', 'float16'; auto: bfloat16 where native
 compile = 'auto'            # True, False; auto: on CUDA, and on CPUs with a compiler when it pays
+parallel = 'ddp'            # processes hold all of the model; 'fsdp': each a share, gathered in use
+checkpoint_activations = False      # True: blocks compute again in the backward pass what they
+                            # would keep: a third more work, a fraction of the memory
+timeout_minutes = 10.0      # processes wait for each other so long, then give up
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
-COMPILE_PAYS = 60, 180      # on a CPU, for runs longer than so many seconds: of half precision, of
-                            # float32 (it takes about 25 s, and saves less in float32)
+MAX_ROLLBACKS = 5           # of a run: what comes again and again is not the data
 
 
 @dataclass
@@ -109,11 +116,28 @@ class Progress:
     skipped: int = 0                    # updates that were not finite
     best_val_loss: float = math.inf
     best_step: int = -1
+    spikes: int = 0                     # times that the loss jumped
+    rollbacks: int = 0
+    bad: int = 0                        # updates in a row, until now, not finite or spikes,
+    not_finite: int = 0                 # and of these not finite, in a row
+    good_until: int = 0                 # updates done before the first of them
 
 
 def main(cfg):
     check(cfg)
-    world = distributed.join(cfg.device)
+    if cfg.plan and not planning.look(cfg):
+        return 2
+    try:
+        return train(cfg)
+    except (RuntimeError, MemoryError) as error:
+        if planning.is_out_of_memory(error):
+            raise ValueError(planning.less_memory(cfg, error)) from None
+        raise
+
+
+def train(cfg):
+    began = time.monotonic()
+    world = distributed.join(cfg.device, cfg.timeout_minutes)
     say = print if world.is_main else no_one
     sequences, micro_batch, micro_steps = divide_batch(cfg, world.size)
     for share in (4, 2) if cfg.batch_warmup_iters else ():
@@ -128,22 +152,24 @@ def main(cfg):
     train_data = make_batches(sets, encoding, cfg.block_size, cfg.seed, cfg.doc_start)
     questions = load_questions(cfg, world, encoding)
     lock = take_lock(cfg, world)
-    model, saved = start(cfg, world, encoding, say)
+    cfg, model, saved = start(cfg, world, encoding, say)
     shards = check_same_data(saved, sets, cfg)
     model.to(world.device).train()
-    optimizers = make_optimizers(model, cfg, dtype)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    model.checkpoint_activations = cfg.checkpoint_activations
     autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype != torch.float32)
-    now = Progress(**saved.get('progress', {}))
+    now, watch = Progress(**saved.get('progress', {})), Watch(saved.get('watch'))
     if cfg.eval_only:
         val_loss, others, count = validate(model, sets, cfg, world, autocast)
         say(f'step {now.step}: {describe(val_loss, others)}, over {count:,} tokens')
         return distributed.leave()
+    distributed.on_main(world, planning.check_disk, cfg, model)
+    if cfg.parallel == 'fsdp' and world.size > 1:
+        distributed.shard(model, model.h)
+    optimizers = make_optimizers(model, cfg, dtype)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     if saved:
         checkpoints.restore_optimizers(model, optimizers, saved['optimizer'])
         scaler.load_state_dict(saved['scaler'])
-    if world.is_main:
-        write_config(cfg)
 
     say(f'{sum(p.numel() for p in model.parameters()):,} parameters; an update is '
         f'{tokens_per_update:,} tokens = {world.size} processes x {micro_steps} micro-batches x '
@@ -154,27 +180,50 @@ def main(cfg):
     seconds = (model.flops_per_token() * tokens_per_update * max(0, cfg.max_iters - now.step) /
                (peak * world.size) if peak else math.inf)           # at the least
     replica = make_replica(model, cfg, world, autocast, first, dtype, seconds, say)
+    compute = partial(gradients, model, replica, ahead, world=world, scaler=scaler,
+                      autocast=autocast)
+    if cfg.plan or (cfg.minutes and not saved):
+        took = planning.trial(compute, now, cfg, optimizers, scaler, world)
+        visit = planning.time_visit(model, sets, cfg, world, autocast)
+        spent = distributed.broadcast(time.monotonic() - began)
+        say(planning.describe_trial(model, world, took, tokens_per_update, peak))
+        cfg = planning.fit(cfg, took, visit, spent) if cfg.minutes else cfg
+        say(planning.describe_length(cfg, took, visit, tokens_per_update))
+        if cfg.plan:
+            return distributed.leave()
+    if world.is_main:
+        write_config(cfg)
     log, stop, clock = Log(cfg, world, say), StopSignal(), Stopwatch()
     saved_at, saved_time, validated = now.step if saved else 0, time.monotonic(), -1
     asked_to_stop = save_due = False
-    skipped_in_a_row, underway = 0, []
+    underway, unsaved = [], None
 
     while True:
         # once in a while: save, and only then validate: if validating fails, nothing is lost
         finished = now.step >= cfg.max_iters
         due = finished or now.step % cfg.eval_interval == 0
         quiz = questions and (finished or now.step % cfg.hellaswag_interval == 0)
-        if (due or quiz or save_due or asked_to_stop) and saved_at != now.step:
+        calm = not now.bad                              # what may be rolled back is not kept
+        if ((due or quiz or save_due) and calm or finished or asked_to_stop) and (
+                saved_at != now.step):
             state = {'progress': asdict(now), 'settings': asdict(cfg), 'shards': shards,
-                     'optimizer': checkpoints.optimizer_state(model, optimizers),
-                     'scaler': scaler.state_dict()}
-            distributed.on_main(world, checkpoints.save, cfg.out_dir, now.step, model, encoding,
-                                state)
-            saved_at, saved_time = now.step, time.monotonic()
-        if due and (finished or not asked_to_stop) and validated != now.step:
-            val_loss, others, _ = validate(model, sets, cfg, world, autocast)
+                     'optimizer': checkpoints.optimizer_state(model, optimizers, world.is_main),
+                     'scaler': scaler.state_dict(), 'watch': watch.state}
+            try:
+                distributed.on_main(world, checkpoints.save, cfg.out_dir, now.step,
+                                    unsharded(model, world.is_main), encoding, state)
+                saved_at, unsaved = now.step, None
+            except OSError as error:                    # a full disk: perhaps there is room later
+                unsaved = error
+                log.event(now.step, 'save failed', f'cannot save: {error}; going on')
+            saved_time = time.monotonic()
+        if due and not asked_to_stop and validated != now.step:
+            found = validate(model, sets, cfg, world, autocast, stop)
+            if asked_to_stop := found is None:          # in the middle of it: a resume repeats it
+                continue
+            val_loss, others, _ = found
             validated = now.step
-            if val_loss < now.best_val_loss:
+            if val_loss < now.best_val_loss and saved_at == now.step:
                 now.best_val_loss, now.best_step = val_loss, now.step
                 distributed.on_main(world, checkpoints.mark_best, cfg.out_dir, now.step, val_loss)
             rest = cfg.patience * cfg.eval_interval         # as long without a better one
@@ -186,12 +235,15 @@ def main(cfg):
             keep_newest = cfg.keep if cfg.always_save_checkpoint else 1
             checkpoints.prune(cfg.out_dir, keep_newest, now.best_step)
         if quiz and not asked_to_stop:
-            scores = score_hellaswag(model, encoding, questions, world)
+            gpt = unsharded(model).to(world.device)
+            scores = score_hellaswag(gpt, encoding, questions, world)
             log.write(step=now.step, tokens=now.position * cfg.block_size, **scores)
             say(f"step {now.step}: hellaswag {scores['hellaswag']:.2%} of {len(questions):,}")
-        if cfg.sample_interval and now.step % cfg.sample_interval == 0 and world.is_main:
-            log.sample(now.step, draw_sample(model, encoding, cfg.seed))
-        if finished or asked_to_stop or skipped_in_a_row >= cfg.max_skipped:
+        if cfg.sample_interval and now.step % cfg.sample_interval == 0:
+            gpt = unsharded(model, world.is_main)
+            if world.is_main:
+                log.sample(now.step, draw_sample(gpt.to(world.device), encoding, cfg.seed))
+        if finished or asked_to_stop or now.not_finite >= cfg.max_skipped:
             break
 
         # one update: a forward and a backward pass for each micro-batch, then one step
@@ -199,24 +251,7 @@ def main(cfg):
         lr = learning_rate_at(now.step, cfg)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group['lr'] = group['initial_lr'] * lr / cfg.learning_rate
-        sequences, micro_batch, micro_steps = batch_at(now.step, cfg, world.size)
-        loss = torch.zeros((), device=world.device)
-        for i in range(micro_steps):
-            index = world.rank * micro_steps + i            # of the micro-batch within the update
-            here = now.position + index * micro_batch
-            last = i == micro_steps - 1
-            after = sequences - i * micro_batch if last else micro_batch    # to this rank's next
-            x, y = ahead.read(here, micro_batch, then=here + after)
-            x, y = (part.to(world.device, non_blocking=True) for part in (x, y))
-            torch.manual_seed(int(draw(f'{cfg.seed}:{now.step}:{index}', 1)[0]))    # for dropout
-            with reduce_gradients(replica, last):
-                with autocast():
-                    micro_loss = replica(x, y) / micro_steps
-                scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = get_total_norm([p.grad for p in model.parameters()])
+        loss, norm, sequences = compute(now, cfg, optimizers)
         save_due = world.is_main and 0 < cfg.save_minutes < (time.monotonic() - saved_time) / 60
         wishes = [torch.full_like(loss, wish) for wish in (stop.requested, save_due)]
         votes = distributed.all_reduce(torch.stack([loss / world.size, *wishes]))
@@ -236,29 +271,107 @@ def main(cfg):
                                and not (pause or asked_to_stop or save_due)):
             step, (loss, stops, saves, norm) = underway.pop(0).read()
             asked_to_stop, save_due = stops > 0, saves > 0  # on all ranks, if any wishes so
-            finite = math.isfinite(norm) and math.isfinite(loss)
-            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            if not finite:
-                now.skipped += 1
-                say(f'step {step}: loss {loss}, norm {norm}: skipped ({now.skipped} so far)')
+            scores = judge(step, loss, norm, now, watch, cfg, log)
         clock.stop(sequences * cfg.block_size)
 
         if logging:
             seconds, rate = clock.read()
             mfu = peak and model.flops_per_token() * rate / (peak * world.size)
             log.write(step=now.step, tokens=now.position * cfg.block_size, loss=loss, lr=lr,
-                      grad_norm=norm, step_ms=1000 * seconds, tokens_per_second=rate, mfu=mfu)
+                      grad_norm=norm, loss_z=scores[0], grad_norm_z=scores[1],
+                      step_ms=1000 * seconds, tokens_per_second=rate, mfu=mfu)
             say(f'step {now.step}/{cfg.max_iters}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  '
                 f'{1000 * seconds:.0f} ms  {rate:,.0f} tok/s  {f"mfu {mfu:.0%}  " if mfu else ""}'
                 f'left {duration((cfg.max_iters - now.step) * seconds)}')
+        if now.bad >= cfg.max_skipped:
+            underway.clear()
+            back = cfg.rollback and now.rollbacks < MAX_ROLLBACKS and roll_back(
+                now, model, optimizers, scaler, cfg, world, log)
+            if back:
+                now, watch = back
+                saved_at = validated = now.step
+                asked_to_stop = save_due = False
+            elif now.not_finite < cfg.max_skipped:      # it has come to stay
+                log.event(now.step, 'level', f'the loss stays near {loss:.4f}; that is normal now')
+                watch, now.bad = Watch(), 0
 
-    diverged = skipped_in_a_row >= cfg.max_skipped
-    say(closing_words(cfg, now, diverged, finished))
+    diverged = now.not_finite >= cfg.max_skipped
+    say(closing_words(cfg, now, diverged, finished and not asked_to_stop))
     log.finish()
     stop.restore()
     distributed.leave()
     lock.close()
+    if unsaved:
+        raise OSError(f'the last checkpoint of {cfg.out_dir} could not be saved ({unsaved}); '
+                      f'the one before is whole, and the same command goes on from it')
     return 3 if diverged else 0
+
+
+def gradients(model, replica, ahead, now, cfg, optimizers, *, world, scaler, autocast):
+    """The forward and backward passes of one update: (mean loss of this rank's micro-batches,
+    norm of the gradients, which then lie in the parameters; sequences in the update)."""
+    sequences, micro_batch, micro_steps = batch_at(now.step, cfg, world.size)
+    loss = torch.zeros((), device=world.device)
+    for i in range(micro_steps):
+        index = world.rank * micro_steps + i                # of the micro-batch within the update
+        here = now.position + index * micro_batch
+        last = i == micro_steps - 1
+        after = sequences - i * micro_batch if last else micro_batch        # to this rank's next
+        x, y = ahead.read(here, micro_batch, then=here + after)
+        x, y = (part.to(world.device, non_blocking=True) for part in (x, y))
+        torch.manual_seed(int(draw(f'{cfg.seed}:{now.step}:{index}', 1)[0]))        # for dropout
+        with reduce_gradients(replica, last):
+            with autocast():
+                micro_loss = replica(x, y) / micro_steps
+            scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = get_total_norm([p.grad for p in model.parameters()])
+    return loss, norm.full_tensor() if distributed.is_sharded(norm) else norm, sequences
+
+
+def judge(step, loss, norm, now, watch, cfg, log):
+    """Note in `now`, `watch` and the log how the update number `step` went; its z-scores."""
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    scores = watch.score(loss, norm)
+    spike = finite and cfg.spike_z and scores[0] is not None and scores[0] > cfg.spike_z
+    if finite and not spike:
+        watch.learn(loss, norm)
+        now.bad = now.not_finite = 0
+        now.good_until = step
+        return scores
+    now.bad += 1
+    now.not_finite = 0 if finite else now.not_finite + 1
+    if not finite:
+        now.skipped += 1
+        log.event(step, 'skipped', f'loss {loss}, norm {norm}: skipped ({now.skipped} so far)')
+    elif now.bad == 1:
+        now.spikes += 1
+        log.event(step, 'spike', f'loss {loss:.4f}, {scores[0]:.1f} standard deviations above the '
+                                 f'last ones; norm {norm:.2f}')
+    return scores
+
+
+def roll_back(now, model, optimizers, scaler, cfg, world, log):
+    """(Progress, Watch) of the last checkpoint from before things went wrong, with its weights and
+    moments in place, and the position where we are: what was read since is left out. None if there
+    is no such checkpoint."""
+    folder = distributed.on_main(world, checkpoints.back_to, cfg.out_dir, now.good_until)
+    if not folder:
+        return None
+    saved, (gpt, _) = checkpoints.load_training(folder), checkpoints.load_folder(folder)
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), gpt.parameters(), strict=True):
+            p.copy_(distributed.like(q, p))
+    checkpoints.restore_optimizers(model, optimizers, saved['optimizer'])
+    scaler.load_state_dict(saved['scaler'])
+    back = replace(Progress(**saved['progress']), position=now.position, skipped=now.skipped,
+                   spikes=now.spikes, rollbacks=now.rollbacks + 1)
+    log.event(now.step, 'rollback', f'{now.bad} bad updates in a row: back to step {back.step}; '
+              f'{(now.position - saved["progress"]["position"]) * cfg.block_size:,} tokens are '
+              f'left out')
+    return back, Watch(saved['watch'])
 
 
 def no_one(*words):
@@ -276,11 +389,12 @@ def check(cfg):
     for key in ('max_iters', 'eval_iters', 'sample_interval', 'hellaswag_interval',
                 'hellaswag_limit', 'save_minutes', 'total_batch_size',
                 'gradient_accumulation_steps', 'weight_decay', 'grad_clip', 'warmup_iters',
-                'lr_decay_iters', 'cooldown_iters', 'min_lr', 'patience', 'batch_warmup_iters'):
+                'lr_decay_iters', 'cooldown_iters', 'min_lr', 'patience', 'batch_warmup_iters',
+                'minutes', 'spike_z'):
         if getattr(cfg, key) < 0:
             raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
     for key, choices in (('optimizer', ('adamw', 'muon')), ('schedule', ('cosine', 'wsd')),
-                         ('compile', ('auto', True, False))):
+                         ('compile', ('auto', True, False)), ('parallel', ('ddp', 'fsdp'))):
         if getattr(cfg, key) not in choices:
             raise ValueError(f'{key}: given {getattr(cfg, key)!r}, expected one of '
                              f"{', '.join(map(repr, choices))}")
@@ -291,80 +405,34 @@ def check(cfg):
         raise ValueError("out_dir: given '', expected the name of a folder")
     if cfg.learning_rate <= 0:
         raise ValueError(f'learning_rate: given {cfg.learning_rate}, expected more than 0')
+    if cfg.timeout_minutes <= 0:
+        raise ValueError(f'timeout_minutes: given {cfg.timeout_minutes}, expected more than 0')
+    if cfg.rollback and cfg.keep < 2:
+        raise ValueError(f'rollback=True with keep={cfg.keep}: expected keep=2 or more')
+    if cfg.minutes and not cfg.max_iters:
+        raise ValueError('minutes: the schedule of max_iters=0 cannot be stretched to them')
 
 
-def batch_at(step, cfg, world_size):
-    """divide_batch, for the update after `step` updates."""
-    warm = cfg.batch_warmup_iters
-    return divide_batch(cfg, world_size, 4 if 2 * step < warm else 2 if step < warm else 1)
+class Numbers:
+    """What an update found, on its way from the device; read() waits until it is there."""
 
+    def __init__(self, step, numbers):
+        self.step, self.there = step, torch.cuda.Event() if numbers.is_cuda else None
+        self.numbers = numbers.to('cpu', non_blocking=numbers.is_cuda)
+        if self.there:
+            self.there.record()
 
-def divide_batch(cfg, world_size, share=1):
-    """(sequences in an update, sequences in a micro-batch, micro-batches of each process), of the
-    whole batch or of a half or a quarter of it, `share` 2 or 4.
-
-    Raises ValueError, with the nearest size that works, when the batch cannot be divided evenly.
-    """
-    if cfg.total_batch_size and cfg.gradient_accumulation_steps:
-        raise ValueError(f'given total_batch_size={cfg.total_batch_size} and '
-                         f'gradient_accumulation_steps={cfg.gradient_accumulation_steps}, expected '
-                         f'one of them: both say how large an update is')
-    tokens = (cfg.total_batch_size or
-              max(1, cfg.gradient_accumulation_steps) * cfg.batch_size * cfg.block_size)
-    sequences = tokens // share // cfg.block_size
-    micro_batch = min(cfg.batch_size, max(1, sequences // world_size))
-    unit = micro_batch * world_size * cfg.block_size * share
-    if tokens % unit:
-        nearest = max(1, round(tokens / unit)) * unit
-        raise ValueError(f"{'' if share == 1 else f'1/{share} of '}an update of {tokens:,} tokens "
-                         f'cannot be shared by {world_size} '
-                         f'processes in micro-batches of {micro_batch} x {cfg.block_size} tokens; '
-                         f'the nearest that can: --total_batch_size={nearest}')
-    return sequences, micro_batch, sequences // (micro_batch * world_size)
-
-
-def bits_per_byte(val_loss, count, manifest):
-    """{'val_bits_per_byte': …, 'xz_bits_per_byte': what `xz -9e` makes of the same text}, where
-    the bytes of the validation text are known. Unlike the loss it compares between tokenizers.
-    When only `count` tokens of the split were validated, their bytes are estimated, and xz is
-    left out."""
-    if not manifest:
-        return {}
-    facts = manifest['splits']['val']
-    found = {'val_bits_per_byte': val_loss / math.log(2) * facts['tokens'] / facts['bytes']}
-    if 'xz_bytes' in facts and count == facts['tokens'] - 1:
-        found['xz_bits_per_byte'] = 8 * facts['xz_bytes'] / facts['bytes']
-    return found
-
-
-def mixed_bits_per_byte(val_loss, sets):
-    """{'val_bits_per_byte': …} of a mixture: the bits of its mean token over the bytes of its mean
-    token; {} when the bytes of one data set are not known. No one file holds it, hence no xz."""
-    if not all(data.manifest for data in sets):
-        return {}
-    facts = [data.manifest['splits']['val'] for data in sets]
-    mean = sum(data.share * fact['bytes'] / fact['tokens'] for data, fact in zip(sets, facts))
-    return {'val_bits_per_byte': val_loss / math.log(2) / mean}
-
-
-def describe(val_loss, others):
-    """What a validation found, in words."""
-    words = f'val_loss {val_loss:.4f}'
-    parts = [f"{key.partition('/')[2]} {loss:.4f}" for key, loss in others.items() if '/' in key]
-    if parts:
-        words += f" ({', '.join(parts)})"
-    if 'val_bits_per_byte' in others:
-        words += f", {others['val_bits_per_byte']:.3f} bits per byte"
-    if 'xz_bits_per_byte' in others:
-        words += f" (xz -9e: {others['xz_bits_per_byte']:.3f})"
-    return words
+    def read(self):
+        if self.there:
+            self.there.synchronize()
+        return self.step, self.numbers.tolist()
 
 
 # Where the run starts.
 
 def take_lock(cfg, world):
     """The lock of the run's folder, held by rank 0; a second run there is refused on all ranks."""
-    if cfg.eval_only:
+    if cfg.eval_only or cfg.plan:
         return nullcontext()
     held = [open(os.devnull)]
     distributed.on_main(world, lambda: held.insert(0, checkpoints.lock(cfg.out_dir)))
@@ -372,14 +440,15 @@ def take_lock(cfg, world):
 
 
 def start(cfg, world, encoding, say):
-    """(model, what was saved with it): of the newest step in out_dir, another model, or scratch.
+    """(cfg, model, what was saved with it): of the newest step in out_dir, another model, or
+    scratch.
 
     {} was saved where a run begins. Raises ValueError when init_from and the folder disagree.
     """
     folder, problems = distributed.on_main(world, checkpoints.newest_step, cfg.out_dir)
     for damaged, wrong in problems:
         say(f'passing over {damaged}: {wrong}')
-        if not cfg.eval_only:
+        if not (cfg.eval_only or cfg.plan):
             distributed.on_main(world, checkpoints.set_aside, damaged)
     if folder and cfg.init_from == 'scratch':
         raise ValueError(f"init_from='scratch', but {folder} holds a run; --init_from=resume goes "
@@ -392,7 +461,7 @@ def start(cfg, world, encoding, say):
     torch.manual_seed(cfg.seed)
     if folder:
         model, saved = load_checked(folder, encoding, cfg, world), checkpoints.load_training(folder)
-        began = saved['settings']['init_from']
+        began, cfg = saved['settings']['init_from'], planning.as_fitted(cfg, saved['settings'])
         if fine_tune and began != cfg.init_from:
             raise ValueError(f'{cfg.out_dir} holds a run with init_from={began}, given '
                              f'{cfg.init_from}; give another --out_dir to begin from that')
@@ -411,7 +480,7 @@ def start(cfg, world, encoding, say):
     else:
         model, saved = GPT(shape), {}
         say(f'a new run in {cfg.out_dir}')
-    return model, saved
+    return cfg, model, saved
 
 
 def load_checked(folder, encoding, cfg, world):
@@ -445,98 +514,13 @@ def check_shape(found, given, folder):
 
 def write_config(cfg):
     """The resolved settings, as a config file that repeats the run."""
-    path = Path(cfg.out_dir) / 'config.py'
+    cfg, path = replace(cfg, minutes=0.0), Path(cfg.out_dir) / 'config.py'
     words = f'python train.py {path} --out_dir=out/again   # repeats this run'
     path.with_suffix('.partial').write_text(as_config_file(cfg, words), encoding='utf-8')
     os.replace(path.with_suffix('.partial'), path)
 
 
-# Optimizer, schedule, replicas.
-
-def make_optimizers(model, cfg, dtype=torch.float32):
-    """[AdamW] or [AdamW, Muon], which multiplies in dtype; decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    for_muon = [p for p in model.h.parameters() if p.dim() >= 2] if cfg.optimizer == 'muon' else []
-    ids = set(map(id, for_muon))
-    others = [p for p in matrices if id(p) not in ids]
-    groups = [{'params': others, 'weight_decay': cfg.weight_decay},
-              {'params': vectors, 'weight_decay': 0.0}]
-    betas = (cfg.beta1, cfg.beta2)
-    optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)]
-    if cfg.optimizer == 'muon':
-        half = dtype if dtype == torch.float32 else torch.bfloat16
-        optimizers.append(Muon(for_muon, lr=cfg.muon_learning_rate, weight_decay=cfg.weight_decay,
-                               dtype=half))
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group['initial_lr'] = group['lr']
-    return optimizers
-
-
-def update(optimizers, loss, norm, grad_clip):
-    """One step of each, by gradients of length grad_clip at most; none if loss or norm is not
-    finite. The device decides, and nobody waits for it."""
-    finite = torch.isfinite(loss) & torch.isfinite(norm)
-    if norm.device.type not in ('cpu', 'cuda'):         # elsewhere the fused kernels cannot
-        if not finite:
-            return
-        scale = 1 / (norm / grad_clip).clamp(min=1) if grad_clip else 1
-        for p in (p for o in optimizers for group in o.param_groups for p in group['params']):
-            p.grad.mul_(scale)
-    for optimizer in optimizers:
-        if norm.device.type in ('cpu', 'cuda'):
-            optimizer.grad_scale = (norm / grad_clip).clamp(min=1) if grad_clip else None
-            optimizer.found_inf = (~finite).float()
-        optimizer.step()
-
-
-class Numbers:
-    """What an update found, on its way from the device; read() waits until it is there."""
-
-    def __init__(self, step, numbers):
-        self.step, self.there = step, torch.cuda.Event() if numbers.is_cuda else None
-        self.numbers = numbers.to('cpu', non_blocking=numbers.is_cuda)
-        if self.there:
-            self.there.record()
-
-    def read(self):
-        if self.there:
-            self.there.synchronize()
-        return self.step, self.numbers.tolist()
-
-
-def learning_rate_at(step, cfg):
-    """AdamW's learning rate for the update after `step` updates; Muon's follows in proportion."""
-    if not cfg.decay_lr:
-        return cfg.learning_rate
-    end = cfg.lr_decay_iters or cfg.max_iters
-    if step < cfg.warmup_iters:
-        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
-    if step >= end:
-        return cfg.min_lr
-    if cfg.schedule == 'cosine':
-        progress = (step - cfg.warmup_iters) / (end - cfg.warmup_iters)
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    else:                                                           # 'wsd'
-        cooldown = min(cfg.cooldown_iters, end - cfg.warmup_iters)  # it begins after the warmup
-        share = min(1, (end - step) / max(1, cooldown))
-    return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)
-
-
-def pick_compile(cfg, device, dtype, seconds):
-    """(whether to compile, why), for a run that takes so many seconds at the matmul rate."""
-    if isinstance(cfg.compile, bool):
-        return cfg.compile, 'as set'
-    if device.type == 'cuda':
-        return True, 'on a GPU'
-    if device.type != 'cpu':
-        return False, 'not on this device'
-    if not (compiler := shutil.which('g++') or shutil.which('clang++')):
-        return False, 'no C++ compiler here'
-    least = COMPILE_PAYS[dtype == torch.float32]
-    return seconds > least, (f'what is left takes {seconds:.0f} s at the least, compiling pays '
-                             f'above {least} s ({compiler})')
-
+# Replicas.
 
 def make_replica(model, cfg, world, autocast, batch, dtype, seconds, say):
     """`model`, compiled when that is wanted and works, in DDP when there are several processes.
@@ -545,11 +529,18 @@ def make_replica(model, cfg, world, autocast, batch, dtype, seconds, say):
     buckets after the first one, then adds in the same order in a resumed run as in one that never
     stopped.
     """
-    replica = model
-    wanted, why = distributed.on_main(world, pick_compile, cfg, world.device, dtype, seconds)
+    replica, sharded = model, distributed.is_sharded(model.wte.weight)
+    wanted, why = distributed.on_main(world, distributed.pick_compile, cfg.compile, world.device,
+                                      dtype, seconds)
     say(f'compile {wanted}: {why}')
+    if world.device.type == 'cpu':      # elementwise work again in the backward pass: 40 % less
+        torch._functorch.config.activation_memory_budget = 0.85     # memory, for about 1 % of time
     if wanted:
-        began, failure, compiled = time.perf_counter(), '', torch.compile(model)
+        began, failure = time.perf_counter(), ''
+        if sharded:
+            for block in model.h:
+                block.compile()
+        compiled = model if sharded else torch.compile(model)
         try:
             with autocast():
                 compiled(*batch).backward()
@@ -558,16 +549,32 @@ def make_replica(model, cfg, world, autocast, batch, dtype, seconds, say):
         failed = torch.tensor(float(bool(failure)), device=world.device)
         if distributed.all_reduce(failed, 'max').item():
             say(f'compiling failed, going on without ({failure or "on another rank"})')
+            for block in model.h:
+                block._compiled_call_impl = None
         else:
             replica = compiled
             say(f'compiled in {time.perf_counter() - began:.0f} s')
-    if world.size > 1:
+    if world.size > 1 and not sharded:
         on_gpu = world.device.type == 'cuda'
-        replica = DistributedDataParallel(replica, device_ids=[world.device] if on_gpu else None)
+        replica = DistributedDataParallel(replica, device_ids=[world.device] if on_gpu else None,
+                                          gradient_as_bucket_view=True)
+    if world.size > 1:
         with autocast():
             replica(*batch).backward()
     model.zero_grad(set_to_none=True)
     return replica
+
+
+def unsharded(model, keep=True):
+    """`model`; if it is sharded a whole copy on the CPU, for those who `keep` it. All must ask."""
+    if not distributed.is_sharded(model.wte.weight):
+        return model
+    with torch.device('meta'):
+        gpt = GPT(model.config)
+    whole = {name: distributed.whole(p.detach(), keep) for name, p in model.named_parameters()}
+    if keep:
+        gpt.load_state_dict(whole, assign=True)
+    return gpt if keep else None
 
 
 def reduce_gradients(replica, last):
@@ -577,49 +584,7 @@ def reduce_gradients(replica, last):
     return replica.no_sync()
 
 
-# Validation and samples.
-
-def validate(model, sets, cfg, world, autocast):
-    """(val_loss, {what else the log says of it}, tokens predicted) over all data sets.
-
-    The loss of a mixture is that of its mean token: each data set counts by its share, also where
-    its validation split is smaller than its share of eval_tokens.
-    """
-    found = [evaluate(model, data.val, cfg, world, autocast, data.share) for data in sets]
-    val_loss = sum(loss * data.share for (loss, _), data in zip(found, sets))
-    if len(sets) == 1:
-        return val_loss, bits_per_byte(*found[0], sets[0].manifest), found[0][1]
-    losses = {f'val_loss/{data.name}': loss for (loss, _), data in zip(found, sets)}
-    return (val_loss, {**losses, **mixed_bits_per_byte(val_loss, sets)},
-            sum(count for _, count in found))
-
-
-@torch.no_grad()
-def evaluate(model, tokens, cfg, world, autocast, share=1.0):
-    """(mean cross-entropy, tokens predicted) over the first eval_tokens * share of a split.
-
-    Consecutive blocks, the last one shorter; every rank takes its share, and the sum is the same
-    for any number of them, up to rounding.
-    """
-    wanted = cfg.eval_iters * cfg.batch_size * cfg.block_size or cfg.eval_tokens
-    wanted = max(1, round(wanted * share))
-    count, size = min(wanted, len(tokens) - 1), cfg.block_size
-    rows = count // size
-    spans = [(row * size, min(cfg.batch_size, rows - row), size)
-             for row in range(0, rows, cfg.batch_size)]
-    if count > rows * size:
-        spans.append((rows * size, 1, count - rows * size))
-    model.eval()
-    nats = torch.zeros(1, dtype=torch.float64)
-    for start, n, length in spans[world.rank::world.size]:
-        ids = torch.from_numpy(tokens.read(start, n * length + 1)).to(world.device)
-        with autocast():
-            loss = model(ids[:-1].view(n, length), ids[1:].view(n, length))
-        nats += loss.item() * n * length
-    model.train()
-    nats = distributed.all_reduce(nats.to(world.device) if world.device.type == 'cuda' else nats)
-    return nats.item() / count, count
-
+# HellaSwag and samples.
 
 def load_questions(cfg, world, encoding):
     """HellaSwag's rows, if the run is to be scored by them: what could fail, fails at the start."""
@@ -652,113 +617,6 @@ def draw_sample(model, encoding, seed):
     return encoding.decode(out[0, 1:].tolist())
 
 
-# Signals, time, the log.
-
-class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and the end; another Ctrl-C ends at once."""
-
-    def __init__(self):
-        self.requested, self.since, self.before = False, 0.0, {}
-        if threading.current_thread() is threading.main_thread():
-            for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
-                if number := getattr(signal, name, None):
-                    self.before[number] = signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        if self.requested and number == signal.SIGINT and time.monotonic() - self.since > 2:
-            raise KeyboardInterrupt                 # torchrun passes one Ctrl-C on twice: hence 2 s
-        self.since = self.since or time.monotonic()
-        self.requested = True
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-class Stopwatch:
-    """Time and tokens of the updates since it was last read."""
-
-    def __init__(self):
-        self.seconds, self.steps, self.tokens = 0.0, 0, 0
-
-    def start(self):
-        self.began = time.perf_counter()
-
-    def stop(self, tokens):
-        self.seconds += time.perf_counter() - self.began
-        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
-
-    def read(self):
-        """(mean seconds of an update, tokens per second)."""
-        found = self.seconds / self.steps, self.tokens / self.seconds
-        self.seconds, self.steps, self.tokens = 0.0, 0, 0
-        return found
-
-
-def duration(seconds):
-    """90 -> '1:30', 3725 -> '1:02:05'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
-
-
-class Log:
-    """log.jsonl in the run's folder, a record a line, and wandb beside it if asked; rank 0 writes.
-
-    After a resume some steps stand there twice: readers keep the last record of a step.
-    """
-
-    def __init__(self, cfg, world, say):
-        self.folder, self.say, self.is_main = Path(cfg.out_dir), say, world.is_main
-        self.wandb = None
-        if not self.is_main:
-            return
-        path = self.folder / 'log.jsonl'
-        if path.exists():                                           # a torn last line is cut off
-            os.truncate(path, path.read_bytes().rfind(b'\n') + 1)
-        self.file = open(path, 'a', encoding='utf-8')
-        if cfg.wandb_log:
-            self.try_wandb(lambda: self.start_wandb(cfg))
-
-    def start_wandb(self, cfg):
-        import wandb
-        id_file = self.folder / 'wandb_id.txt'                      # the same run after a resume
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
-        self.wandb = wandb.init(project=cfg.wandb_project, id=id_file.read_text(), resume='allow',
-                                name=cfg.wandb_run_name or self.folder.name, dir=self.folder,
-                                config=asdict(cfg))
-
-    def try_wandb(self, action):
-        """Whatever wandb may meet, training goes on, and the log is whole without it."""
-        try:
-            action()
-        except Exception as error:
-            self.say(f'wandb: {type(error).__name__}: {error}; going on without it')
-            self.wandb = None
-
-    def write(self, **record):
-        if not self.is_main:
-            return
-        record = {key: value if value is None or math.isfinite(value) else None
-                  for key, value in record.items()}                 # JSON has no NaN
-        self.file.write(json.dumps(record) + '\n')
-        self.file.flush()
-        if self.wandb:
-            self.try_wandb(lambda: self.wandb.log(record, step=record['step']))
-
-    def sample(self, step, text):
-        with open(self.folder / 'samples.jsonl', 'a', encoding='utf-8') as file:
-            file.write(json.dumps({'step': step, 'text': text}) + '\n')
-        self.say(f'step {step}: sample: {text[:200]!r}')
-
-    def finish(self):
-        if self.is_main:
-            self.file.close()
-        if self.wandb:
-            self.try_wandb(self.wandb.finish)
-
-
 def closing_words(cfg, now, diverged, finished):
     if diverged:
         return (f'stopped at step {now.step}: {cfg.max_skipped} updates in a row were not finite. '
@@ -769,8 +627,9 @@ def closing_words(cfg, now, diverged, finished):
         early = now.step < cfg.max_iters
         words = (f'ended at step {now.step}, {cfg.patience} validations after the best' if early
                  else f'finished {now.step} updates')
-    if now.skipped:
-        words += f', {now.skipped} of them skipped'
+    for count, what in ((now.skipped, 'skipped'), (now.spikes, 'spikes'),
+                        (now.rollbacks, 'rolled back')):
+        words += f', {count} {what}' * bool(count)
     if now.best_step >= 0:
         words += (f'; best val_loss {now.best_val_loss:.4f} at step {now.best_step}. '
                   f'`python sample.py --model={cfg.out_dir}` writes with that one, the best')

@@ -11,11 +11,14 @@ from conftest import ROOT
 
 GROUND = {'model': set(), 'muon': set(), 'configurator': set(), 'tokenizer': set(),
           'distributed': set(), 'data.fetch': set()}
-MIDDLE = {'checkpoints': {'model', 'tokenizer', 'distributed'}, 'data.shards': set(),
+MIDDLE = {'journal': set(), 'optimizers': {'muon'}, 'validation': {'distributed'},
+          'checkpoints': {'model', 'tokenizer', 'distributed'}, 'data.shards': set(),
           'likelihood': {'distributed'}, 'results': set(), 'data.benchmarks': {'data.fetch'},
           'data.documents': set(), 'data.sources': {'data.documents', 'data.fetch'},
           'data.batches': {'tokenizer', 'data.shards'}, 'data.overlap': set(),
           'data.tokens': {'tokenizer', 'data.documents'}}
+MIDDLE['planning'] = {'checkpoints', 'distributed', 'model', 'optimizers', 'validation',
+                      'data.batches'}
 SCRIPTS = {name: {*GROUND, *MIDDLE}
            for name in ('train', 'sample', 'plot', 'hellaswag', 'eval_cbt', 'eval_lm', 'bench',
                         'data.prepare', 'data.explore')}
@@ -84,7 +87,8 @@ def test_model_is_pure():
     assert set(imports(TREES['model'])) <= {
         'math', 'contextlib', 'contextlib.contextmanager',
         'dataclasses', 'dataclasses.dataclass', 'dataclasses.replace',
-        'torch', 'torch.nn', 'torch.nn.functional'}
+        'torch', 'torch.nn', 'torch.nn.functional', 'torch.utils.checkpoint',
+        'torch.utils.checkpoint.checkpoint'}
     names = {node.id for node in ast.walk(TREES['model']) if isinstance(node, ast.Name)}
     assert not names & {'print', 'open', 'input'}
 

@@ -16,6 +16,7 @@ from conftest import ROOT, script
 import checkpoints
 import distributed
 import train
+import validation
 from configurator import configure
 from data import batches
 from data.batches import TokenBatches
@@ -61,7 +62,7 @@ def test_a_run_learns_and_logs(config, tmp_path):
     assert abs(found[0] - math.log(300)) < 0.3 and found[-1] < 0.75 * found[0]
     record = json.loads((tmp_path / 'run/log.jsonl').read_text().splitlines()[5])
     assert set(record) == {'step', 'tokens', 'loss', 'lr', 'grad_norm', 'step_ms',
-                           'tokens_per_second', 'mfu'}
+                           'tokens_per_second', 'mfu', 'loss_z', 'grad_norm_z'}
     assert record['tokens'] == 256 * record['step']
     val = losses(tmp_path / 'run', 'val_loss')
     assert len(val) == 3 and val[-1] < val[0]
@@ -191,15 +192,15 @@ def test_a_cpu_trains_in_the_dtype_that_it_is_fast_in(monkeypatch, has, half, ch
 
 
 def test_compiling_is_decided_by_the_length_of_the_run(monkeypatch):
-    cpu, cfg = torch.device('cpu'), train.Config()
-    monkeypatch.setattr(train.shutil, 'which', lambda name: '/usr/bin/g++')
-    for dtype, pays in zip((torch.bfloat16, torch.float32), train.COMPILE_PAYS):
-        assert train.pick_compile(cfg, cpu, dtype, pays + 1)[0]
-        assert not train.pick_compile(cfg, cpu, dtype, pays - 1)[0]
-    assert not train.pick_compile(replace(cfg, compile=False), cpu, torch.float32, 1e9)[0]
-    assert train.pick_compile(cfg, torch.device('cuda'), torch.bfloat16, 1)[0]
-    monkeypatch.setattr(train.shutil, 'which', lambda name: None)
-    found, why = train.pick_compile(cfg, cpu, torch.float32, 1e9)
+    cpu, pick = torch.device('cpu'), distributed.pick_compile
+    monkeypatch.setattr(distributed.shutil, 'which', lambda name: '/usr/bin/g++')
+    for dtype, pays in zip((torch.bfloat16, torch.float32), distributed.COMPILE_PAYS):
+        assert pick('auto', cpu, dtype, pays + 1)[0]
+        assert not pick('auto', cpu, dtype, pays - 1)[0]
+    assert not pick(False, cpu, torch.float32, 1e9)[0]
+    assert pick('auto', torch.device('cuda'), torch.bfloat16, 1)[0]
+    monkeypatch.setattr(distributed.shutil, 'which', lambda name: None)
+    found, why = pick('auto', cpu, torch.float32, 1e9)
     assert not found and 'no C++ compiler' in why
 
 
@@ -272,7 +273,7 @@ def test_validation_is_the_mean_over_every_token_of_the_split(config, stories):
     torch.manual_seed(0)
     model = train.GPT(train.GPTConfig(16, 300, 1, 2, 32))
     alone = World(0, 1, torch.device('cpu'))
-    found, count = train.evaluate(model, tokens, cfg, alone, torch.enable_grad)
+    found, count = validation.evaluate(model, tokens, cfg, alone, torch.enable_grad)
     ids = torch.from_numpy(tokens.read(0, len(tokens)))
     assert count == len(ids) - 1 and count % 16 and count > 64
     total = 0.0
@@ -286,11 +287,11 @@ def test_bits_per_byte_is_what_it_says(stories):
     """nats / ln 2 over the bytes of the text; xz stands beside it only for the same text."""
     manifest = read_manifest('tiny', stories)
     facts = manifest['splits']['val']
-    whole = train.bits_per_byte(math.log(2), facts['tokens'] - 1, manifest)
+    whole = validation.bits_per_byte(math.log(2), facts['tokens'] - 1, manifest)
     assert whole['val_bits_per_byte'] == pytest.approx(facts['tokens'] / facts['bytes'])
     assert whole['xz_bits_per_byte'] == 8 * facts['xz_bytes'] / facts['bytes']
-    assert set(train.bits_per_byte(1.0, 50, manifest)) == {'val_bits_per_byte'}
-    assert train.bits_per_byte(1.0, 50, {}) == {}
+    assert set(validation.bits_per_byte(1.0, 50, manifest)) == {'val_bits_per_byte'}
+    assert validation.bits_per_byte(1.0, 50, {}) == {}
 
 
 def test_a_gpu_has_the_peak_of_its_data_sheet_or_none():
@@ -339,7 +340,7 @@ def test_a_mixture_resumes_exactly_and_says_what_each_set_loses(config, two_sets
     for name, share in (('tiny', 0.7), ('other', 0.3)):
         tokens = Tokens(name, 'val', 300, two_sets)
         part = replace(cfg, eval_tokens=round(1000 * share))
-        loss, count = train.evaluate(model, tokens, part, alone, torch.enable_grad)
+        loss, count = validation.evaluate(model, tokens, part, alone, torch.enable_grad)
         assert record[f'val_loss/{name}'] == pytest.approx(loss, rel=1e-6)
         assert count == 1000 * share
         facts = read_manifest(name, two_sets)['splits']['val']
@@ -726,7 +727,7 @@ def test_eval_iters_is_nanogpt_s_spelling(config, stories):
     tokens = Tokens('tiny', 'val', 300, stories)
     model = train.GPT(train.GPTConfig(16, 300, 1, 2, 32))
     alone = World(0, 1, torch.device('cpu'))
-    _, count = train.evaluate(model, tokens, config(eval_iters=3), alone, torch.enable_grad)
+    _, count = validation.evaluate(model, tokens, config(eval_iters=3), alone, torch.enable_grad)
     assert count == 3 * 4 * 16
 
 

@@ -1,0 +1,178 @@
+"""
+What a run notices and writes down: signals, time, the log, and updates that are not like others.
+"""
+
+import json
+import math
+import os
+import queue
+import secrets
+import signal
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and the end; another Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.requested, self.since, self.before = False, 0.0, {}
+        if threading.current_thread() is threading.main_thread():
+            for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
+                if number := getattr(signal, name, None):
+                    self.before[number] = signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.requested and number == signal.SIGINT and time.monotonic() - self.since > 2:
+            raise KeyboardInterrupt                 # torchrun passes one Ctrl-C on twice: hence 2 s
+        self.since = self.since or time.monotonic()
+        self.requested = True
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Stopwatch:
+    """Time and tokens of the updates since it was last read."""
+
+    def __init__(self):
+        self.seconds, self.steps, self.tokens = 0.0, 0, 0
+
+    def start(self):
+        self.began = time.perf_counter()
+
+    def stop(self, tokens):
+        self.seconds += time.perf_counter() - self.began
+        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+
+    def read(self):
+        """(mean seconds of an update, tokens per second)."""
+        found = self.seconds / self.steps, self.tokens / self.seconds
+        self.seconds, self.steps, self.tokens = 0.0, 0, 0
+        return found
+
+
+def duration(seconds):
+    """90 -> '1:30', 3725 -> '1:02:05'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
+
+
+class Log:
+    """log.jsonl in the run's folder, a record a line, and wandb beside it if asked; rank 0 writes.
+
+    After a resume some steps stand there twice: readers keep the last record of a step.
+    """
+
+    def __init__(self, cfg, world, say):
+        self.folder, self.say, self.is_main = Path(cfg.out_dir), say, world.is_main
+        self.wandb = None
+        if not self.is_main:
+            return
+        path = self.folder / 'log.jsonl'
+        if path.exists():                                           # a torn last line is cut off
+            os.truncate(path, path.read_bytes().rfind(b'\n') + 1)
+        self.file = open(path, 'a', encoding='utf-8')
+        if cfg.wandb_log:
+            self.wandb = Aside(say, 'wandb')
+            self.wandb.do(lambda: self.start_wandb(cfg))
+
+    def start_wandb(self, cfg):
+        import wandb
+        id_file = self.folder / 'wandb_id.txt'                      # the same run after a resume
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        self.run = wandb.init(project=cfg.wandb_project, id=id_file.read_text(), resume='allow',
+                              name=cfg.wandb_run_name or self.folder.name, dir=self.folder,
+                              config=asdict(cfg))
+
+    def write(self, **record):
+        if not self.is_main:
+            return
+        record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in record.items()}                 # JSON has no NaN
+        self.file.write(json.dumps(record) + '\n')
+        self.file.flush()
+        if self.wandb and 'event' not in record:
+            self.wandb.do(lambda: self.run.log(record, step=record['step']))
+
+    def event(self, step, kind, words):
+        """What did not go as planned, in the log and on the screen."""
+        self.write(step=step, event=kind, words=words)
+        self.say(f'step {step}: {words}')
+
+    def sample(self, step, text):
+        with open(self.folder / 'samples.jsonl', 'a', encoding='utf-8') as file:
+            file.write(json.dumps({'step': step, 'text': text}) + '\n')
+        self.say(f'step {step}: sample: {text[:200]!r}')
+
+    def finish(self):
+        if self.is_main:
+            self.file.close()
+        if self.wandb:
+            self.wandb.do(lambda: self.run.finish())
+            self.wandb.end(seconds=60)
+
+
+class Aside(threading.Thread):
+    """Does things one after the other, beside the run: whatever they may meet, raise or wait for,
+    the run goes on, and after the first failure without them."""
+
+    def __init__(self, say, name):
+        super().__init__(name=name, daemon=True)
+        self.say, self.tasks, self.failed = say, queue.Queue(), False
+        self.start()
+
+    def do(self, task):
+        if not self.failed:
+            self.tasks.put(task)
+
+    def run(self):
+        while task := self.tasks.get():
+            try:
+                task()
+            except Exception as error:
+                self.say(f'{self.name}: {type(error).__name__}: {error}; going on without it')
+                self.failed = True
+                return
+
+    def end(self, seconds):
+        self.tasks.put(None)
+        self.join(seconds)
+        if self.is_alive():
+            self.say(f'{self.name}: has not answered for {seconds} s; leaving without it')
+
+
+class Watch:
+    """How unusual an update is: z-scores of its loss and its gradient norm.
+
+    Mean and variance are exponentially weighted over about the last hundred good updates; the
+    first 20 are only learnt from. All it knows is in `state`, plain numbers for a checkpoint.
+    """
+
+    FIRST, MEMORY = 20, 100
+
+    def __init__(self, state=None):
+        self.state = dict(state or {'count': 0, 'loss': (0.0, 0.0), 'norm': (0.0, 0.0)})
+
+    def score(self, loss, norm):
+        """(z of loss, z of norm), None where one is not known or not finite."""
+        return tuple(self.z(name, value) for name, value in (('loss', loss), ('norm', norm)))
+
+    def z(self, name, value):
+        mean, variance = self.state[name]
+        if self.state['count'] < self.FIRST or not math.isfinite(value):
+            return None
+        return (value - mean) / max(math.sqrt(variance), 1e-3 * abs(mean), 1e-12)
+
+    def learn(self, loss, norm):
+        self.state['count'] += 1
+        a = max(1 / self.state['count'], 1 / self.MEMORY)
+        for name, value in (('loss', loss), ('norm', norm)):
+            mean, variance = self.state[name]
+            off = value - mean
+            self.state[name] = mean + a * off, (1 - a) * (variance + a * off * off)

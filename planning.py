@@ -1,0 +1,235 @@
+"""
+What a run needs and what it takes: the division of its batch, its disk, its memory, its time.
+"""
+
+import math
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import checkpoints
+import distributed
+from data.batches import load_data
+from model import GPT, GPTConfig
+from optimizers import update
+from validation import validate
+
+TRIAL = 20                  # updates that are measured
+FITTED = 'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'batch_warmup_iters'
+
+
+def batch_at(step, cfg, world_size):
+    """divide_batch, for the update after `step` updates."""
+    warm = cfg.batch_warmup_iters
+    return divide_batch(cfg, world_size, 4 if 2 * step < warm else 2 if step < warm else 1)
+
+
+def divide_batch(cfg, world_size, share=1):
+    """(sequences in an update, sequences in a micro-batch, micro-batches of each process), of the
+    whole batch or of a half or a quarter of it, `share` 2 or 4.
+
+    Raises ValueError, with the nearest size that works, when the batch cannot be divided evenly.
+    """
+    if cfg.total_batch_size and cfg.gradient_accumulation_steps:
+        raise ValueError(f'given total_batch_size={cfg.total_batch_size} and '
+                         f'gradient_accumulation_steps={cfg.gradient_accumulation_steps}, expected '
+                         f'one of them: both say how large an update is')
+    tokens = (cfg.total_batch_size or
+              max(1, cfg.gradient_accumulation_steps) * cfg.batch_size * cfg.block_size)
+    sequences = tokens // share // cfg.block_size
+    micro_batch = min(cfg.batch_size, max(1, sequences // world_size))
+    unit = micro_batch * world_size * cfg.block_size * share
+    if tokens % unit:
+        nearest = max(1, round(tokens / unit)) * unit
+        raise ValueError(f"{'' if share == 1 else f'1/{share} of '}an update of {tokens:,} tokens "
+                         f'cannot be shared by {world_size} '
+                         f'processes in micro-batches of {micro_batch} x {cfg.block_size} tokens; '
+                         f'the nearest that can: --total_batch_size={nearest}')
+    return sequences, micro_batch, sequences // (micro_batch * world_size)
+
+
+def look(cfg):
+    """Print how all that a run needs stands, and what mends what is missing; whether all is well.
+    """
+    world, known = distributed.World(0, 1, torch.device('cpu')), {}
+
+    def device():
+        nonlocal world
+        world = distributed.join(cfg.device, cfg.timeout_minutes)
+        return f'{world.device}, {world.size} process' + 'es' * (world.size > 1)
+
+    def dtype():
+        known['dtype'], why = distributed.pick_dtype(cfg.dtype, world.device, True)
+        return f'{str(known["dtype"])[6:]}: {why}'
+
+    def compiler():
+        wanted, why = distributed.pick_compile(cfg.compile, world.device, known['dtype'], math.inf)
+        return why if wanted or cfg.compile is False else (
+            f'{why}; on Debian and Ubuntu: apt-get install g++')
+
+    def data():
+        sets, known['encoding'] = load_data(cfg.dataset, cfg.data_dir)
+        counts = ', '.join(f'{name} {len(getattr(data, split)):,} + {len(data.val):,}'
+                           for data in sets for name, split in ((data.name, 'train'),))
+        return f'{counts} tokens to train on and to validate'
+
+    def vocabulary():
+        encoding = known['encoding']
+        return f'{encoding.name}, {encoding.n_vocab:,} tokens'
+
+    def batch():
+        sequences, micro_batch, micro_steps = divide_batch(cfg, world.size)
+        return (f'{sequences * cfg.block_size:,} tokens an update, {micro_steps} micro-batches of '
+                f'{micro_batch} x {cfg.block_size} on each process')
+
+    def disk():
+        with torch.device('meta'):
+            gpt = GPT(GPTConfig(cfg.block_size, known['encoding'].n_vocab, cfg.n_layer, cfg.n_head,
+                                cfg.n_embd, bias=cfg.bias))
+        return check_disk(cfg, gpt)
+
+    well = True
+    for part in (device, dtype, compiler, data, vocabulary, batch, disk):
+        try:
+            words = part()
+        except (ValueError, OSError) as error:
+            well, words = False, f'FAILS: {error}'
+        except KeyError as missing:                     # what an earlier part could not say
+            words = f'not known without the {missing.args[0]}'
+        if world.is_main:
+            print(f'{part.__name__:11} {words}')
+    return well
+
+
+def checkpoint_bytes(cfg, model):
+    """Of one checkpoint: float32 weights and moments, one for Muon's matrices, two for all else."""
+    moments = sum((1 if cfg.optimizer == 'muon' and p.dim() >= 2 and name.startswith('h.') else 2)
+                  * p.numel() for name, p in model.named_parameters())
+    return 4 * (moments + sum(p.numel() for p in model.parameters()))
+
+
+def check_disk(cfg, model):
+    """How much room there is for the checkpoints that the run will hold; ValueError if too little.
+    """
+    one, there = checkpoint_bytes(cfg, model), Path(cfg.out_dir).resolve()
+    kept = sum(file.stat().st_size for folder in checkpoints.steps(there).values()
+               for file in folder.iterdir())
+    while not there.exists():
+        there = there.parent
+    need, free = (cfg.keep + 1) * one - kept, shutil.disk_usage(there).free
+    words = (f'{cfg.keep + 1} checkpoints of {one / 1e9:.2f} GB in {cfg.out_dir}'
+             + f', {kept / 1e9:.2f} GB of which are there' * bool(kept)
+             + f'; {free / 1e9:.1f} GB are free')
+    if need > free:
+        raise ValueError(f'disk: {words}. Make room, give another --out_dir'
+                         + ', or --keep=1' * (cfg.keep > 1 and not cfg.rollback))
+    return words
+
+
+def trial(compute, now, cfg, optimizers, scaler, world):
+    """Seconds of an update: medians of TRIAL of them, with at most two micro-batches each, counted
+    up to a whole one. The learning rate is 0, and everything is left as it was."""
+    _, micro_batch, micro_steps = divide_batch(cfg, world.size)
+    few = min(2, micro_steps)
+    small = replace(cfg, total_batch_size=few * micro_batch * world.size * cfg.block_size,
+                    gradient_accumulation_steps=0, batch_warmup_iters=0)
+    scale, times, left = scaler.state_dict(), [], TRIAL
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group['lr'] = 0.0
+    while left:
+        began = time.perf_counter()
+        loss, norm, _ = compute(now, small, optimizers)
+        loss = distributed.all_reduce(loss)
+        loss.item()                                         # a GPU has come this far
+        halfway = time.perf_counter()
+        update(optimizers, loss, norm, cfg.grad_clip)
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if world.device.type == 'cuda':
+            torch.cuda.synchronize()
+        times.append((halfway - began, time.perf_counter() - halfway))
+        if left == TRIAL:                                   # of slow ones fewer, at least three
+            left = min(TRIAL, max(3, int(60 / sum(times[0]))))
+        left = distributed.broadcast(left - 1)
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    scaler.load_state_dict(scale)
+    passes, steps = (sorted(part)[len(times) // 2] for part in zip(*times))
+    return distributed.broadcast(passes * micro_steps / few + steps)
+
+
+def time_visit(model, sets, cfg, world, autocast):
+    """Seconds of a validation, by four micro-batches of it, and of a save, on an ordinary disk."""
+    began, tokens = time.perf_counter(), world.size * 4 * cfg.batch_size * cfg.block_size
+    *_, count = validate(model, sets, replace(cfg, eval_iters=0, eval_tokens=tokens), world,
+                         autocast)
+    wanted = cfg.eval_iters * cfg.batch_size * cfg.block_size or cfg.eval_tokens
+    wanted = min(wanted, sum(len(data.val) for data in sets))
+    checking = (time.perf_counter() - began) * max(1, wanted / count)
+    return distributed.broadcast(checking + checkpoint_bytes(cfg, model) / 300e6)
+
+
+def run_seconds(cfg, took, visit):
+    """Seconds of cfg.max_iters updates and their validations and saves."""
+    warm = min(1, cfg.batch_warmup_iters / max(1, cfg.max_iters))   # of these an update is 3/8
+    return cfg.max_iters * (took * (1 - 5 / 8 * warm) + visit / cfg.eval_interval) + 2 * visit
+
+
+def fit(cfg, took, visit, spent):
+    """cfg with as many updates as fit into cfg.minutes, of which so many seconds are spent, and its
+    schedule stretched to them."""
+    room = 60 * cfg.minutes - spent - 2 * visit
+    each = (run_seconds(cfg, took, visit) - 2 * visit) / cfg.max_iters
+    stretch = int(room / each) / cfg.max_iters
+    if room < each:
+        raise ValueError(f'minutes: given {cfg.minutes}; starting, two validations and one update '
+                         f'take {(spent + 2 * visit + each) / 60:.2f}')
+    return replace(cfg, **{key: round(getattr(cfg, key) * stretch) for key in FITTED})
+
+
+def as_fitted(cfg, saved):
+    """cfg with what was fitted to its minutes when the run began, whose settings are `saved`."""
+    if not cfg.minutes:
+        return cfg
+    if saved.get('minutes') != cfg.minutes:
+        raise ValueError(f'minutes: given {cfg.minutes}, but the run in {cfg.out_dir} was begun '
+                         f'with {saved.get("minutes")}; give that, or --minutes=0 --max_iters=…')
+    return replace(cfg, **{key: saved[key] for key in FITTED})
+
+
+def describe_trial(model, world, took, tokens, peak):
+    rate = tokens / took
+    mfu = f', mfu {model.flops_per_token() * rate / (peak * world.size):.0%}' if peak else ''
+    return (f'an update takes {took:.3g} s: {rate:,.0f} tokens/s{mfu}; '
+            f'memory of this process at its peak: {distributed.peak_memory(world.device):.1f} GB')
+
+
+def describe_length(cfg, took, visit, tokens):
+    hours = run_seconds(cfg, took, visit) / 3600
+    takes = f'{hours:.1f} hours' if hours > 1 else f'{60 * hours:.1f} minutes'
+    return f'{cfg.max_iters:,} updates, {cfg.max_iters * tokens / 1e6:,.1f}M tokens: {takes}'
+
+
+def is_out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "can't allocate memory" in str(error) or 'not enough memory' in str(error))
+
+
+def less_memory(cfg, error):
+    """What to try when memory does not suffice: the same update, in smaller micro-batches."""
+    size = distributed.size()
+    sequences, micro_batch, _ = divide_batch(cfg, size)
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+    if micro_batch > 1:
+        half = max(n for n in range(1, micro_batch // 2 + 1) if sequences % (n * size) == 0)
+        advice = f'--batch_size={half} --total_batch_size={sequences * cfg.block_size}'
+        if not cfg.checkpoint_activations:
+            advice += ', or --checkpoint_activations=True'
+    else:
+        advice = ('--checkpoint_activations=True' if not cfg.checkpoint_activations else
+                  'a smaller --block_size or model, or with several GPUs --parallel=fsdp')
+    return f'out of memory ({first}). The same update in less: {advice}'
