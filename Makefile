@@ -1,15 +1,16 @@
-# make quickstart | test | test-all | bench | table3. `make PYTHON=python3.12 VENV=~/env …` uses another Python or environment.
+# make quickstart | test | test-all | faults | bench | table3. `make PYTHON=python3.12 VENV=~/env …` uses another Python or environment.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 MODEL ?= gpt2
 
-.PHONY: help install quickstart test test-all bench table3 clean
+.PHONY: help install quickstart test test-all faults bench table3 clean
 
 help:
 	@echo 'make quickstart   prepare text, train a small GPT, let it write: about 5 minutes on 2 CPU cores'
 	@echo 'make test         the tests, under 3 minutes; no network'
 	@echo 'make test-all     and the slow ones: several processes, kills, real runs'
+	@echo 'make faults       kills, full disks, hangs, ten minutes of chaos: about 20 minutes'
 	@echo 'make bench        how fast this machine trains, writes, scores, prepares, and how fast it could'
 	@echo 'make table3       MODEL=gpt2: the benchmarks of the GPT-2 paper, measured and printed'
 
@@ -40,6 +41,9 @@ test: install
 
 test-all: install
 	$(RUN) -m pytest -q --slow
+
+faults: install
+	$(RUN) -m pytest -q --faults tests/test_faults.py tests/test_processes.py tests/test_hosts.py
 
 bench: install
 	$(RUN) bench.py

@@ -163,12 +163,12 @@ def data_sheet_peak(gpu):
 
 
 def peak_memory(device):
-    """GB of 1e9 bytes that this process had at most: of the GPU, or of the machine."""
+    """Bytes that this process had at most: of the GPU, or of the machine."""
     if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return torch.cuda.max_memory_allocated(device)
     import resource                                     # not on Windows
     unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def size():

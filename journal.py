@@ -14,6 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 
+WANDB_SECONDS = 60          # that the end of a run waits for it
+
+
 class StopSignal:
     """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and the end; another Ctrl-C ends at once."""
 
@@ -76,7 +79,8 @@ class Log:
         path = self.folder / 'log.jsonl'
         if path.exists():                                           # a torn last line is cut off
             os.truncate(path, path.read_bytes().rfind(b'\n') + 1)
-        self.file = open(path, 'a', encoding='utf-8')
+        self.file = open(path, 'ab', buffering=0)
+        self.missed = 0                                             # records, when the disk was full
         if cfg.wandb_log:
             self.wandb = Aside(say, 'wandb')
             self.wandb.do(lambda: self.start_wandb(cfg))
@@ -95,10 +99,20 @@ class Log:
             return
         record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in record.items()}                 # JSON has no NaN
-        self.file.write(json.dumps(record) + '\n')
-        self.file.flush()
+        self.append(self.file, record)
         if self.wandb and 'event' not in record:
             self.wandb.do(lambda: self.run.log(record, step=record['step']))
+
+    def append(self, file, record):
+        """A line in `file`; a full disk costs the record, not the run."""
+        try:
+            line = json.dumps(record).encode() + b'\n'
+            if file.write(line) < len(line):                        # half of it: the next one begins
+                file.write(b'\n')                                   # a line of its own
+        except OSError as error:
+            self.missed += 1
+            if self.missed == 1:
+                self.say(f'{file.name}: {error.strerror}; going on without this part of the log')
 
     def event(self, step, kind, words):
         """What did not go as planned, in the log and on the screen."""
@@ -106,8 +120,8 @@ class Log:
         self.say(f'step {step}: {words}')
 
     def sample(self, step, text):
-        with open(self.folder / 'samples.jsonl', 'a', encoding='utf-8') as file:
-            file.write(json.dumps({'step': step, 'text': text}) + '\n')
+        with open(self.folder / 'samples.jsonl', 'ab', buffering=0) as file:
+            self.append(file, {'step': step, 'text': text})
         self.say(f'step {step}: sample: {text[:200]!r}')
 
     def finish(self):
@@ -115,7 +129,7 @@ class Log:
             self.file.close()
         if self.wandb:
             self.wandb.do(lambda: self.run.finish())
-            self.wandb.end(seconds=60)
+            self.wandb.end(WANDB_SECONDS)
 
 
 class Aside(threading.Thread):

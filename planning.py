@@ -97,8 +97,8 @@ def look(cfg):
             words = part()
         except (ValueError, OSError) as error:
             well, words = False, f'FAILS: {error}'
-        except KeyError as missing:                     # what an earlier part could not say
-            words = f'not known without the {missing.args[0]}'
+        except KeyError:                                # an earlier part could not say it
+            words = 'not known, see above'
         if world.is_main:
             print(f'{part.__name__:11} {words}')
     return well
@@ -120,13 +120,16 @@ def check_disk(cfg, model):
     while not there.exists():
         there = there.parent
     need, free = (cfg.keep + 1) * one - kept, shutil.disk_usage(there).free
-    words = (f'{cfg.keep + 1} checkpoints of {one / 1e9:.2f} GB in {cfg.out_dir}'
-             + f', {kept / 1e9:.2f} GB of which are there' * bool(kept)
-             + f'; {free / 1e9:.1f} GB are free')
+    words = (f'{cfg.keep + 1} checkpoints of {amount(one)} in {cfg.out_dir}'
+             + f', {amount(kept)} of which are there' * bool(kept) + f'; {amount(free)} are free')
     if need > free:
         raise ValueError(f'disk: {words}. Make room, give another --out_dir'
                          + ', or --keep=1' * (cfg.keep > 1 and not cfg.rollback))
     return words
+
+
+def amount(size):
+    return f'{size / 1e9:.1f} GB' if size >= 1e9 else f'{size / 1e6:.1f} MB'
 
 
 def trial(compute, now, cfg, optimizers, scaler, world):
@@ -205,7 +208,7 @@ def describe_trial(model, world, took, tokens, peak):
     rate = tokens / took
     mfu = f', mfu {model.flops_per_token() * rate / (peak * world.size):.0%}' if peak else ''
     return (f'an update takes {took:.3g} s: {rate:,.0f} tokens/s{mfu}; '
-            f'memory of this process at its peak: {distributed.peak_memory(world.device):.1f} GB')
+            f'memory of this process at its peak: {amount(distributed.peak_memory(world.device))}')
 
 
 def describe_length(cfg, took, visit, tokens):

@@ -11,7 +11,7 @@ The same command again goes on where the run stopped, whatever stopped it.
 import math
 import os
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -179,6 +179,7 @@ def train(cfg):
     peak = distributed.measure_peak(world.device, dtype)
     seconds = (model.flops_per_token() * tokens_per_update * max(0, cfg.max_iters - now.step) /
                (peak * world.size) if peak else math.inf)           # at the least
+    seconds = 60 * cfg.minutes or seconds
     replica = make_replica(model, cfg, world, autocast, first, dtype, seconds, say)
     compute = partial(gradients, model, replica, ahead, world=world, scaler=scaler,
                       autocast=autocast)
@@ -225,7 +226,9 @@ def train(cfg):
             validated = now.step
             if val_loss < now.best_val_loss and saved_at == now.step:
                 now.best_val_loss, now.best_step = val_loss, now.step
-                distributed.on_main(world, checkpoints.mark_best, cfg.out_dir, now.step, val_loss)
+                with suppress(OSError):                     # the next checkpoint knows it too
+                    distributed.on_main(world, checkpoints.mark_best, cfg.out_dir, now.step,
+                                        val_loss)
             rest = cfg.patience * cfg.eval_interval         # as long without a better one
             finished = finished or 0 < rest <= now.step - now.best_step
             log.write(step=now.step, tokens=now.position * cfg.block_size, val_loss=val_loss,

@@ -27,13 +27,16 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the slow tests too')
+    parser.addoption('--faults', action='store_true', help='run the slow tests and marathons too')
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption('--slow'):
-        for item in items:
-            if 'slow' in item.keywords:
-                item.add_marker(pytest.mark.skip(reason='slow: make test-all runs it'))
+    faults = config.getoption('--faults')
+    for item in items:
+        if 'slow' in item.keywords and not (faults or config.getoption('--slow')):
+            item.add_marker(pytest.mark.skip(reason='slow: make test-all runs it'))
+        if 'faults' in item.keywords and not faults:
+            item.add_marker(pytest.mark.skip(reason='a marathon: make faults runs it'))
 
 
 @pytest.fixture

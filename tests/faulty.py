@@ -1,0 +1,64 @@
+"""
+train.py, and in it something goes wrong: FAULT='KIND RANK UPDATE [TIMES]' python tests/faulty.py …
+
+RANK is a number or 'all', UPDATE counts from 0 by the data that were read, so that a fault stays
+with its data when a run goes back. Signals are not sent again once torchrun has restarted.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoints
+import train
+from configurator import run
+from model import GPT
+
+KIND, RANK, UPDATE, TIMES = (*os.environ['FAULT'].split(), '1')[:4]
+HERE = RANK in ('all', os.environ.get('RANK', '0'))
+UPDATES = range(int(UPDATE), int(UPDATE) + int(TIMES))
+FIRST_START = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0'
+gradients, loss, write = train.gradients, GPT.loss, checkpoints.write
+factor = 1.0
+
+
+def faulty_gradients(model, replica, ahead, now, cfg, optimizers, *, world, **more):
+    global factor
+    update = now.position // train.batch_at(now.step, cfg, world.size)[0]
+    due = HERE and update in UPDATES
+    if due and FIRST_START and KIND in ('SIGKILL', 'SIGTERM', 'SIGINT', 'SIGUSR1', 'SIGSTOP'):
+        os.kill(os.getpid(), getattr(signal, KIND))
+    factor = {'nan': math.nan, 'loud': 1000.0}.get(KIND, 1.0) if due else 1.0
+    return gradients(model, replica, ahead, now, cfg, optimizers, world=world, **more)
+
+
+def faulty_loss(self, x, targets):
+    return loss(self, x, targets) * factor if self.training else loss(self, x, targets)
+
+
+def faulty_write(partial, model, encoding, training):
+    """UPDATE is the step that is saved."""
+    due = training['progress']['step'] in UPDATES and FIRST_START
+    write(partial, model, encoding, training)
+    if due and KIND == 'kill_before_the_mark':
+        (partial / 'manifest.json').unlink()
+    if due and KIND.startswith('kill_'):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if due and KIND == 'slow_save':
+        time.sleep(60)
+
+
+train.gradients, GPT.loss, checkpoints.write = faulty_gradients, faulty_loss, faulty_write
+if KIND == 'blind' and HERE:                    # this rank sees no checkpoint
+    checkpoints.steps = lambda out_dir: {}
+if KIND == 'clock':                             # it jumps by weeks, back and forth
+    real, jumps = time.time, iter(range(10 ** 9))
+    time.time = lambda: real() + (-1) ** next(jumps) * 1e6
+
+if __name__ == '__main__':
+    run(train.main, train.Config)
