@@ -226,8 +226,9 @@ def shard(model, blocks):
     fully_shard(model)
 
 
-def is_sharded(tensor):
-    return hasattr(tensor, 'full_tensor')
+def is_sharded(thing):
+    """Whether a model was given to shard(), or a tensor is a share of one."""
+    return hasattr(thing, 'reshard') or hasattr(thing, 'full_tensor')
 
 
 def whole(tensor, keep=True):

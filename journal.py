@@ -80,7 +80,7 @@ class Log:
         if path.exists():                                           # a torn last line is cut off
             os.truncate(path, path.read_bytes().rfind(b'\n') + 1)
         self.file = open(path, 'ab', buffering=0)
-        self.missed = 0                                             # records, when the disk was full
+        self.missed = 0                             # records, when the disk was full
         if cfg.wandb_log:
             self.wandb = Aside(say, 'wandb')
             self.wandb.do(lambda: self.start_wandb(cfg))
@@ -107,7 +107,7 @@ class Log:
         """A line in `file`; a full disk costs the record, not the run."""
         try:
             line = json.dumps(record).encode() + b'\n'
-            if file.write(line) < len(line):                        # half of it: the next one begins
+            if file.write(line) < len(line):        # half of it: the next one begins
                 file.write(b'\n')                                   # a line of its own
         except OSError as error:
             self.missed += 1

@@ -532,7 +532,7 @@ def make_replica(model, cfg, world, autocast, batch, dtype, seconds, say):
     buckets after the first one, then adds in the same order in a resumed run as in one that never
     stopped.
     """
-    replica, sharded = model, distributed.is_sharded(model.wte.weight)
+    replica, sharded = model, distributed.is_sharded(model)
     wanted, why = distributed.on_main(world, distributed.pick_compile, cfg.compile, world.device,
                                       dtype, seconds)
     say(f'compile {wanted}: {why}')
@@ -570,8 +570,9 @@ def make_replica(model, cfg, world, autocast, batch, dtype, seconds, say):
 
 def unsharded(model, keep=True):
     """`model`; if it is sharded a whole copy on the CPU, for those who `keep` it. All must ask."""
-    if not distributed.is_sharded(model.wte.weight):
+    if not distributed.is_sharded(model):
         return model
+    model.reshard()                                     # a forward pass leaves some of it gathered
     with torch.device('meta'):
         gpt = GPT(model.config)
     whole = {name: distributed.whole(p.detach(), keep) for name, p in model.named_parameters()}

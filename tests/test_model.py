@@ -150,6 +150,28 @@ def test_the_loss_is_torch_s_cross_entropy(monkeypatch, slice_tokens, compiled, 
         torch.testing.assert_close(net(ids, ids), reference)
 
 
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_activations_that_are_made_again_change_nothing_but_memory(compiled):
+    """The same loss and gradients, dropout included, from a sixth of what is kept, or less."""
+    config, found = replace(TINY, dropout=0.1 * (not compiled), n_layer=6), []
+    ids = random_ids(config, 4, 16)
+    for again in (False, True):
+        torch.manual_seed(0)
+        gpt = GPT(config)
+        gpt.checkpoint_activations = again
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept.append(t.numel()) or t, lambda t: t):
+            torch.manual_seed(1)
+            loss = (torch.compile(gpt) if compiled else gpt)(ids, ids)
+        loss.backward()
+        found.append((loss, [p.grad for p in gpt.parameters()], sum(kept)))
+    (loss, grads, kept), (loss_again, grads_again, kept_again) = found
+    assert torch.allclose(loss, loss_again, atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, grads_again))
+    assert compiled or (loss == loss_again and kept_again < kept / 6)
+
+
 def test_the_compiled_gelu_is_torch_s(monkeypatch):
     x = torch.linspace(-8, 8, 4001)
     expected = torch.nn.functional.gelu(x, approximate='tanh')

@@ -5,6 +5,7 @@ the same data on any world size.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -100,6 +101,61 @@ def test_world_sizes_agree_to_rounding_dropout_included(flags, tmp_path, optimiz
         assert worst < tolerance
         expected = losses(tmp_path / 'w1', 'val_loss')[-1]
         assert losses(tmp_path / name, 'val_loss')[-1] == pytest.approx(expected, rel=tolerance)
+
+
+# Sharded.
+
+@pytest.mark.parametrize('optimizer, tolerance', [('adamw', 1e-5), ('muon', 1e-4)])
+def test_a_sharded_model_trains_as_a_whole_one_does(flags, tmp_path, optimizer, tolerance):
+    """2 and 4 shares; and one run of 2 whole ones, 4 shares, one process alone, 2 shares."""
+    options = {'optimizer': optimizer}
+    script(*flags('whole', **options), torchrun=2)
+    for world in (2, 4):
+        script(*flags(f's{world}', **options, parallel='fsdp', sample_interval=6), torchrun=world)
+    for world, parallel, max_iters in ((2, 'ddp', 3), (4, 'fsdp', 6), (1, 'fsdp', 9),
+                                       (2, 'fsdp', 12)):
+        script(*flags('mixed', **options, parallel=parallel, max_iters=max_iters,
+                      lr_decay_iters=12), torchrun=world)
+    reference = losses(tmp_path / 'whole')
+    for name in ('s2', 's4', 'mixed'):
+        found = losses(tmp_path / name)
+        worst = max(abs(a - b) / a for a, b in zip(reference, found, strict=True))
+        print(f'{optimizer} {name}: largest relative difference {worst:.1e}')
+        assert worst < tolerance
+        expected = losses(tmp_path / 'whole', 'val_loss')[-1]
+        assert losses(tmp_path / name, 'val_loss')[-1] == pytest.approx(expected, rel=tolerance)
+    assert (tmp_path / 's2/samples.jsonl').read_text().count('\n') == 3
+
+
+@pytest.mark.parametrize('world, optimizer', [(2, 'adamw'), (4, 'muon')])
+def test_a_sharded_run_resumes_exactly(flags, tmp_path, world, optimizer):
+    options = {'optimizer': optimizer, 'parallel': 'fsdp', 'checkpoint_activations': True}
+    script(*flags('whole', **options), torchrun=world)
+    script(*flags('stopped', **options, max_iters=4, lr_decay_iters=12), torchrun=world)
+    script(*flags('stopped', **options), torchrun=world)
+    assert curve(tmp_path / 'whole') == curve(tmp_path / 'stopped')
+    assert checkpoint_bytes(tmp_path / 'whole') == checkpoint_bytes(tmp_path / 'stopped')
+
+
+def test_a_sharded_model_compiles(flags, tmp_path):
+    script(*flags('eager', parallel='fsdp', dropout=0.0, max_iters=4), torchrun=2)
+    done = script(*flags('compiled', parallel='fsdp', dropout=0.0, max_iters=4, compile=True),
+                  torchrun=2)
+    assert 'compiled in' in done.stdout, done.stdout
+    assert losses(tmp_path / 'compiled') == pytest.approx(losses(tmp_path / 'eager'), rel=1e-5)
+
+
+def test_a_share_takes_less_memory(flags):
+    """13M parameters, 4 processes: what --plan says of the peak of one."""
+    peaks = {}
+    for parallel in ('ddp', 'fsdp'):
+        done = script(*flags(parallel, parallel=parallel, n_layer=4, n_embd=512, plan=True,
+                            total_batch_size=4 * 4 * 16),
+                      torchrun=4)
+        size, unit = re.search(r'at its peak: ([\d.]+) ([MG])B', done.stdout).groups()
+        peaks[parallel] = float(size) * {'M': 1, 'G': 1000}[unit]
+    print(peaks)
+    assert peaks['fsdp'] < 0.75 * peaks['ddp']
 
 
 @pytest.mark.parametrize('world', [1, 2])
