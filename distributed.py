@@ -21,6 +21,7 @@ PEAK_FLOPS = {              # dense bfloat16 (V100, T4: float16) of the makers' 
     'T4': 65e12}
 COMPILE_PAYS = 60, 180      # on a CPU, for runs longer than so many seconds: of half precision, of
                             # float32 (it takes about 25 s, and saves less in float32)
+LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,23 @@ def keep_freed_memory():
     """Let the C library keep the memory of tensors that are gone, where it is glibc. It would give
     large pieces back to the kernel, which hands them out again page by page, zeroed: up to a
     quarter of the time that an update of GPT-2 takes."""
-    mallopt = sys.platform == 'linux' and getattr(ctypes.CDLL(None), 'mallopt', None)
-    if mallopt:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4           # malloc.h
-        mallopt(M_TRIM_THRESHOLD, -1)                   # never
-        mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD=-1, M_MMAP_MAX=0)          # never; none
+
+
+def give_back_freed_memory():
+    """The contrary, for a model that is shared out to save memory: what is gathered and freed
+    block by block would leave holes."""
+    mallopt(M_MMAP_MAX=65536, M_MMAP_THRESHOLD=2 ** 20, M_TRIM_THRESHOLD=2 ** 20)
+    if hasattr(LIBC, 'malloc_trim'):
+        LIBC.malloc_trim(0)
+
+
+def mallopt(**options):
+    """Set options of glibc's malloc; elsewhere nothing happens."""
+    numbers = {'M_TRIM_THRESHOLD': -1, 'M_MMAP_THRESHOLD': -3, 'M_MMAP_MAX': -4}    # malloc.h
+    if hasattr(LIBC, 'mallopt'):
+        for name, value in options.items():
+            LIBC.mallopt(numbers[name], value)
 
 
 def pick_dtype(name, device, for_training=False):
@@ -224,6 +237,8 @@ def shard(model, blocks):
     for block in blocks:
         fully_shard(block)
     fully_shard(model)
+    if next(model.parameters()).device.type == 'cpu':
+        give_back_freed_memory()
 
 
 def is_sharded(thing):

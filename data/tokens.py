@@ -64,6 +64,7 @@ def result_of(future, pool):
             if not all(process.is_alive() for process in processes):
                 for process in processes:
                     process.kill()
+                pool._result_queue._writer.close()      # else half an answer is waited for here
                 raise BrokenProcessPool from None
         except ValueError as error:             # raised there, to be shown as one of ours
             raise ValueError(str(error)) from None

@@ -402,13 +402,14 @@ def test_wandb_that_raises_or_hangs_stops_nothing(config, tmp_path, monkeypatch,
     (tmp_path / 'stub').mkdir()
     (tmp_path / 'stub/wandb.py').write_text(WANDB.format(action=action, **parts))
     monkeypatch.syspath_prepend(tmp_path / 'stub')
-    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    sys.modules.pop('wandb')                            # whatever was there comes back afterwards
     monkeypatch.setattr(journal, 'WANDB_SECONDS', 0.2)
     began = time.monotonic()
     assert train.main(config(wandb_log=True)) == 0
     assert time.monotonic() - began < 60
     assert len(losses(tmp_path / 'run')) == 12
-    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    sys.modules.pop('wandb', None)
 
 
 @pytest.mark.parametrize('name', ['line\nbreak', '../above', 'blank and "quote"'])
