@@ -85,7 +85,7 @@ def script(*args, torchrun=0, check=True, **options):
                 f'--nproc_per_node={torchrun}']
     done = subprocess.run([*(launcher if torchrun else [sys.executable]), *map(str, args)],
                           cwd=options.pop('cwd', ROOT), capture_output=True, text=True,
-                          timeout=300, **options)
+                          timeout=options.pop('timeout', 300), **options)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -93,4 +93,5 @@ def script(*args, torchrun=0, check=True, **options):
 def command(module, *args):
     """main() of a script with these arguments, in this process: faster than script()."""
     from configurator import configure
-    return module.main(configure(module.Config, [*map(str, args)], getattr(module, 'SHORT', None)))
+    return module.main(configure(module.Config, [*map(str, args)], getattr(module, 'SHORT', None),
+                                 getattr(module, 'COLLECT', '')))

@@ -474,8 +474,8 @@ def test_a_minute_of_chaos(flags, tmp_path):
 @pytest.mark.faults
 def test_ten_minutes_of_chaos_on_changing_worlds(flags, tmp_path):
     seconds = 60 * float(os.environ.get('CHAOS_MINUTES', 10))
-    options = dict(max_iters=6000, eval_interval=200, save_minutes=0.05)
-    script(*flags('whole', **options))
+    options = dict(max_iters=4000, eval_interval=200, save_minutes=0.05)
+    script(*flags('whole', **options), timeout=1200)
     starts, hits = chaos(flags, tmp_path, seconds, [1, 2, 4], **options)
     found, expected = losses(tmp_path / 'run', 'val_loss')[-1], losses(tmp_path / 'whole',
                                                                        'val_loss')[-1]
