@@ -230,12 +230,14 @@ def on_main(world, function, *args):
 # A sharded model (FSDP2): its parameters, gradients and moments are DTensors, and every process
 # holds a share of each.
 
-def shard(model, blocks):
-    """Leave each process its share of every parameter of `model`, in place; what a block computes
-    with is gathered when it is needed, one of `blocks` at a time."""
-    from torch.distributed.fsdp import fully_shard
-    for block in blocks:
-        fully_shard(block)
+def shard(model, parts, dtype=torch.float32):
+    """Leave each process its share of every parameter of `model`, in place. Those of `parts`, which
+    multiply in `dtype`, are gathered in it when they are needed, one part at a time; the others for
+    a whole forward pass and as they are. Shares and sums of gradients are float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    gathered = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for part in parts:
+        fully_shard(part, mp_policy=gathered)
     fully_shard(model)
     if next(model.parameters()).device.type == 'cpu':
         give_back_freed_memory()

@@ -156,7 +156,8 @@ def train(cfg):
     shards = check_same_data(saved, sets, cfg)
     model.to(world.device).train()
     model.checkpoint_activations = cfg.checkpoint_activations
-    autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype != torch.float32)
+    autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype != torch.float32,
+                       cache_enabled=False)             # a weight is used once in a forward pass
     now, watch = Progress(**saved.get('progress', {})), Watch(saved.get('watch'))
     if cfg.eval_only:
         val_loss, others, count = validate(model, sets, cfg, world, autocast)
@@ -164,7 +165,8 @@ def train(cfg):
         return distributed.leave()
     distributed.on_main(world, planning.check_disk, cfg, model)
     if cfg.parallel == 'fsdp' and world.size > 1:
-        distributed.shard(model, model.h)
+        distributed.shard(model, [part for block in model.h for part in (block.attn, block.mlp)],
+                          dtype)
     optimizers = make_optimizers(model, cfg, dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     if saved:

@@ -5,7 +5,9 @@ Tests marked `slow` (several processes, real runs) run with `make test-all`. Rea
 folder shared/data beside the repository (or TEST_DATA) has it, is used as an extra.
 """
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,13 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# a shell's background job ignores Ctrl-C, and so would all that is started here
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4,
+            total_batch_size=16 * 16, max_iters=12, eval_interval=4, log_interval=1,
+            save_minutes=0.0, warmup_iters=3, learning_rate=3e-3, dropout=0.1,
+            device='cpu', dtype='float32', compile=False)
 
 
 def pytest_addoption(parser):
@@ -69,7 +78,6 @@ def stories(tmp_path_factory):
     source = folder / 'source.txt'
     names = ['the fox', 'a student', 'my neighbour', 'the old king', 'nobody']
     source = folder / 'tiny.jsonl'
-    import json
     source.write_text('\n'.join(json.dumps({'text': ' '.join(
         f'{names[(i * j) % 5].capitalize()} counted {i * j % 17} apples and went home, '
         f'because it was late.'
@@ -77,6 +85,44 @@ def stories(tmp_path_factory):
     prepare.main(prepare.Config(input=(str(source),), tokenizer='bpe:300', val_fraction=0.2,
                                 data_dir=str(folder)))
     return folder
+
+
+@pytest.fixture
+def config(stories, tmp_path):
+    """A function from settings to the Config of a tiny run in tmp_path/run
+    (12 updates of 256 tokens)."""
+    from train import Config
+    tiny = {**TINY, 'data_dir': str(stories), 'out_dir': str(tmp_path / 'run')}
+    return lambda **changes: Config(**{**tiny, **changes})
+
+
+def command_line(folder, stories, **changes):
+    """Of a tiny run; its 12 updates pass the end of the epoch."""
+    values = {**TINY, 'data_dir': stories, 'out_dir': folder, 'total_batch_size': 64 * 16,
+              **changes}
+    return ['train.py', *(f'--{key}={value}' for key, value in values.items())]
+
+
+@pytest.fixture
+def flags(stories, tmp_path):
+    """A function from the name of a folder and settings to the command line of a tiny run."""
+    return lambda name, **changes: command_line(tmp_path / name, stories, **changes)
+
+
+@pytest.fixture(scope='session')
+def undisturbed(stories, tmp_path_factory):
+    """A function from settings to the folder of a tiny run that met nothing, made once."""
+    folder, made = tmp_path_factory.mktemp('undisturbed'), {}
+
+    def run(world=0, **changes):
+        key = world, *sorted(changes.items())
+        if key not in made:
+            script(*command_line(folder / str(len(made)), stories, **changes), torchrun=world,
+                   timeout=1200)
+            made[key] = folder / str(len(made))
+        return made[key]
+
+    return run
 
 
 def script(*args, torchrun=0, check=True, **options):
@@ -95,3 +141,22 @@ def command(module, *args):
     from configurator import configure
     return module.main(configure(module.Config, [*map(str, args)], getattr(module, 'SHORT', None),
                                  getattr(module, 'COLLECT', '')))
+
+
+# What runs leave.
+
+def curve(folder):
+    """{step: (loss, grad_norm, lr, val_loss)} of a log, what was said last of each step,
+    floats to the last bit."""
+    steps = {}
+    for line in (folder / 'log.jsonl').read_text().splitlines():
+        record = json.loads(line)
+        steps.setdefault(record['step'], {}).update(record)
+    return {step: tuple(float(record[key]).hex() if key in record else None
+                        for key in ('loss', 'grad_norm', 'lr', 'val_loss'))
+            for step, record in steps.items()}
+
+
+def losses(folder, key='loss'):
+    records = map(json.loads, (folder / 'log.jsonl').read_text().splitlines())
+    return [record[key] for record in records if key in record]

@@ -49,6 +49,9 @@ def faulty_write(partial, model, encoding, training):
         (partial / 'manifest.json').unlink()
     if due and KIND.startswith('kill_'):
         os.kill(os.getpid(), signal.SIGKILL)
+    if due and KIND.endswith('_in_save'):
+        for _ in range(2):
+            os.kill(os.getpid(), getattr(signal, KIND.removesuffix('_in_save')))
     if due and KIND == 'slow_save':
         time.sleep(60)
 

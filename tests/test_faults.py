@@ -16,9 +16,8 @@ import time
 from contextlib import suppress
 
 import pytest
-from conftest import ROOT, command, script
-from test_processes import flags, kill_all, pids, start, wait_for_step     # noqa: F401 a fixture
-from test_train import config, curve, losses                               # noqa: F401 a fixture
+from conftest import ROOT, curve, losses, script
+from test_processes import kill_all, pids, start, wait_for_step
 
 import checkpoints
 import journal
@@ -72,13 +71,13 @@ def test_nan_on_one_rank_is_skipped_by_all(flags, tmp_path, rank):
 
 
 @pytest.mark.slow
-def test_nan_again_and_again_ends_every_rank_with_status_3(flags, tmp_path):
+def test_nan_again_and_again_ends_every_rank_with_status_3(flags, undisturbed, tmp_path):
     done = faulty('nan 1 5 5', flags('run', max_skipped=5), torchrun=2)
     assert done.stderr.count('exitcode  : 3') == 2 and '5 updates in a row' in done.stdout
     assert list(checkpoints.steps(tmp_path / 'run')) == [4]  # none from the bad streak at 8
     script(*flags('run', max_skipped=5), torchrun=2)            # without the fault it goes on
-    script(*flags('whole', max_skipped=5), torchrun=2)
-    same_run(tmp_path / 'run', tmp_path / 'whole')
+    whole = undisturbed(2, max_skipped=5)
+    same_run(tmp_path / 'run', whole)
 
 
 LONG = dict(max_iters=60, eval_interval=10, log_interval=1, max_skipped=4, learning_rate=1e-3)
@@ -144,38 +143,48 @@ def test_all_ranks_roll_back_together(flags, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
-def test_a_signal_to_one_rank_stops_all_within_an_update(flags, tmp_path, number):
+def test_a_signal_to_one_rank_stops_all_within_an_update(flags, undisturbed, tmp_path, number):
     done = faulty(f'{number} 1 6', flags('run', eval_interval=12), torchrun=2)
     assert done.returncode == 0 and 'the same command goes on' in done.stdout
     assert list(checkpoints.steps(tmp_path / 'run')) == [7]
     script(*flags('run', eval_interval=12), torchrun=2)
-    script(*flags('whole', eval_interval=12), torchrun=2)
-    same_run(tmp_path / 'run', tmp_path / 'whole')
+    whole = undisturbed(2, eval_interval=12)
+    same_run(tmp_path / 'run', whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['kill_before_the_mark', 'kill_with_the_mark'])
-def test_killed_in_a_save_the_step_before_is_used(flags, tmp_path, kind):
+def test_killed_in_a_save_the_step_before_is_used(flags, undisturbed, tmp_path, kind):
     done = faulty(f'{kind} 0 8', flags('run'))
     assert done.returncode == -signal.SIGKILL
     assert list(checkpoints.steps(tmp_path / 'run')) == [4]
     assert (tmp_path / 'run/.step_0000008.partial').exists()
     script(*flags('run'))
     assert not list((tmp_path / 'run').glob('.step*'))
-    script(*flags('whole'))
-    same_run(tmp_path / 'run', tmp_path / 'whole')
+    whole = undisturbed()
+    same_run(tmp_path / 'run', whole)
 
 
 @pytest.mark.slow
-def test_a_signal_during_validation_is_heard_within_a_batch(flags, tmp_path):
+@pytest.mark.parametrize('kind', ['SIGTERM_in_save', 'SIGINT_in_save'])
+def test_signals_in_a_save_let_it_end(flags, undisturbed, tmp_path, kind):
+    """Two of them, at once."""
+    assert faulty(f'{kind} 0 8', flags('run')).returncode == 0
+    assert 8 <= max(checkpoints.steps(tmp_path / 'run')) < 12
+    script(*flags('run'))
+    same_run(tmp_path / 'run', undisturbed())
+
+
+@pytest.mark.slow
+def test_a_signal_during_validation_is_heard_within_a_batch(flags, undisturbed, tmp_path):
     """Validation of 300 tokens by single blocks; the stop is asked for before it begins."""
     args = flags('run', eval_interval=6)
     assert faulty('SIGTERM 0 5', args).returncode == 0
     assert list(checkpoints.steps(tmp_path / 'run')) == [6]
     assert len(losses(tmp_path / 'run', 'val_loss')) == 1
     script(*args)
-    script(*flags('whole', eval_interval=6))
-    same_run(tmp_path / 'run', tmp_path / 'whole')
+    whole = undisturbed(eval_interval=6)
+    same_run(tmp_path / 'run', whole)
 
 
 def test_a_stop_in_the_middle_of_validation_leaves_it_to_the_resume(config, tmp_path, monkeypatch):
@@ -200,8 +209,8 @@ def test_a_stop_in_the_middle_of_validation_leaves_it_to_the_resume(config, tmp_
 
 
 @pytest.mark.slow
-def test_killed_while_it_compiles_nothing_is_lost(flags, tmp_path):
-    script(*flags('whole'))
+def test_killed_while_it_compiles_nothing_is_lost(flags, undisturbed, tmp_path):
+    whole = undisturbed()
     script(*flags('run', max_iters=4, lr_decay_iters=12))
     environment = {**os.environ, 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cold')}
     process = subprocess.Popen([sys.executable, '-u', *map(str, flags('run', compile=True))],
@@ -213,30 +222,30 @@ def test_killed_while_it_compiles_nothing_is_lost(flags, tmp_path):
     process.terminate()
     assert process.wait(timeout=30) == -signal.SIGTERM
     script(*flags('run'))
-    same_run(tmp_path / 'run', tmp_path / 'whole')
+    same_run(tmp_path / 'run', whole)
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_after_a_killed_worker(flags, tmp_path):
-    script(*flags('whole'), torchrun=2)
+def test_torchrun_restarts_after_a_killed_worker(flags, undisturbed, tmp_path):
+    whole = undisturbed(2)
     process = begin('SIGKILL 1 7', flags('run'), 2, '--max-restarts=3')
     words = process.communicate(timeout=120)[0]
     assert process.returncode == 0, words
-    same_run(tmp_path / 'run', tmp_path / 'whole')
+    same_run(tmp_path / 'run', whole)
 
 
 @pytest.mark.faults
-def test_a_rank_that_hangs_is_given_up_and_restarted(flags, tmp_path):
-    script(*flags('whole'), torchrun=2)
+def test_a_rank_that_hangs_is_given_up_and_restarted(flags, undisturbed, tmp_path):
+    whole = undisturbed(2)
     process = begin('SIGSTOP 1 7', flags('run', timeout_minutes=0.1), 2, '--max-restarts=1')
     words = process.communicate(timeout=200)[0]
     assert process.returncode == 0 and 'imed out' in words, words
-    same_run(tmp_path / 'run', tmp_path / 'whole')
+    same_run(tmp_path / 'run', whole)
 
 
 @pytest.mark.faults
-def test_a_save_that_outlasts_the_grace_is_forgotten(flags, tmp_path):
-    script(*flags('whole', max_iters=60, eval_interval=30), torchrun=2)
+def test_a_save_that_outlasts_the_grace_is_forgotten(flags, undisturbed, tmp_path):
+    whole = undisturbed(2, max_iters=60, eval_interval=30)
     process = begin('slow_save all 20 40', flags('run', max_iters=60, eval_interval=30), 2,
                     '--shutdown-timeout=3')
     try:
@@ -247,22 +256,22 @@ def test_a_save_that_outlasts_the_grace_is_forgotten(flags, tmp_path):
         kill_all(process, tmp_path)
     assert list(checkpoints.steps(tmp_path / 'run')) == []
     script(*flags('run', max_iters=60, eval_interval=30), torchrun=2)
-    same_run(tmp_path / 'run', tmp_path / 'whole')
+    same_run(tmp_path / 'run', whole)
 
 
 @pytest.mark.slow
-def test_ranks_that_see_different_checkpoints_take_that_of_rank_0(flags, tmp_path):
-    script(*flags('whole'), torchrun=2)
+def test_ranks_that_see_different_checkpoints_take_that_of_rank_0(flags, undisturbed, tmp_path):
+    whole = undisturbed(2)
     script(*flags('run', max_iters=8, lr_decay_iters=12), torchrun=2)
     assert faulty('blind 1 0', flags('run'), torchrun=2).returncode == 0
-    same_run(tmp_path / 'run', tmp_path / 'whole')
+    same_run(tmp_path / 'run', whole)
 
 
 @pytest.mark.slow
-def test_a_clock_that_jumps_changes_nothing(flags, tmp_path):
+def test_a_clock_that_jumps_changes_nothing(flags, undisturbed, tmp_path):
     assert faulty('clock 0 0', flags('run', save_minutes=1000.0)).returncode == 0
-    script(*flags('whole', save_minutes=1000.0))
-    same_run(tmp_path / 'run', tmp_path / 'whole')
+    whole = undisturbed(save_minutes=1000.0)
+    same_run(tmp_path / 'run', whole)
 
 
 @pytest.mark.slow
@@ -294,7 +303,8 @@ def small(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_costs_a_checkpoint_and_not_the_run(flags, tmp_path, small):
+def test_a_disk_that_fills_up_costs_a_checkpoint_and_not_the_run(flags, undisturbed, tmp_path,
+                                                                 small):
     options = dict(max_iters=160, eval_interval=20, n_embd=64)
     process = start(flags('small/run', **options), 1)
     try:
@@ -314,13 +324,13 @@ def test_a_disk_that_fills_up_costs_a_checkpoint_and_not_the_run(flags, tmp_path
     finally:
         kill_all(process, tmp_path)
     assert process.returncode == 0 and 'finished 160 updates' in words, words
-    script(*flags('whole', **options))
-    assert weights(small / 'run', 160) == weights(tmp_path / 'whole', 160)
+    whole = undisturbed(**options)
+    assert weights(small / 'run', 160) == weights(whole, 160)
     assert not list((small / 'run').glob('.step*'))
 
 
 @pytest.mark.slow
-def test_when_the_last_save_fails_the_status_says_so(flags, tmp_path):
+def test_when_the_last_save_fails_the_status_says_so(flags, undisturbed, tmp_path):
     """RLIMIT_FSIZE: no file may be longer than that; the log is not."""
     script(*flags('run', max_iters=4, lr_decay_iters=12))
     done = script(*flags('run'), check=False, preexec_fn=lambda: resource.setrlimit(
@@ -329,8 +339,8 @@ def test_when_the_last_save_fails_the_status_says_so(flags, tmp_path):
     assert 'could not be saved' in done.stderr and 'Traceback' not in done.stderr
     assert list(checkpoints.steps(tmp_path / 'run')) == [4]
     script(*flags('run'))
-    script(*flags('whole'))
-    assert weights(tmp_path / 'run') == weights(tmp_path / 'whole')
+    whole = undisturbed()
+    assert weights(tmp_path / 'run') == weights(whole)
 
 
 def test_a_log_on_a_full_disk_loses_lines_and_not_the_run(config, monkeypatch, capsys):
@@ -463,21 +473,20 @@ def chaos(flags, tmp_path, seconds, worlds, **options):
 
 
 @pytest.mark.slow
-def test_a_minute_of_chaos(flags, tmp_path):
+def test_a_minute_of_chaos(flags, undisturbed, tmp_path):
     options = dict(max_iters=600, eval_interval=20, save_minutes=0.02)
-    script(*flags('whole', **options), torchrun=2)
+    whole = undisturbed(2, **options)
     starts, hits = chaos(flags, tmp_path, 40, [2], **options)
     print(f'{starts} starts, {hits} kills')
-    same_run(tmp_path / 'run', tmp_path / 'whole')
+    same_run(tmp_path / 'run', whole)
 
 
 @pytest.mark.faults
-def test_ten_minutes_of_chaos_on_changing_worlds(flags, tmp_path):
+def test_ten_minutes_of_chaos_on_changing_worlds(flags, undisturbed, tmp_path):
     seconds = 60 * float(os.environ.get('CHAOS_MINUTES', 10))
     options = dict(max_iters=4000, eval_interval=200, save_minutes=0.05)
-    script(*flags('whole', **options), timeout=1200)
+    whole = undisturbed(**options)
     starts, hits = chaos(flags, tmp_path, seconds, [1, 2, 4], **options)
-    found, expected = losses(tmp_path / 'run', 'val_loss')[-1], losses(tmp_path / 'whole',
-                                                                       'val_loss')[-1]
+    found, expected = (losses(folder, 'val_loss')[-1] for folder in (tmp_path / 'run', whole))
     print(f'{starts} starts, {hits} kills: {found} instead of {expected}')
     assert found == pytest.approx(expected, rel=1e-3)

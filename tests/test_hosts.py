@@ -15,8 +15,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from conftest import ROOT, script
-from test_train import TINY, curve
+from conftest import ROOT, TINY, curve
 
 import checkpoints
 
@@ -104,13 +103,10 @@ def hosts():
             ip('netns', 'del', host.name, check=False)
 
 
-@pytest.fixture(scope='module')
-def undisturbed(stories, tmp_path_factory):
+@pytest.fixture
+def whole(undisturbed):
     """The same run on one machine, by torchrun with two processes."""
-    folder = tmp_path_factory.mktemp('undisturbed') / 'run'
-    values = {**TINY, **SETTINGS, 'data_dir': stories, 'out_dir': folder}
-    script('train.py', *(f'--{key}={value}' for key, value in values.items()), torchrun=2)
-    return folder
+    return undisturbed(2, **SETTINGS)
 
 
 @pytest.fixture
@@ -151,16 +147,16 @@ def weights(folder):
     return (folder / f'step_{SETTINGS["max_iters"]:07d}/model.safetensors').read_bytes()
 
 
-def test_two_hosts_train_as_one_machine_does(hosts, run, undisturbed):
+def test_two_hosts_train_as_one_machine_does(hosts, run, whole):
     processes = [host.torchrun(run, '--nnodes=2') for host in hosts]
     ends(*processes)
     assert worlds(processes[0]) == [2] and worlds(processes[1]) == []
-    assert curve(run) == curve(undisturbed)
-    assert weights(run) == weights(undisturbed)
+    assert curve(run) == curve(whole)
+    assert weights(run) == weights(whole)
 
 
 @pytest.mark.parametrize('how', ['killed', 'cut off'])
-def test_a_host_is_lost_and_comes_back(hosts, run, undisturbed, how, monkeypatch):
+def test_a_host_is_lost_and_comes_back(hosts, run, whole, how, monkeypatch):
     """The other one goes on alone from the last checkpoint, and with it again when it is back. So
     that this is before the end, its process is paused until then; rounding is all that differs."""
     monkeypatch.setenv('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')       # a returning host needs it
@@ -183,7 +179,7 @@ def test_a_host_is_lost_and_comes_back(hosts, run, undisturbed, how, monkeypatch
     ends(staying, back)
     assert worlds(staying) == [2, 1, 2]
     assert staying.words().count('the same command goes on') == 1
-    found, expected = curve(run), curve(undisturbed)
+    found, expected = curve(run), curve(whole)
     assert found.keys() == expected.keys()
     pairs = [(float.fromhex(found[step][i]), float.fromhex(expected[step][i]))
              for step in expected for i in (0, 3) if expected[step][i] and found[step][i]]
@@ -193,7 +189,7 @@ def test_a_host_is_lost_and_comes_back(hosts, run, undisturbed, how, monkeypatch
 
 
 @pytest.mark.parametrize('victim', [0, 1])
-def test_an_outer_loop_brings_any_host_back(hosts, run, undisturbed, victim):
+def test_an_outer_loop_brings_any_host_back(hosts, run, whole, victim):
     """Two hosts or none, each in a loop: one is killed, the one that holds the store or the other;
     both begin again, and it is the run that met nothing."""
     processes = [host.torchrun(run, '--nnodes=2', conf=',join_timeout=60', loop=True)
@@ -203,5 +199,5 @@ def test_an_outer_loop_brings_any_host_back(hosts, run, undisturbed, victim):
     ends(*processes)
     assert worlds(processes[0]) == [2, 2]
     assert max(checkpoints.steps(run)) == SETTINGS['max_iters']
-    assert curve(run) == curve(undisturbed)
-    assert weights(run) == weights(undisturbed)
+    assert curve(run) == curve(whole)
+    assert weights(run) == weights(whole)

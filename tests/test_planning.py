@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import TINY, config, curve                                  # noqa: F401 a fixture
+from conftest import TINY, curve
 
 import checkpoints
 import planning

@@ -13,23 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script
-from test_train import TINY, curve, losses
+import safetensors.torch
+import torch
+from conftest import ROOT, curve, losses, script
 
 import checkpoints
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def flags(stories, tmp_path):
-    """A function from settings to the command line of a tiny run;
-    12 updates pass the end of the epoch."""
-    def make(name, **changes):
-        values = {**TINY, 'data_dir': stories, 'out_dir': tmp_path / name,
-                  'total_batch_size': 64 * 16, **changes}
-        return ['train.py', *(f'--{key}={value}' for key, value in values.items())]
-    return make
 
 
 def start(args, world):
@@ -69,16 +59,17 @@ def kill_all(process, folder):
 
 
 @pytest.mark.parametrize('world, optimizer', [(2, 'adamw'), (4, 'adamw'), (4, 'muon')])
-def test_a_resume_is_exact_on_any_number_of_processes(flags, tmp_path, world, optimizer):
+def test_a_resume_is_exact_on_any_number_of_processes(flags, undisturbed, tmp_path, world,
+                                                      optimizer):
     """Two ranks cannot show that DDP adds in another order after a restart; four can. (One process
     is in test_train.py.)"""
-    script(*flags('whole', optimizer=optimizer), torchrun=world)
+    expected = undisturbed(world, optimizer=optimizer)
     script(*flags('stopped', optimizer=optimizer, max_iters=5, lr_decay_iters=12), torchrun=world)
     script(*flags('stopped', optimizer=optimizer), torchrun=world)
-    whole, resumed = curve(tmp_path / 'whole'), curve(tmp_path / 'stopped')
+    whole, resumed = curve(expected), curve(tmp_path / 'stopped')
     resumed[5] = resumed[5][:3] + whole[5][3:]                      # it validated where it stopped
     assert resumed == whole and len(whole) == 13
-    assert checkpoint_bytes(tmp_path / 'whole') == checkpoint_bytes(tmp_path / 'stopped')
+    assert checkpoint_bytes(expected) == checkpoint_bytes(tmp_path / 'stopped')
 
 
 def checkpoint_bytes(folder):
@@ -106,35 +97,48 @@ def test_world_sizes_agree_to_rounding_dropout_included(flags, tmp_path, optimiz
 # Sharded.
 
 @pytest.mark.parametrize('optimizer, tolerance', [('adamw', 1e-5), ('muon', 1e-4)])
-def test_a_sharded_model_trains_as_a_whole_one_does(flags, tmp_path, optimizer, tolerance):
+def test_a_sharded_model_trains_as_a_whole_one_does(flags, undisturbed, tmp_path, optimizer,
+                                                    tolerance):
     """2 and 4 shares; and one run of 2 whole ones, 4 shares, one process alone, 2 shares."""
     options = {'optimizer': optimizer}
-    script(*flags('whole', **options), torchrun=2)
+    whole = undisturbed(2, **options)
     for world in (2, 4):
         script(*flags(f's{world}', **options, parallel='fsdp', sample_interval=6), torchrun=world)
     for world, parallel, max_iters in ((2, 'ddp', 3), (4, 'fsdp', 6), (1, 'fsdp', 9),
                                        (2, 'fsdp', 12)):
         script(*flags('mixed', **options, parallel=parallel, max_iters=max_iters,
                       lr_decay_iters=12), torchrun=world)
-    reference = losses(tmp_path / 'whole')
+    reference = losses(whole)
     for name in ('s2', 's4', 'mixed'):
         found = losses(tmp_path / name)
         worst = max(abs(a - b) / a for a, b in zip(reference, found, strict=True))
         print(f'{optimizer} {name}: largest relative difference {worst:.1e}')
         assert worst < tolerance
-        expected = losses(tmp_path / 'whole', 'val_loss')[-1]
+        expected = losses(whole, 'val_loss')[-1]
         assert losses(tmp_path / name, 'val_loss')[-1] == pytest.approx(expected, rel=tolerance)
     assert (tmp_path / 's2/samples.jsonl').read_text().count('\n') == 3
 
 
 @pytest.mark.parametrize('world, optimizer', [(2, 'adamw'), (4, 'muon')])
-def test_a_sharded_run_resumes_exactly(flags, tmp_path, world, optimizer):
+def test_a_sharded_run_resumes_exactly(flags, undisturbed, tmp_path, world, optimizer):
     options = {'optimizer': optimizer, 'parallel': 'fsdp', 'checkpoint_activations': True}
-    script(*flags('whole', **options), torchrun=world)
+    whole = undisturbed(world, **options)
     script(*flags('stopped', **options, max_iters=4, lr_decay_iters=12), torchrun=world)
     script(*flags('stopped', **options), torchrun=world)
-    assert curve(tmp_path / 'whole') == curve(tmp_path / 'stopped')
-    assert checkpoint_bytes(tmp_path / 'whole') == checkpoint_bytes(tmp_path / 'stopped')
+    assert curve(whole) == curve(tmp_path / 'stopped')
+    assert checkpoint_bytes(whole) == checkpoint_bytes(tmp_path / 'stopped')
+
+
+def test_a_sharded_model_computes_in_bfloat16(flags, undisturbed, tmp_path):
+    """Shares and sums stay float32; what is gathered does not, LayerNorms included."""
+    options = {'dtype': 'bfloat16', 'dropout': 0.0}
+    script(*flags('run', **options, parallel='fsdp', checkpoint_activations=True), torchrun=2)
+    found, expected = losses(tmp_path / 'run'), losses(undisturbed(2, **options))
+    worst = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
+    print(f'largest relative difference {worst:.1e}')
+    assert worst < 1e-3
+    weights = safetensors.torch.load_file(tmp_path / 'run/step_0000012/model.safetensors')
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
 
 
 def test_a_sharded_model_compiles(flags, tmp_path):
@@ -161,10 +165,11 @@ def test_a_share_takes_less_memory(flags):
 
 @pytest.mark.parametrize('world', [1, 2])
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_in_a_checkpoint(flags, tmp_path, world, number):
+def test_a_signal_ends_in_a_checkpoint(flags, undisturbed, tmp_path, world, number):
     """SIGTERM or Ctrl-C, to the process or to torchrun: saved within a step,
     and nothing of it shows in the end."""
-    script(*flags('whole', max_iters=150, eval_interval=150), torchrun=world if world > 1 else 0)
+    torchrun = world if world > 1 else 0
+    whole = undisturbed(torchrun, max_iters=150, eval_interval=150)
     process = start(flags('run', max_iters=150, eval_interval=150), world)
     try:
         wait_for_step(process, tmp_path / 'run', 20)
@@ -175,14 +180,14 @@ def test_a_signal_ends_in_a_checkpoint(flags, tmp_path, world, number):
     assert 'the same command goes on' in words and (world > 1 or process.returncode == 0), words
     step = max(checkpoints.steps(tmp_path / 'run'))
     assert 20 <= step < 150 and not checkpoints.problem(tmp_path / f'run/step_{step:07d}')
-    script(*flags('run', max_iters=150, eval_interval=150), torchrun=world if world > 1 else 0)
-    assert curve(tmp_path / 'run') == curve(tmp_path / 'whole')
+    script(*flags('run', max_iters=150, eval_interval=150), torchrun=torchrun)
+    assert curve(tmp_path / 'run') == curve(whole)
 
 
 @pytest.mark.parametrize('victim', ['worker', 'everything'])
-def test_kill_9_costs_the_steps_since_the_last_save(flags, tmp_path, victim):
+def test_kill_9_costs_the_steps_since_the_last_save(flags, undisturbed, tmp_path, victim):
     options = dict(max_iters=120, eval_interval=10)
-    script(*flags('whole', **options), torchrun=2)
+    whole = undisturbed(2, **options)
     process = start(flags('run', **options), 2)
     try:
         wait_for_step(process, tmp_path / 'run', 25)
@@ -193,14 +198,14 @@ def test_kill_9_costs_the_steps_since_the_last_save(flags, tmp_path, victim):
         kill_all(process, tmp_path)
     assert 120 not in checkpoints.steps(tmp_path / 'run')
     script(*flags('run', **options), torchrun=2)
-    assert curve(tmp_path / 'run') == curve(tmp_path / 'whole')
+    assert curve(tmp_path / 'run') == curve(whole)
 
 
-def test_killed_inside_a_save_the_checkpoint_before_is_used(flags, tmp_path):
+def test_killed_inside_a_save_the_checkpoint_before_is_used(flags, undisturbed, tmp_path):
     """Killed while files of step 40 lie in the temporary folder: it has no final name,
     and step 20 is whole."""
     options = dict(max_iters=60, eval_interval=20, n_embd=128)
-    script(*flags('whole', **options))
+    whole = undisturbed(**options)
     for _ in range(5):                                              # until a kill meets the moment
         process = start(flags('run', **options), 1)
         while process.poll() is None and not (tmp_path / 'run/.step_0000040.partial').exists():
@@ -211,7 +216,7 @@ def test_killed_inside_a_save_the_checkpoint_before_is_used(flags, tmp_path):
         subprocess.run(['rm', '-rf', tmp_path / 'run'])
     assert list(checkpoints.steps(tmp_path / 'run')) == [20]
     script(*flags('run', **options))
-    assert curve(tmp_path / 'run') == curve(tmp_path / 'whole')
+    assert curve(tmp_path / 'run') == curve(whole)
 
 
 def test_orphans_of_a_killed_torchrun_keep_others_out(flags, tmp_path):

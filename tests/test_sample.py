@@ -11,8 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, script
-from test_train import TINY
+from conftest import ROOT, TINY, script
 
 import sample
 import tokenizer

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, TINY, curve, losses, script
 
 import checkpoints
 import distributed
@@ -22,36 +22,6 @@ from data import batches
 from data.batches import TokenBatches
 from data.shards import Tokens, read_manifest
 from distributed import World, data_sheet_peak, pick_dtype
-
-TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4,
-            total_batch_size=16 * 16, max_iters=12, eval_interval=4, log_interval=1,
-            save_minutes=0.0, warmup_iters=3, learning_rate=3e-3, dropout=0.1,
-            device='cpu', dtype='float32', compile=False)
-
-
-@pytest.fixture
-def config(stories, tmp_path):
-    """A function from settings to the Config of a tiny run in tmp_path/run
-    (12 updates of 256 tokens)."""
-    tiny = {**TINY, 'data_dir': str(stories), 'out_dir': str(tmp_path / 'run')}
-    return lambda **changes: train.Config(**{**tiny, **changes})
-
-
-def curve(folder):
-    """{step: (loss, grad_norm, lr, val_loss)} of a log, what was said last of each step,
-    floats to the last bit."""
-    steps = {}
-    for line in (folder / 'log.jsonl').read_text().splitlines():
-        record = json.loads(line)
-        steps.setdefault(record['step'], {}).update(record)
-    return {step: tuple(float(record[key]).hex() if key in record else None
-                        for key in ('loss', 'grad_norm', 'lr', 'val_loss'))
-            for step, record in steps.items()}
-
-
-def losses(folder, key='loss'):
-    records = map(json.loads, (folder / 'log.jsonl').read_text().splitlines())
-    return [record[key] for record in records if key in record]
 
 
 # What a run does.
