@@ -1,7 +1,10 @@
-# make quickstart | test | test-all | faults | bench | table3. `make PYTHON=python3.12 VENV=~/env …` uses another Python or environment.
+# make quickstart | test | test-all | faults | bench | table3. `make PYTHON=python3.12 VENV=~/env …` uses another Python or environment;
+# JOBS=8 runs so many tests at a time.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+TEST = $(RUN) -m pytest -q -n $(JOBS) --dist=worksteal
+JOBS ?= 2
 MODEL ?= gpt2
 
 .PHONY: help install quickstart test test-all faults bench table3 clean
@@ -37,13 +40,13 @@ quickstart: install
 	@echo '  python data/prepare.py --name=mine FOLDER_OR_FILE.txt && python train.py --dataset=mine --out_dir=out/mine'
 
 test: install
-	$(RUN) -m pytest -q
+	$(TEST)
 
 test-all: install
-	$(RUN) -m pytest -q --slow
+	$(TEST) --slow
 
 faults: install
-	$(RUN) -m pytest -q --faults tests/test_faults.py tests/test_processes.py tests/test_hosts.py
+	$(TEST) --faults tests/test_faults.py tests/test_processes.py tests/test_hosts.py
 
 bench: install
 	$(RUN) bench.py

@@ -39,13 +39,24 @@ def pytest_addoption(parser):
     parser.addoption('--faults', action='store_true', help='run the slow tests and marathons too')
 
 
+def left_out(config):
+    """{marker: how to run what bears it} of the tests that are not run."""
+    if config.getoption('--faults'):
+        return {}
+    if config.getoption('--slow'):
+        return {'faults': 'make faults'}
+    return {'slow': 'make test-all', 'faults': 'make faults'}
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for marker, command in left_out(config).items():
+        terminalreporter.write_line(f'tests marked {marker} were left out: {command}')
+
+
 def pytest_collection_modifyitems(config, items):
-    faults = config.getoption('--faults')
-    for item in items:
-        if 'slow' in item.keywords and not (faults or config.getoption('--slow')):
-            item.add_marker(pytest.mark.skip(reason='slow: make test-all runs it'))
-        if 'faults' in item.keywords and not faults:
-            item.add_marker(pytest.mark.skip(reason='a marathon: make faults runs it'))
+    out = [item for item in items if left_out(config).keys() & set(item.keywords)]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
 
 
 @pytest.fixture

@@ -76,7 +76,8 @@ def checkpoint_bytes(folder):
     return (folder / 'step_0000012/model.safetensors').read_bytes()
 
 
-@pytest.mark.parametrize('optimizer, tolerance', [('adamw', 1e-5), ('muon', 1e-4)])
+@pytest.mark.parametrize('optimizer, tolerance', [
+    ('adamw', 1e-5), pytest.param('muon', 1e-4, marks=pytest.mark.faults)])
 def test_world_sizes_agree_to_rounding_dropout_included(flags, tmp_path, optimizer, tolerance):
     """1 process x 4 micro-batches, 2 x 2, 4 x 1, and 4 -> 1 -> 2 in one run: the same losses."""
     options = {'optimizer': optimizer, 'batch_size': 16}

@@ -21,7 +21,8 @@ COMMANDS = [line.partition('  #')[0].strip()
 HEADERS = [line[2:].partition('   #')[0] for path in sorted(ROOT.glob('config/*.py'))
            for line in path.read_text().splitlines() if re.match(r'# (python|torchrun) ', line)]
 NEEDS_A_HUB = ('--dataset=shakespeare', 'gpt2', 'shakespeare_char', 'finetune', 'fineweb',
-               'openwebtext', 'hub:', '--contamination', '--compare')   # or GPUs, or results
+               'openwebtext', 'hub:', '--contamination', '--compare', '--minutes')
+                                                                # or GPUs, results, half an hour
 
 
 def script_and_arguments(command):
@@ -45,7 +46,7 @@ def test_a_command_parses(command, monkeypatch):
 
 def test_the_make_targets_exist():
     text = (ROOT / 'Makefile').read_text()
-    for target in ('quickstart', 'test', 'test-all', 'bench', 'table3'):
+    for target in ('quickstart', 'test', 'test-all', 'faults', 'bench', 'table3'):
         assert re.search(rf'^{target}:', text, re.MULTILINE)
 
 
