@@ -499,8 +499,10 @@ def prune(out_dir, keep, best=None):
 
 
 def remove(folder):
-    (folder / 'manifest.json').unlink(missing_ok=True)              # no longer whole from here on
-    shutil.rmtree(folder)
+    """Delete a checkpoint as far as the disk allows; what is left of it is not whole."""
+    with suppress(OSError):
+        (folder / 'manifest.json').unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def lock(out_dir):

@@ -195,6 +195,11 @@ def all_reduce(tensor, op='sum'):
     return tensor
 
 
+def any_rank(wish, device):
+    """Whether `wish` is true on any process."""
+    return bool(all_reduce(torch.tensor(float(wish), device=device), 'max'))
+
+
 def broadcast(value):
     """Rank 0's `value` (plain types), on every rank."""
     if not dist.is_initialized():
@@ -230,16 +235,18 @@ def on_main(world, function, *args):
 # A sharded model (FSDP2): its parameters, gradients and moments are DTensors, and every process
 # holds a share of each.
 
-def shard(model, parts, dtype=torch.float32):
-    """Leave each process its share of every parameter of `model`, in place. Those of `parts`, which
-    multiply in `dtype`, are gathered in it when they are needed, one part at a time; the others for
-    a whole forward pass and as they are. Shares and sums of gradients are float32."""
+def shard(model, parts, device, dtype=torch.float32):
+    """Leave each process, on `device`, its share of every parameter of `model`, in place. Those of
+    `parts`, which multiply in `dtype`, are gathered in it when they are needed, one part at a time;
+    the others for a whole forward pass and as they are. Shares and sums of gradients are float32.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     gathered = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for part in parts:
-        fully_shard(part, mp_policy=gathered)
-    fully_shard(model)
-    if next(model.parameters()).device.type == 'cpu':
+        fully_shard(part, mesh=mesh, mp_policy=gathered)
+    fully_shard(model, mesh=mesh)
+    if device.type == 'cpu':
         give_back_freed_memory()
 
 

@@ -18,13 +18,15 @@ WANDB_SECONDS = 60          # that the end of a run waits for it
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and the end; another Ctrl-C ends at once."""
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a checkpoint and the end; another Ctrl-C ends at
+    once. What this process was started to ignore (nohup), it ignores."""
 
     def __init__(self):
         self.requested, self.since, self.before = False, 0.0, {}
         if threading.current_thread() is threading.main_thread():
-            for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
-                if number := getattr(signal, name, None):
+            for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
+                number = getattr(signal, name, None)                # Windows has not all of them
+                if number and signal.getsignal(number) != signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self.receive)
 
     def receive(self, number, frame):
@@ -93,6 +95,7 @@ class Log:
         self.run = wandb.init(project=cfg.wandb_project, id=id_file.read_text(), resume='allow',
                               name=cfg.wandb_run_name or self.folder.name, dir=self.folder,
                               config=asdict(cfg))
+        self.run.define_metric('*', step_metric='step')             # which a rollback takes back
 
     def write(self, **record):
         if not self.is_main:
@@ -101,7 +104,7 @@ class Log:
                   for key, value in record.items()}                 # JSON has no NaN
         self.append(self.file, record)
         if self.wandb and 'event' not in record:
-            self.wandb.do(lambda: self.run.log(record, step=record['step']))
+            self.wandb.do(lambda: self.run.log(record))
 
     def append(self, file, record):
         """A line in `file`; a full disk costs the record, not the run."""
@@ -110,9 +113,12 @@ class Log:
             if file.write(line) < len(line):        # half of it: the next one begins
                 file.write(b'\n')                                   # a line of its own
         except OSError as error:
-            self.missed += 1
-            if self.missed == 1:
-                self.say(f'{file.name}: {error.strerror}; going on without this part of the log')
+            self.miss(file.name, error)
+
+    def miss(self, name, error):
+        self.missed += 1
+        if self.missed == 1:
+            self.say(f'{name}: {error.strerror}; going on without this part of the log')
 
     def event(self, step, kind, words):
         """What did not go as planned, in the log and on the screen."""
@@ -120,8 +126,14 @@ class Log:
         self.say(f'step {step}: {words}')
 
     def sample(self, step, text):
-        with open(self.folder / 'samples.jsonl', 'ab', buffering=0) as file:
-            self.append(file, {'step': step, 'text': text})
+        if not self.is_main:
+            return
+        path = self.folder / 'samples.jsonl'
+        try:
+            with open(path, 'ab', buffering=0) as file:
+                self.append(file, {'step': step, 'text': text})
+        except OSError as error:
+            self.miss(path, error)
         self.say(f'step {step}: sample: {text[:200]!r}')
 
     def finish(self):

@@ -5,6 +5,7 @@ What a run needs and what it takes: the division of its batch, its disk, its mem
 import math
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,8 +53,8 @@ def divide_batch(cfg, world_size, share=1):
 
 
 def look(cfg):
-    """Print how all that a run needs stands, and what mends what is missing; whether all is well.
-    """
+    """Print how all that a run needs stands, and what mends what is missing; whether all is well,
+    on all processes."""
     world, known = distributed.World(0, 1, torch.device('cpu')), {}
 
     def device():
@@ -67,13 +68,14 @@ def look(cfg):
 
     def compiler():
         wanted, why = distributed.pick_compile(cfg.compile, world.device, known['dtype'], math.inf)
-        return why if wanted or cfg.compile is False else (
-            f'{why}; on Debian and Ubuntu: apt-get install g++')
+        if world.device.type != 'cpu' or cfg.compile != 'auto':
+            return why
+        return (f'{why}; on Debian and Ubuntu: apt-get install g++' if not wanted else
+                'there is one; used if the run is long enough')
 
     def data():
         sets, known['encoding'] = load_data(cfg.dataset, cfg.data_dir)
-        counts = ', '.join(f'{name} {len(getattr(data, split)):,} + {len(data.val):,}'
-                           for data in sets for name, split in ((data.name, 'train'),))
+        counts = ', '.join(f'{data.name} {len(data.train):,} + {len(data.val):,}' for data in sets)
         return f'{counts} tokens to train on and to validate'
 
     def vocabulary():
@@ -86,22 +88,30 @@ def look(cfg):
                 f'{micro_batch} x {cfg.block_size} on each process')
 
     def disk():
+        if cfg.init_from not in ('auto', 'scratch', 'resume'):
+            return f'not known before {cfg.init_from} is loaded'
         with torch.device('meta'):
             gpt = GPT(GPTConfig(cfg.block_size, known['encoding'].n_vocab, cfg.n_layer, cfg.n_head,
                                 cfg.n_embd, bias=cfg.bias))
         return check_disk(cfg, gpt)
 
-    well = True
+    lines = []
     for part in (device, dtype, compiler, data, vocabulary, batch, disk):
         try:
             words = part()
         except (ValueError, OSError) as error:
-            well, words = False, f'FAILS: {error}'
+            words = f'FAILS: {error}'
         except KeyError:                                # an earlier part could not say it
             words = 'not known, see above'
-        if world.is_main:
-            print(f'{part.__name__:11} {words}')
-    return well
+        lines.append(f'{part.__name__:11} {words}')
+    found = distributed.gather(lines)
+    for rank, theirs in enumerate(found if world.is_main else ()):
+        for line in theirs:
+            if rank == 0:
+                print(line)
+            elif 'FAILS' in line and line not in found[0]:
+                print(f'{line} (rank {rank})')
+    return not any('FAILS' in line for theirs in found for line in theirs)
 
 
 def checkpoint_bytes(cfg, model):
@@ -112,15 +122,15 @@ def checkpoint_bytes(cfg, model):
 
 
 def check_disk(cfg, model):
-    """How much room there is for the checkpoints that the run will hold; ValueError if too little.
-    """
+    """How much room there is for the checkpoints that the run will hold: the newest, the best, and
+    one that is being written. ValueError if too little."""
     one, there = checkpoint_bytes(cfg, model), Path(cfg.out_dir).resolve()
     kept = sum(file.stat().st_size for folder in checkpoints.steps(there).values()
                for file in folder.iterdir())
     while not there.exists():
         there = there.parent
-    need, free = (cfg.keep + 1) * one - kept, shutil.disk_usage(there).free
-    words = (f'{cfg.keep + 1} checkpoints of {amount(one)} in {cfg.out_dir}'
+    need, free = (cfg.keep + 2) * one - kept, shutil.disk_usage(there).free
+    words = (f'{cfg.keep + 2} checkpoints of {amount(one)} in {cfg.out_dir}'
              + f', {amount(kept)} of which are there' * bool(kept) + f'; {amount(free)} are free')
     if need > free:
         raise ValueError(f'disk: {words}. Make room, give another --out_dir'
@@ -133,8 +143,9 @@ def amount(size):
 
 
 def trial(compute, now, cfg, optimizers, scaler, world):
-    """Seconds of an update: medians of TRIAL of them, with at most two micro-batches each, counted
-    up to a whole one. The learning rate is 0, and everything is left as it was."""
+    """(seconds of the passes of an update, of its step): medians of TRIAL of them, with at most two
+    micro-batches each, counted up to a whole one. The learning rate is 0, and everything is left as
+    it was."""
     _, micro_batch, micro_steps = divide_batch(cfg, world.size)
     few = min(2, micro_steps)
     small = replace(cfg, total_batch_size=few * micro_batch * world.size * cfg.block_size,
@@ -162,7 +173,7 @@ def trial(compute, now, cfg, optimizers, scaler, world):
         optimizer.state.clear()
     scaler.load_state_dict(scale)
     passes, steps = (sorted(part)[len(times) // 2] for part in zip(*times))
-    return distributed.broadcast(passes * micro_steps / few + steps)
+    return distributed.broadcast((passes * micro_steps / few, steps))
 
 
 def time_visit(model, sets, cfg, world, autocast):
@@ -176,21 +187,27 @@ def time_visit(model, sets, cfg, world, autocast):
     return distributed.broadcast(checking + checkpoint_bytes(cfg, model) / 300e6)
 
 
-def run_seconds(cfg, took, visit):
-    """Seconds of cfg.max_iters updates and their validations and saves."""
-    warm = min(1, cfg.batch_warmup_iters / max(1, cfg.max_iters))   # of these an update is 3/8
-    return cfg.max_iters * (took * (1 - 5 / 8 * warm) + visit / cfg.eval_interval) + 2 * visit
+def mean_batch(cfg):
+    """How large an update is on average: 3/8 of a whole one while the batch grows."""
+    return 1 - 5 / 8 * min(1, cfg.batch_warmup_iters / max(1, cfg.max_iters))
 
 
-def fit(cfg, took, visit, spent):
+def update_seconds(cfg, times):
+    """Seconds of an update on average, with its share of the validations and saves; `times` are
+    those of its passes, of its step and of a validation with its save."""
+    passes, step, visit = times
+    return passes * mean_batch(cfg) + step + visit / cfg.eval_interval
+
+
+def fit(cfg, times, spent):
     """cfg with as many updates as fit into cfg.minutes, of which so many seconds are spent, and its
     schedule stretched to them."""
-    room = 60 * cfg.minutes - spent - 2 * visit
-    each = (run_seconds(cfg, took, visit) - 2 * visit) / cfg.max_iters
-    stretch = int(room / each) / cfg.max_iters
+    ends, each = 2 * times[2], update_seconds(cfg, times)
+    room = 60 * cfg.minutes - spent - ends
     if room < each:
         raise ValueError(f'minutes: given {cfg.minutes}; starting, two validations and one update '
-                         f'take {(spent + 2 * visit + each) / 60:.2f}')
+                         f'take {(spent + ends + each) / 60:.2f}')
+    stretch = int(room / each) / cfg.max_iters
     return replace(cfg, **{key: round(getattr(cfg, key) * stretch) for key in FITTED})
 
 
@@ -204,17 +221,20 @@ def as_fitted(cfg, saved):
     return replace(cfg, **{key: saved[key] for key in FITTED})
 
 
-def describe_trial(model, world, took, tokens, peak):
+def describe_trial(model, world, times, tokens, peak):
+    took = times[0] + times[1]
     rate = tokens / took
     mfu = f', mfu {model.flops_per_token() * rate / (peak * world.size):.0%}' if peak else ''
     return (f'an update takes {took:.3g} s: {rate:,.0f} tokens/s{mfu}; '
             f'memory of this process at its peak: {amount(distributed.peak_memory(world.device))}')
 
 
-def describe_length(cfg, took, visit, tokens):
-    hours = run_seconds(cfg, took, visit) / 3600
+def describe_length(cfg, step, times, tokens):
+    """What is left after `step` updates; `tokens` are those of a whole update."""
+    left = max(0, cfg.max_iters - step)
+    hours = (left * update_seconds(cfg, times) + 2 * times[2]) / 3600
     takes = f'{hours:.1f} hours' if hours > 1 else f'{60 * hours:.1f} minutes'
-    return f'{cfg.max_iters:,} updates, {cfg.max_iters * tokens / 1e6:,.1f}M tokens: {takes}'
+    return f'{left:,} updates, {left * tokens * mean_batch(cfg) / 1e6:,.1f}M tokens: {takes}'
 
 
 def is_out_of_memory(error):
@@ -227,11 +247,20 @@ def less_memory(cfg, error):
     size = distributed.size()
     sequences, micro_batch, _ = divide_batch(cfg, size)
     first = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-    if micro_batch > 1:
-        half = max(n for n in range(1, micro_batch // 2 + 1) if sequences % (n * size) == 0)
-        advice = f'--batch_size={half} --total_batch_size={sequences * cfg.block_size}'
-        if not cfg.checkpoint_activations:
-            advice += ', or --checkpoint_activations=True'
+    smaller = replace(cfg, total_batch_size=sequences * cfg.block_size,
+                      gradient_accumulation_steps=0)
+    for half in range(micro_batch // 2, 0, -1):
+        with suppress(ValueError):                      # raised by what cannot be divided
+            for share in (1, 2, 4) if cfg.batch_warmup_iters else (1,):
+                divide_batch(replace(smaller, batch_size=half), size, share)
+            advice = f'--batch_size={half} --total_batch_size={smaller.total_batch_size}'
+            if cfg.gradient_accumulation_steps:
+                advice += ' --gradient_accumulation_steps=0'
+            if cfg.eval_iters:
+                advice += f' --eval_iters={cfg.eval_iters * cfg.batch_size // half}'
+            if not cfg.checkpoint_activations:
+                advice += ', or --checkpoint_activations=True'
+            break
     else:
         advice = ('--checkpoint_activations=True' if not cfg.checkpoint_activations else
                   'a smaller --block_size or model, or with several GPUs --parallel=fsdp')

@@ -38,7 +38,7 @@ REFERENCES = {      # validation loss (nats per token) that others reached on th
 NOT_THE_RECIPE = ('out_dir', 'seed', 'data_dir', 'device', 'log_interval', 'save_minutes', 'keep',
                   'always_save_checkpoint', 'sample_interval', 'hellaswag_interval',
                   'hellaswag_limit', 'hellaswag_data', 'wandb_log', 'wandb_project',
-                  'wandb_run_name', 'plan', 'minutes', 'timeout_minutes')
+                  'wandb_run_name', 'plan', 'timeout_minutes')
 
 
 def main(cfg):
@@ -141,7 +141,8 @@ class Curve:
     def __init__(self, folder):
         self.name, self.settings = str(folder), settings_of(folder)
         self.records = read_log(folder / 'log.jsonl')
-        self.validations = [record for record in self.records if 'val_loss' in record]
+        self.validations = [record for record in self.records
+                            if record.get('val_loss') is not None]
         if not self.validations:
             raise ValueError(f'{folder}: there is no validation in its log to compare by')
         self.recipe = {key: value for key, value in self.settings.items()
@@ -214,7 +215,9 @@ def measure(curves):
     """The key of the log by which they can be compared; ValueError if by none."""
     first = curves[0]
     for other in curves[1:]:
-        a, b = ({key: curve.settings.get(key) for key in ('dataset', 'eval_tokens', 'eval_iters')}
+        a, b = ({key: curve.settings.get(key) for key in (
+                    'dataset', 'eval_tokens', 'eval_iters', *(
+                        ('batch_size', 'block_size') if curve.settings.get('eval_iters') else ()))}
                 for curve in (first, other))
         if first.xz != other.xz or (a != b and not first.xz):
             raise ValueError(f'{first.name} and {other.name} were validated on different texts '
@@ -258,16 +261,16 @@ def verdict(groups, group, target, key):
     changed = [f'{name} {first[0].recipe.get(name)!r} -> {value!r}'
                for name, value in group[0].recipe.items() if first[0].recipe.get(name) != value]
     lines.append(f'  {", ".join(changed) or "the settings are the same"}')
-    ends = [max(curve.records[-1]['tokens'] for curve in runs) for runs in (first, group)]
-    if ends[0] != ends[1]:
-        lines.append(f'  they ended at {ends[1]:,} and {ends[0]:,} tokens')
+    ends = {curve.records[-1]['tokens'] for curve in (*first, *group)}
+    if len(ends) > 1:
+        lines.append(f'  they ended at {", ".join(f"{end:,}" for end in sorted(ends))} tokens')
     return lines
 
 
 def t95(freedom):
     """The 97.5 % quantile of Student's t, to 0.01."""
     table = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23
-    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.5 / freedom
+    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.37 / freedom + 2.8 / freedom**2
 
 
 def named(group):

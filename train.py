@@ -154,6 +154,9 @@ def train(cfg):
     lock = take_lock(cfg, world)
     cfg, model, saved = start(cfg, world, encoding, say)
     shards = check_same_data(saved, sets, cfg)
+    if cfg.parallel == 'fsdp' and world.size > 1:
+        distributed.shard(model, [part for block in model.h for part in (block.attn, block.mlp)],
+                          world.device, dtype)
     model.to(world.device).train()
     model.checkpoint_activations = cfg.checkpoint_activations
     autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype != torch.float32,
@@ -164,13 +167,10 @@ def train(cfg):
         say(f'step {now.step}: {describe(val_loss, others)}, over {count:,} tokens')
         return distributed.leave()
     distributed.on_main(world, planning.check_disk, cfg, model)
-    if cfg.parallel == 'fsdp' and world.size > 1:
-        distributed.shard(model, [part for block in model.h for part in (block.attn, block.mlp)],
-                          dtype)
     optimizers = make_optimizers(model, cfg, dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     if saved:
-        checkpoints.restore_optimizers(model, optimizers, saved['optimizer'])
+        checkpoints.restore_optimizers(model, optimizers, saved.pop('optimizer'))
         scaler.load_state_dict(saved['scaler'])
 
     say(f'{sum(p.numel() for p in model.parameters()):,} parameters; an update is '
@@ -186,19 +186,19 @@ def train(cfg):
     compute = partial(gradients, model, replica, ahead, world=world, scaler=scaler,
                       autocast=autocast)
     if cfg.plan or (cfg.minutes and not saved):
-        took = planning.trial(compute, now, cfg, optimizers, scaler, world)
-        visit = planning.time_visit(model, sets, cfg, world, autocast)
+        times = planning.trial(compute, now, cfg, optimizers, scaler, world)
+        times += planning.time_visit(model, sets, cfg, world, autocast),
         spent = distributed.broadcast(time.monotonic() - began)
-        say(planning.describe_trial(model, world, took, tokens_per_update, peak))
-        cfg = planning.fit(cfg, took, visit, spent) if cfg.minutes else cfg
-        say(planning.describe_length(cfg, took, visit, tokens_per_update))
+        say(planning.describe_trial(model, world, times, tokens_per_update, peak))
+        cfg = planning.fit(cfg, times, spent) if cfg.minutes and not saved else cfg
+        say(planning.describe_length(cfg, now.step, times, tokens_per_update))
         if cfg.plan:
             return distributed.leave()
-    if world.is_main:
-        write_config(cfg)
+    distributed.on_main(world, write_config, cfg)
     log, stop, clock = Log(cfg, world, say), StopSignal(), Stopwatch()
     saved_at, saved_time, validated = now.step if saved else 0, time.monotonic(), -1
     asked_to_stop = save_due = False
+    save = partial(save_checkpoint, cfg, world, model, encoding, optimizers, scaler, shards)
     underway, unsaved = [], None
 
     while True:
@@ -208,17 +208,11 @@ def train(cfg):
         quiz = questions and (finished or now.step % cfg.hellaswag_interval == 0)
         calm = not now.bad                              # what may be rolled back is not kept
         if ((due or quiz or save_due) and calm or finished or asked_to_stop) and (
-                saved_at != now.step):
-            state = {'progress': asdict(now), 'settings': asdict(cfg), 'shards': shards,
-                     'optimizer': checkpoints.optimizer_state(model, optimizers, world.is_main),
-                     'scaler': scaler.state_dict(), 'watch': watch.state}
-            try:
-                distributed.on_main(world, checkpoints.save, cfg.out_dir, now.step,
-                                    unsharded(model, world.is_main), encoding, state)
-                saved_at, unsaved = now.step, None
-            except OSError as error:                    # a full disk: perhaps there is room later
-                unsaved = error
-                log.event(now.step, 'save failed', f'cannot save: {error}; going on')
+                saved_at != now.step and now.not_finite < cfg.max_skipped):
+            if unsaved := save(now, watch):             # a full disk: perhaps there is room later
+                log.event(now.step, 'save failed', f'cannot save: {unsaved}; going on')
+            else:
+                saved_at = now.step
             saved_time = time.monotonic()
         if due and not asked_to_stop and validated != now.step:
             found = validate(model, sets, cfg, world, autocast, stop)
@@ -236,18 +230,15 @@ def train(cfg):
             log.write(step=now.step, tokens=now.position * cfg.block_size, val_loss=val_loss,
                       **others)
             say(f'step {now.step}: {describe(val_loss, others)}')
-        if saved_at == now.step and world.is_main:
-            keep_newest = cfg.keep if cfg.always_save_checkpoint else 1
+        if saved_at == now.step and calm and world.is_main:
+            keep_newest = cfg.keep if cfg.always_save_checkpoint or cfg.rollback else 1
             checkpoints.prune(cfg.out_dir, keep_newest, now.best_step)
         if quiz and not asked_to_stop:
-            gpt = unsharded(model).to(world.device)
-            scores = score_hellaswag(gpt, encoding, questions, world)
+            scores = score_hellaswag(model, encoding, questions, world)
             log.write(step=now.step, tokens=now.position * cfg.block_size, **scores)
             say(f"step {now.step}: hellaswag {scores['hellaswag']:.2%} of {len(questions):,}")
         if cfg.sample_interval and now.step % cfg.sample_interval == 0:
-            gpt = unsharded(model, world.is_main)
-            if world.is_main:
-                log.sample(now.step, draw_sample(gpt.to(world.device), encoding, cfg.seed))
+            log.sample(now.step, draw_sample(model, encoding, cfg.seed, world))
         if finished or asked_to_stop or now.not_finite >= cfg.max_skipped:
             break
 
@@ -296,7 +287,7 @@ def train(cfg):
                 now, watch = back
                 saved_at = validated = now.step
                 asked_to_stop = save_due = False
-            elif now.not_finite < cfg.max_skipped:      # it has come to stay
+            elif not now.not_finite:                    # it has come to stay
                 log.event(now.step, 'level', f'the loss stays near {loss:.4f}; that is normal now')
                 watch, now.bad = Watch(), 0
 
@@ -306,10 +297,23 @@ def train(cfg):
     stop.restore()
     distributed.leave()
     lock.close()
-    if unsaved:
+    if unsaved and not diverged:
         raise OSError(f'the last checkpoint of {cfg.out_dir} could not be saved ({unsaved}); '
                       f'the one before is whole, and the same command goes on from it')
     return 3 if diverged else 0
+
+
+def save_checkpoint(cfg, world, model, encoding, optimizers, scaler, shards, now, watch):
+    """Save where `now` stands, and what it takes to go on from there; the error on every rank if
+    rank 0 cannot."""
+    state = {'progress': asdict(now), 'settings': asdict(cfg), 'shards': shards,
+             'optimizer': checkpoints.optimizer_state(model, optimizers, world.is_main),
+             'scaler': scaler.state_dict(), 'watch': watch.state}
+    try:
+        distributed.on_main(world, checkpoints.save, cfg.out_dir, now.step,
+                            unsharded(model, world.is_main), encoding, state)
+    except OSError as error:
+        return error
 
 
 def gradients(model, replica, ahead, now, cfg, optimizers, *, world, scaler, autocast):
@@ -372,7 +376,8 @@ def roll_back(now, model, optimizers, scaler, cfg, world, log):
     checkpoints.restore_optimizers(model, optimizers, saved['optimizer'])
     scaler.load_state_dict(saved['scaler'])
     back = replace(Progress(**saved['progress']), position=now.position, skipped=now.skipped,
-                   spikes=now.spikes, rollbacks=now.rollbacks + 1)
+                   spikes=now.spikes, rollbacks=now.rollbacks + 1, best_step=now.best_step,
+                   best_val_loss=now.best_val_loss)
     log.event(now.step, 'rollback', f'{now.bad} bad updates in a row: back to step {back.step}; '
               f'{(now.position - saved["progress"]["position"]) * cfg.block_size:,} tokens are '
               f'left out')
@@ -490,7 +495,8 @@ def start(cfg, world, encoding, say):
 
 def load_checked(folder, encoding, cfg, world):
     """The model in `folder`, whose tokenizer must be that of the data set."""
-    model, theirs = checkpoints.load_folder(folder, world.device, dropout=cfg.dropout)
+    device = 'cpu' if cfg.parallel == 'fsdp' else world.device      # a card gets its share only
+    model, theirs = checkpoints.load_folder(folder, device, dropout=cfg.dropout)
     if tokenizer.fingerprint(theirs) != tokenizer.fingerprint(encoding):
         raise ValueError(f'{folder} was trained on tokens of {theirs.name} ({theirs.n_vocab:,}), '
                          f'the data set {cfg.dataset} holds those of another tokenizer, '
@@ -550,9 +556,10 @@ def make_replica(model, cfg, world, autocast, batch, dtype, seconds, say):
             with autocast():
                 compiled(*batch).backward()
         except Exception as error:      # whatever a compiler can fail with
+            if planning.is_out_of_memory(error):
+                raise
             failure = f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0][:120]
-        failed = torch.tensor(float(bool(failure)), device=world.device)
-        if distributed.all_reduce(failed, 'max').item():
+        if distributed.any_rank(bool(failure), world.device):
             say(f'compiling failed, going on without ({failure or "on another rank"})')
             for block in model.h:
                 block._compiled_call_impl = None
@@ -607,32 +614,36 @@ def load_questions(cfg, world, encoding):
 def score_hellaswag(model, encoding, rows, world):
     """What `python hellaswag.py` would say of this step, on the uncompiled model in float32."""
     import hellaswag
-    model.eval()
-    answers = hellaswag.evaluate(model, encoding, rows, world=world)
+    gpt = unsharded(model).to(world.device).eval()
+    answers = hellaswag.evaluate(gpt, encoding, rows, world=world)
     model.train()
     return {'hellaswag': sum(answers['acc_norm']) / len(rows),
             'hellaswag_sum': sum(answers['acc']) / len(rows)}
 
 
-def draw_sample(model, encoding, seed):
-    """A hundred tokens from <|endoftext|> (or token 0), by the same random numbers each time."""
-    model.eval()
-    ids = torch.tensor([[tokenizer.eot_id(encoding) or 0]], device=model.wte.weight.device)
-    out = model.generate(ids, 100, top_k=200, seed=seed)
+def draw_sample(model, encoding, seed, world):
+    """A hundred tokens from <|endoftext|> (or token 0), by the same random numbers each time; ''
+    on all ranks but 0."""
+    gpt = unsharded(model, world.is_main)
+    if not world.is_main:
+        return ''
+    ids = torch.tensor([[tokenizer.eot_id(encoding) or 0]], device=world.device)
+    out = gpt.to(world.device).eval().generate(ids, 100, top_k=200, seed=seed)
     model.train()
     return encoding.decode(out[0, 1:].tolist())
 
 
 def closing_words(cfg, now, diverged, finished):
     if diverged:
-        return (f'stopped at step {now.step}: {cfg.max_skipped} updates in a row were not finite. '
-                f'Common causes: a learning rate too high, float16, damaged data. The last '
-                f'checkpoint in {cfg.out_dir} is from before')
-    words = f'stopped at step {now.step}, the same command goes on'
-    if finished:
-        early = now.step < cfg.max_iters
-        words = (f'ended at step {now.step}, {cfg.patience} validations after the best' if early
-                 else f'finished {now.step} updates')
+        words = (f'stopped at step {now.step}: {cfg.max_skipped} updates in a row were not finite. '
+                 f'Common causes: a learning rate too high, float16, damaged data. The last '
+                 f'checkpoint in {cfg.out_dir} is from before')
+    elif not finished:
+        words = f'stopped at step {now.step}, the same command goes on'
+    elif now.step < cfg.max_iters:
+        words = f'ended at step {now.step}, {cfg.patience} validations after the best'
+    else:
+        words = f'finished {now.step} updates'
     for count, what in ((now.skipped, 'skipped'), (now.spikes, 'spikes'),
                         (now.rollbacks, 'rolled back')):
         words += f', {count} {what}' * bool(count)

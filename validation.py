@@ -49,8 +49,10 @@ def evaluate(model, tokens, cfg, world, autocast, share=1.0, stop=None):
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)          # nats, and whether to stop
     for start, n, length in mine:
-        if stop and stop.requested and not sharded:
-            sums[1] = 1
+        sums[1] = bool(stop and stop.requested)
+        if sharded:                                     # nobody may leave alone
+            sums[1] = distributed.any_rank(sums[1], world.device)
+        if sums[1]:
             break
         ids = torch.from_numpy(tokens.read(start, max(n, 1) * length + 1)).to(world.device)
         with autocast():

@@ -25,8 +25,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-# a shell's background job ignores Ctrl-C, and so would all that is started here
+# a shell's background job ignores these, and so would all that is started here
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, lambda *_: None)
 
 TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4,
             total_batch_size=16 * 16, max_iters=12, eval_interval=4, log_interval=1,

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoints
+import planning
 import train
 from configurator import run
 from model import GPT
@@ -31,7 +32,8 @@ def faulty_gradients(model, replica, ahead, now, cfg, optimizers, *, world, **mo
     global factor
     update = now.position // train.batch_at(now.step, cfg, world.size)[0]
     due = HERE and update in UPDATES
-    if due and FIRST_START and KIND in ('SIGKILL', 'SIGTERM', 'SIGINT', 'SIGUSR1', 'SIGSTOP'):
+    if due and FIRST_START and KIND in ('SIGKILL', 'SIGTERM', 'SIGHUP', 'SIGUSR1',
+                                         'SIGSTOP'):
         os.kill(os.getpid(), getattr(signal, KIND))
     factor = {'nan': math.nan, 'loud': 1000.0}.get(KIND, 1.0) if due else 1.0
     return gradients(model, replica, ahead, now, cfg, optimizers, world=world, **more)
@@ -56,9 +58,15 @@ def faulty_write(partial, model, encoding, training):
         time.sleep(60)
 
 
+def no_data(*args):
+    raise ValueError('there is none')
+
+
 train.gradients, GPT.loss, checkpoints.write = faulty_gradients, faulty_loss, faulty_write
 if KIND == 'blind' and HERE:                    # this rank sees no checkpoint
     checkpoints.steps = lambda out_dir: {}
+if KIND == 'no_data' and HERE:
+    planning.load_data = no_data
 if KIND == 'clock':                             # it jumps by weeks, back and forth
     real, jumps = time.time, iter(range(10 ** 9))
     time.time = lambda: real() + (-1) ** next(jumps) * 1e6

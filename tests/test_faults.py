@@ -116,6 +116,21 @@ def test_rollback_goes_back_and_leaves_the_bad_data_out(flags, tmp_path, kind):
     same_run(tmp_path / 'run', tmp_path / 'again')
 
 
+def test_a_rollback_does_not_forget_the_best_step(config, tmp_path, monkeypatch):
+    first, found = train.gradients, iter([5.0, 4.0, 3.0, 2.0, 1.0])     # the best: step 40
+
+    def gradients(model, replica, ahead, now, *rest, **more):
+        loss, norm, sequences = first(model, replica, ahead, now, *rest, **more)
+        bad = 43 <= now.position // sequences < 47
+        return loss * float('nan') if bad else loss, norm, sequences
+
+    monkeypatch.setattr(train, 'gradients', gradients)
+    monkeypatch.setattr(train, 'validate', lambda *_: (next(found, 9.0), {}, 100))
+    assert train.main(config(**LONG, rollback=True)) == 0
+    assert events(tmp_path / 'run', 'rollback')
+    assert checkpoints.best_step(tmp_path / 'run').name == 'step_0000040'
+
+
 @pytest.mark.slow
 def test_a_level_that_has_come_to_stay_is_accepted_without_rollback(flags, tmp_path):
     done = faulty('loud all 40 20', flags('run', **LONG))
@@ -142,7 +157,7 @@ def test_all_ranks_roll_back_together(flags, tmp_path):
 # Kills and signals.
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
+@pytest.mark.parametrize('number', ['SIGTERM', 'SIGHUP', 'SIGUSR1'])
 def test_a_signal_to_one_rank_stops_all_within_an_update(flags, undisturbed, tmp_path, number):
     done = faulty(f'{number} 1 6', flags('run', eval_interval=12), torchrun=2)
     assert done.returncode == 0 and 'the same command goes on' in done.stdout
@@ -185,6 +200,14 @@ def test_a_signal_during_validation_is_heard_within_a_batch(flags, undisturbed, 
     script(*args)
     whole = undisturbed(eval_interval=6)
     same_run(tmp_path / 'run', whole)
+
+
+@pytest.mark.slow
+def test_shares_of_a_model_leave_a_validation_together(flags, tmp_path):
+    args = flags('run', eval_interval=6, parallel='fsdp')
+    assert faulty('SIGTERM 1 5', args, torchrun=2).returncode == 0
+    assert list(checkpoints.steps(tmp_path / 'run')) == [6]
+    assert len(losses(tmp_path / 'run', 'val_loss')) == 1
 
 
 def test_a_stop_in_the_middle_of_validation_leaves_it_to_the_resume(config, tmp_path, monkeypatch):
@@ -265,6 +288,14 @@ def test_ranks_that_see_different_checkpoints_take_that_of_rank_0(flags, undistu
     script(*flags('run', max_iters=8, lr_decay_iters=12), torchrun=2)
     assert faulty('blind 1 0', flags('run'), torchrun=2).returncode == 0
     same_run(tmp_path / 'run', whole)
+
+
+@pytest.mark.slow
+def test_a_plan_names_what_another_machine_lacks(flags):
+    done = faulty('no_data 1 0', flags('run', plan=True), torchrun=2)
+    assert done.stderr.count('exitcode  : 2') == 2, done.stderr
+    assert 'data        FAILS: there is none (rank 1)' in done.stdout
+    assert 'an update takes' not in done.stdout
 
 
 @pytest.mark.slow
@@ -358,7 +389,7 @@ def test_a_log_on_a_full_disk_loses_lines_and_not_the_run(config, monkeypatch, c
 def test_too_little_room_is_said_before_the_first_update(config, monkeypatch):
     monkeypatch.setattr(planning.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(
         10 ** 9, 10 ** 9 - 10 ** 5, 10 ** 5))
-    with pytest.raises(ValueError, match=r'3 checkpoints of .* MB are free\. Make room'):
+    with pytest.raises(ValueError, match=r'4 checkpoints of .* MB are free\. Make room'):
         train.main(config())
 
 
@@ -398,6 +429,7 @@ import time
 def fail(*args, **options):
     {action}
 class Run:
+    def define_metric(self, *args, **options): pass
     log = {log}
     finish = {finish}
 init = {init}
@@ -444,7 +476,7 @@ def test_twenty_runs_end_cleanly(flags):
         script(*flags(f'run{i}', max_iters=1, eval_interval=100), torchrun=2)
 
 
-def chaos(flags, tmp_path, seconds, worlds, **options):
+def chaos(flags, tmp_path, seconds, worlds, longest=12, **options):
     """Kills and signals at random moments, under an outer loop, until `seconds` have passed and
     the run has ended: how often it was started and hit."""
     rng, ends, starts, hits = random.Random(time.time_ns()), time.time() + seconds, 0, 0
@@ -452,7 +484,7 @@ def chaos(flags, tmp_path, seconds, worlds, **options):
         process = start(flags('run', **options), rng.choice(worlds))
         starts += 1
         try:
-            wait = rng.uniform(3, 12) if time.time() < ends else 600
+            wait = rng.uniform(3, longest) if time.time() < ends else 600
             process.communicate(timeout=wait)
         except subprocess.TimeoutExpired:
             hits += 1
@@ -476,7 +508,7 @@ def chaos(flags, tmp_path, seconds, worlds, **options):
 def test_half_a_minute_of_chaos(flags, undisturbed, tmp_path):
     options = dict(max_iters=400, eval_interval=20, save_minutes=0.02)
     whole = undisturbed(2, **options)
-    starts, hits = chaos(flags, tmp_path, 20, [2], **options)
+    starts, hits = chaos(flags, tmp_path, 20, [2], longest=8, **options)
     print(f'{starts} starts, {hits} kills')
     same_run(tmp_path / 'run', whole)
 

@@ -80,15 +80,19 @@ def test_the_arithmetic_of_a_fit():
     (120 - 6 - 4) / 1.2 = 91 updates."""
     cfg = train.Config(minutes=2.0, max_iters=1000, eval_interval=10, warmup_iters=100,
                        cooldown_iters=500)
-    fitted = planning.fit(cfg, 1.0, 2.0, 6.0)
+    fitted = planning.fit(cfg, (0.9, 0.1, 2.0), 6.0)
     assert (fitted.max_iters, fitted.warmup_iters, fitted.cooldown_iters) == (91, 9, 46)
-    growing = replace(cfg, batch_warmup_iters=1000)         # updates of 3/8 on average
-    assert planning.fit(growing, 1.0, 0.0, 0.0).max_iters == 320
-    assert planning.run_seconds(growing, 1.0, 0.0) == 375
+    growing = replace(cfg, batch_warmup_iters=1000)         # passes of 3/8 on average, whole steps
+    assert planning.fit(growing, (0.8, 0.0625, 0.0), 0.0).max_iters == 331
+    words = planning.describe_length(growing, 200, (0.8, 0.0625, 0.0), 1000)
+    assert words == '800 updates, 0.3M tokens: 4.8 minutes'
 
 
 @pytest.mark.parametrize('changes, advice', [
     ({}, '--batch_size=2 --total_batch_size=256, or --checkpoint_activations=True'),
+    ({'total_batch_size': 0, 'gradient_accumulation_steps': 4, 'eval_iters': 3},
+     '--batch_size=2 --total_batch_size=256 --gradient_accumulation_steps=0 --eval_iters=6, or'),
+    ({'batch_size': 12, 'total_batch_size': 36 * 16, 'batch_warmup_iters': 4}, '--batch_size=3 '),
     ({'batch_size': 1, 'total_batch_size': 32}, ': --checkpoint_activations=True'),
     ({'batch_size': 1, 'total_batch_size': 32, 'checkpoint_activations': True}, '--parallel=fsdp')])
 def test_out_of_memory_says_what_to_try(changes, advice):

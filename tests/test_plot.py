@@ -94,7 +94,10 @@ def made(tmp_path):
 
 
 def test_a_target_lies_between_validations(made):
-    curve = plot.Curve(Path(made('a', 5.0, 3.0, 2.0)))
+    run = Path(made('a', 5.0, 3.0, 2.0))
+    with open(run / 'log.jsonl', 'a') as file:                  # a validation that was not finite
+        file.write('\n{"step": 30, "tokens": 3000, "val_loss": null}')
+    curve = plot.Curve(run)
     assert curve.tokens_to(2.5, 'val_loss') == 1500 and curve.tokens_to(6, 'val_loss') == 0
     assert curve.tokens_to(1.9, 'val_loss') is None
     assert curve.seconds_to(1500) == 15 and curve.seconds_to(50) == 0.5
@@ -132,7 +135,7 @@ def test_one_seed_each_has_no_verdict_but_speeds(made, capsys):
     assert 'tokens/s: 4.00 times' in said and 'the settings are the same' in said
     command(plot, made('c', 5.0, 3.0), made('d', 5.0, 2.0, 1.5), '--compare', '--target=2.5')
     said = capsys.readouterr().out
-    assert 'not reached' in said and 'they ended at 2,000 and 1,000 tokens' in said
+    assert 'not reached' in said and 'they ended at 1,000, 2,000 tokens' in said
 
 
 def test_other_tokens_of_the_same_text_are_compared_by_bits(made, capsys):
@@ -150,6 +153,6 @@ def test_what_cannot_be_compared(made, run):
 
 def test_quantiles_of_student():
     """Of the tables in print."""
-    for freedom, expected in ((1, 12.706), (4, 2.776), (10, 2.228), (11, 2.201), (20, 2.086),
-                              (30, 2.042), (1000, 1.962)):
-        assert plot.t95(freedom) == pytest.approx(expected, abs=0.015)
+    for freedom, expected in ((1, 12.706), (4, 2.776), (10, 2.228), (11, 2.201), (12, 2.179),
+                              (20, 2.086), (30, 2.042), (1000, 1.962)):
+        assert plot.t95(freedom) == pytest.approx(expected, abs=0.01)
