@@ -97,7 +97,8 @@ def test_world_sizes_agree_to_rounding_dropout_included(flags, tmp_path, optimiz
 
 # Sharded.
 
-@pytest.mark.parametrize('optimizer, tolerance', [('adamw', 1e-5), ('muon', 1e-4)])
+@pytest.mark.parametrize('optimizer, tolerance', [
+    ('adamw', 1e-5), pytest.param('muon', 1e-4, marks=pytest.mark.faults)])
 def test_a_sharded_model_trains_as_a_whole_one_does(flags, undisturbed, tmp_path, optimizer,
                                                     tolerance):
     """2 and 4 shares; and one run of 2 whole ones, 4 shares, one process alone, 2 shares."""
@@ -120,7 +121,8 @@ def test_a_sharded_model_trains_as_a_whole_one_does(flags, undisturbed, tmp_path
     assert (tmp_path / 's2/samples.jsonl').read_text().count('\n') == 3
 
 
-@pytest.mark.parametrize('world, optimizer', [(2, 'adamw'), (4, 'muon')])
+@pytest.mark.parametrize('world, optimizer', [
+    pytest.param(2, 'adamw', marks=pytest.mark.faults), (4, 'muon')])
 def test_a_sharded_run_resumes_exactly(flags, undisturbed, tmp_path, world, optimizer):
     options = {'optimizer': optimizer, 'parallel': 'fsdp', 'checkpoint_activations': True}
     whole = undisturbed(world, **options)
@@ -230,12 +232,6 @@ def test_orphans_of_a_killed_torchrun_keep_others_out(flags, tmp_path):
                 and 'another process is training in this folder' in refused.stderr)
     finally:
         kill_all(process, tmp_path)
-
-
-def test_processes_end_cleanly(flags, tmp_path):
-    """A process that used gloo may abort at a normal exit; 5 launches of 2, none does."""
-    for i in range(5):
-        script(*flags(f'run{i}', max_iters=1, eval_interval=100), torchrun=2)
 
 
 def test_validation_is_the_same_on_any_world_size(flags, tmp_path):

@@ -50,6 +50,14 @@ def test_the_make_targets_exist():
         assert re.search(rf'^{target}:', text, re.MULTILINE)
 
 
+def test_the_faults_in_the_documents_have_tests():
+    text = (ROOT / 'docs/reliability.md').read_text().partition('## Faults')[2]
+    named = [name for line in text.splitlines() if line.startswith('|')
+             for name in re.findall('`([a-z0-9_]{12,})`', line.split('|')[3])]
+    tests = ''.join(path.read_text() for path in ROOT.glob('tests/test_*.py'))
+    assert len(named) > 50 and not [name for name in named if f'def test_{name}(' not in tests]
+
+
 def test_the_tree_names_every_file():
     tree = (ROOT / 'README.md').read_text().partition('## The tree')[2]
     for path in [*ROOT.glob('*.py'), *(ROOT / 'data').glob('[a-z]*.py')]:
