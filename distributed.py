@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -241,6 +242,8 @@ def shard(model, parts, device, dtype=torch.float32):
     the others for a whole forward pass and as they are. Shares and sums of gradients are float32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    # of a view that is changed in place, which nobody does with the outputs of these
+    warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view tensor')
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     gathered = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for part in parts:

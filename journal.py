@@ -120,9 +120,9 @@ class Log:
         if self.missed == 1:
             self.say(f'{name}: {error.strerror}; going on without this part of the log')
 
-    def event(self, step, kind, words):
+    def event(self, step, kind, words, **facts):
         """What did not go as planned, in the log and on the screen."""
-        self.write(step=step, event=kind, words=words)
+        self.write(step=step, event=kind, words=words, **facts)
         self.say(f'step {step}: {words}')
 
     def sample(self, step, text):

@@ -3,10 +3,12 @@ What a run needs and what it takes: the division of its batch, its disk, its mem
 """
 
 import math
+import os
 import shutil
 import time
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -38,18 +40,31 @@ def divide_batch(cfg, world_size, share=1):
         raise ValueError(f'given total_batch_size={cfg.total_batch_size} and '
                          f'gradient_accumulation_steps={cfg.gradient_accumulation_steps}, expected '
                          f'one of them: both say how large an update is')
+
+    def divided(tokens, share):
+        sequences = tokens // share // cfg.block_size
+        micro_batch = min(cfg.batch_size, max(1, sequences // world_size))
+        even = tokens % (micro_batch * world_size * cfg.block_size * share) == 0
+        return even and (sequences, micro_batch, sequences // (micro_batch * world_size))
+
     tokens = (cfg.total_batch_size or
               max(1, cfg.gradient_accumulation_steps) * cfg.batch_size * cfg.block_size)
-    sequences = tokens // share // cfg.block_size
-    micro_batch = min(cfg.batch_size, max(1, sequences // world_size))
-    unit = micro_batch * world_size * cfg.block_size * share
-    if tokens % unit:
-        nearest = max(1, round(tokens / unit)) * unit
-        raise ValueError(f"{'' if share == 1 else f'1/{share} of '}an update of {tokens:,} tokens "
-                         f'cannot be shared by {world_size} '
-                         f'processes in micro-batches of {micro_batch} x {cfg.block_size} tokens; '
-                         f'the nearest that can: --total_batch_size={nearest}')
-    return sequences, micro_batch, sequences // (micro_batch * world_size)
+    if found := divided(tokens, share):
+        return found
+    unit = world_size * cfg.block_size * max(shares(cfg))
+    near = round(tokens / unit)
+    sizes = (n * unit for i in count() for n in sorted(
+        (near + i, near - i), key=lambda n: abs(n * unit - tokens)) if n > 0)
+    nearest = next(size for size in sizes if all(divided(size, part) for part in shares(cfg)))
+    raise ValueError(f"{'' if share == 1 else f'1/{share} of '}an update of {tokens:,} tokens "
+                     f'cannot be shared by {world_size} process{"es" * (world_size > 1)} in equal '
+                     f'micro-batches of up to {cfg.batch_size} x {cfg.block_size} tokens; '
+                     f'the nearest that can: --total_batch_size={nearest}')
+
+
+def shares(cfg):
+    """The parts of a batch that a run uses: the whole, and while it grows a half and a quarter."""
+    return (1, 2, 4) if cfg.batch_warmup_iters else (1,)
 
 
 def look(cfg):
@@ -83,9 +98,11 @@ def look(cfg):
         return f'{encoding.name}, {encoding.n_vocab:,} tokens'
 
     def batch():
-        sequences, micro_batch, micro_steps = divide_batch(cfg, world.size)
+        parts = [divide_batch(cfg, world.size, share) for share in shares(cfg)]
+        sequences, micro_batch, micro_steps = parts[0]
         return (f'{sequences * cfg.block_size:,} tokens an update, {micro_steps} micro-batches of '
-                f'{micro_batch} x {cfg.block_size} on each process')
+                f'{micro_batch} x {cfg.block_size} on each process'
+                + f'; less in the first {cfg.batch_warmup_iters:,} updates' * (len(parts) > 1))
 
     def disk():
         if cfg.init_from not in ('auto', 'scratch', 'resume'):
@@ -129,6 +146,8 @@ def check_disk(cfg, model):
                for file in folder.iterdir())
     while not there.exists():
         there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f'out_dir: {there} cannot be written; give another --out_dir')
     need, free = (cfg.keep + 2) * one - kept, shutil.disk_usage(there).free
     words = (f'{cfg.keep + 2} checkpoints of {amount(one)} in {cfg.out_dir}'
              + f', {amount(kept)} of which are there' * bool(kept) + f'; {amount(free)} are free')
@@ -151,6 +170,7 @@ def trial(compute, now, cfg, optimizers, scaler, world):
     small = replace(cfg, total_batch_size=few * micro_batch * world.size * cfg.block_size,
                     gradient_accumulation_steps=0, batch_warmup_iters=0)
     scale, times, left = scaler.state_dict(), [], TRIAL
+    budget = min(60, 6 * cfg.minutes or 60)                 # seconds
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group['lr'] = 0.0
     while left:
@@ -167,7 +187,7 @@ def trial(compute, now, cfg, optimizers, scaler, world):
             torch.cuda.synchronize()
         times.append((halfway - began, time.perf_counter() - halfway))
         if left == TRIAL:                                   # of slow ones fewer, at least three
-            left = min(TRIAL, max(3, int(60 / sum(times[0]))))
+            left = min(TRIAL, max(3, int(budget / sum(times[0]))))
         left = distributed.broadcast(left - 1)
     for optimizer in optimizers:
         optimizer.state.clear()
@@ -205,8 +225,9 @@ def fit(cfg, times, spent):
     ends, each = 2 * times[2], update_seconds(cfg, times)
     room = 60 * cfg.minutes - spent - ends
     if room < each:
-        raise ValueError(f'minutes: given {cfg.minutes}; starting, two validations and one update '
-                         f'take {(spent + ends + each) / 60:.2f}')
+        raise ValueError(f'minutes: given {cfg.minutes}; starting and measuring ({spent:.0f} s), '
+                         f'two validations ({ends:.0f} s) and one update ({each:.1f} s) take '
+                         f'{(spent + ends + each) / 60:.2f}')
     stretch = int(room / each) / cfg.max_iters
     return replace(cfg, **{key: round(getattr(cfg, key) * stretch) for key in FITTED})
 
@@ -225,7 +246,7 @@ def describe_trial(model, world, times, tokens, peak):
     took = times[0] + times[1]
     rate = tokens / took
     mfu = f', mfu {model.flops_per_token() * rate / (peak * world.size):.0%}' if peak else ''
-    return (f'an update takes {took:.3g} s: {rate:,.0f} tokens/s{mfu}; '
+    return (f'a whole update takes {took:.3g} s: {rate:,.0f} tokens/s{mfu}; '
             f'memory of this process at its peak: {amount(distributed.peak_memory(world.device))}')
 
 
@@ -251,7 +272,7 @@ def less_memory(cfg, error):
                       gradient_accumulation_steps=0)
     for half in range(micro_batch // 2, 0, -1):
         with suppress(ValueError):                      # raised by what cannot be divided
-            for share in (1, 2, 4) if cfg.batch_warmup_iters else (1,):
+            for share in shares(cfg):
                 divide_batch(replace(smaller, batch_size=half), size, share)
             advice = f'--batch_size={half} --total_batch_size={smaller.total_batch_size}'
             if cfg.gradient_accumulation_steps:

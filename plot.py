@@ -254,6 +254,10 @@ def verdict(groups, group, target, key):
                  f'{how}; seeds alone make differences up to {noise:.4f} (95 %, standard deviation '
                  f'{spread:.4f} from {freedom + sum(len(v) > 1 for v in finals)} runs)')
     lines = ['', f'{named(group)} against {named(first)}: {words}']
+    ends = {curve.records[-1]['tokens'] for curve in (*first, *group)}
+    if len(ends) > 1:
+        lines.append(f'  beware, they ended at {", ".join(f"{end:,}" for end in sorted(ends))} '
+                     f'tokens; --target compares at a loss')
     for what, one, two in zip((f'tokens to {target:.4f}', 'seconds to it', 'tokens/s'),
                               facts(first, target, key), facts(group, target, key)):
         if one and two:
@@ -261,9 +265,6 @@ def verdict(groups, group, target, key):
     changed = [f'{name} {first[0].recipe.get(name)!r} -> {value!r}'
                for name, value in group[0].recipe.items() if first[0].recipe.get(name) != value]
     lines.append(f'  {", ".join(changed) or "the settings are the same"}')
-    ends = {curve.records[-1]['tokens'] for curve in (*first, *group)}
-    if len(ends) > 1:
-        lines.append(f'  they ended at {", ".join(f"{end:,}" for end in sorted(ends))} tokens')
     return lines
 
 
@@ -274,11 +275,11 @@ def t95(freedom):
 
 
 def named(group):
-    return group[0].name + f' and {len(group) - 1} more' * (len(group) > 1)
+    return group[0].name + f' ({len(group)} seeds)' * (len(group) > 1)
 
 
 def shown(value):
-    return 'not reached' if value is None else f'{value:,.0f}'
+    return '-' if value is None else f'{value:,.0f}'
 
 
 def words_of(settings):

@@ -139,9 +139,8 @@ def train(cfg):
     began = time.monotonic()
     world = distributed.join(cfg.device, cfg.timeout_minutes)
     say = print if world.is_main else no_one
-    sequences, micro_batch, micro_steps = divide_batch(cfg, world.size)
-    for share in (4, 2) if cfg.batch_warmup_iters else ():
-        divide_batch(cfg, world.size, share)            # refuses what could only fail later
+    for share in reversed(planning.shares(cfg)):        # refuses what could only fail later
+        sequences, micro_batch, micro_steps = divide_batch(cfg, world.size, share)
     tokens_per_update = sequences * cfg.block_size
     dtype, why = distributed.on_main(world, distributed.pick_dtype, cfg.dtype, world.device, True)
     say(f'device {world.device}; {str(dtype)[6:]}: {why}')
@@ -197,7 +196,7 @@ def train(cfg):
     distributed.on_main(world, write_config, cfg)
     log, stop, clock = Log(cfg, world, say), StopSignal(), Stopwatch()
     saved_at, saved_time, validated = now.step if saved else 0, time.monotonic(), -1
-    asked_to_stop = save_due = False
+    asked_to_stop = save_due = diverged = False
     save = partial(save_checkpoint, cfg, world, model, encoding, optimizers, scaler, shards)
     underway, unsaved = [], None
 
@@ -208,7 +207,7 @@ def train(cfg):
         quiz = questions and (finished or now.step % cfg.hellaswag_interval == 0)
         calm = not now.bad                              # what may be rolled back is not kept
         if ((due or quiz or save_due) and calm or finished or asked_to_stop) and (
-                saved_at != now.step and now.not_finite < cfg.max_skipped):
+                saved_at != now.step and not diverged):
             if unsaved := save(now, watch):             # a full disk: perhaps there is room later
                 log.event(now.step, 'save failed', f'cannot save: {unsaved}; going on')
             else:
@@ -239,7 +238,7 @@ def train(cfg):
             say(f"step {now.step}: hellaswag {scores['hellaswag']:.2%} of {len(questions):,}")
         if cfg.sample_interval and now.step % cfg.sample_interval == 0:
             log.sample(now.step, draw_sample(model, encoding, cfg.seed, world))
-        if finished or asked_to_stop or now.not_finite >= cfg.max_skipped:
+        if finished or asked_to_stop or diverged:
             break
 
         # one update: a forward and a backward pass for each micro-batch, then one step
@@ -287,11 +286,12 @@ def train(cfg):
                 now, watch = back
                 saved_at = validated = now.step
                 asked_to_stop = save_due = False
+            elif cfg.rollback or now.not_finite >= cfg.max_skipped:
+                diverged = True
             elif not now.not_finite:                    # it has come to stay
                 log.event(now.step, 'level', f'the loss stays near {loss:.4f}; that is normal now')
                 watch, now.bad = Watch(), 0
 
-    diverged = now.not_finite >= cfg.max_skipped
     say(closing_words(cfg, now, diverged, finished and not asked_to_stop))
     log.finish()
     stop.restore()
@@ -378,9 +378,9 @@ def roll_back(now, model, optimizers, scaler, cfg, world, log):
     back = replace(Progress(**saved['progress']), position=now.position, skipped=now.skipped,
                    spikes=now.spikes, rollbacks=now.rollbacks + 1, best_step=now.best_step,
                    best_val_loss=now.best_val_loss)
+    left_out = (now.position - saved['progress']['position']) * cfg.block_size
     log.event(now.step, 'rollback', f'{now.bad} bad updates in a row: back to step {back.step}; '
-              f'{(now.position - saved["progress"]["position"]) * cfg.block_size:,} tokens are '
-              f'left out')
+              f'{left_out:,} tokens are left out', to_step=back.step, left_out=left_out)
     return back, Watch(saved['watch'])
 
 
@@ -634,10 +634,13 @@ def draw_sample(model, encoding, seed, world):
 
 
 def closing_words(cfg, now, diverged, finished):
+    there = checkpoints.steps(cfg.out_dir)
     if diverged:
-        words = (f'stopped at step {now.step}: {cfg.max_skipped} updates in a row were not finite. '
-                 f'Common causes: a learning rate too high, float16, damaged data. The last '
-                 f'checkpoint in {cfg.out_dir} is from before')
+        what = 'not finite' if now.not_finite >= cfg.max_skipped else 'not finite or far too high'
+        words = (f'stopped at step {now.step}: {cfg.max_skipped} updates in a row were {what}. '
+                 f'Common causes: a learning rate too high, float16, damaged data. ' + (
+                     f'The last checkpoint in {cfg.out_dir} is from before' if there else
+                     'There is no checkpoint from before'))
     elif not finished:
         words = f'stopped at step {now.step}, the same command goes on'
     elif now.step < cfg.max_iters:
@@ -647,7 +650,7 @@ def closing_words(cfg, now, diverged, finished):
     for count, what in ((now.skipped, 'skipped'), (now.spikes, 'spikes'),
                         (now.rollbacks, 'rolled back')):
         words += f', {count} {what}' * bool(count)
-    if now.best_step >= 0:
+    if now.best_step in there:
         words += (f'; best val_loss {now.best_val_loss:.4f} at step {now.best_step}. '
                   f'`python sample.py --model={cfg.out_dir}` writes with that one, the best')
     return words

@@ -147,8 +147,10 @@ class Tokens:
             raise ValueError(f'{folder}: there is no {split}.bin, nor *{split}_*.bin, beside '
                              f'the other split')
         if not paths:
+            others = sorted(path.parent.name for path in folder.parent.glob('[!.]*/manifest.json'))
             raise ValueError(f'{folder}: the data set {name!r} is not prepared; run\n'
-                             f'    {prepare_command(name, data_dir)}')
+                             f'    {prepare_command(name, data_dir)}'
+                             + f'\nThere is {", ".join(others)}' * bool(others))
         self.paths, self.vocab_size = paths, vocab_size
         counts, self.offsets = zip(*map(count_tokens, paths))
         for path, count, shard in zip(paths, counts, shards):

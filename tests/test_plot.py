@@ -135,7 +135,7 @@ def test_one_seed_each_has_no_verdict_but_speeds(made, capsys):
     assert 'tokens/s: 4.00 times' in said and 'the settings are the same' in said
     command(plot, made('c', 5.0, 3.0), made('d', 5.0, 2.0, 1.5), '--compare', '--target=2.5')
     said = capsys.readouterr().out
-    assert 'not reached' in said and 'they ended at 1,000, 2,000 tokens' in said
+    assert ' - ' in said and 'beware, they ended at 1,000, 2,000 tokens' in said
 
 
 def test_other_tokens_of_the_same_text_are_compared_by_bits(made, capsys):
