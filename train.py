@@ -185,8 +185,8 @@ def train(cfg):
     compute = partial(gradients, model, replica, ahead, world=world, scaler=scaler,
                       autocast=autocast)
     if cfg.plan or (cfg.minutes and not saved):
-        times = planning.trial(compute, now, cfg, optimizers, scaler, world)
-        times += planning.time_visit(model, sets, cfg, world, autocast),
+        times = (*planning.trial(compute, now, cfg, optimizers, scaler, world),
+                 planning.time_visit(model, sets, cfg, world, autocast))
         spent = distributed.broadcast(time.monotonic() - began)
         say(planning.describe_trial(model, world, times, tokens_per_update, peak))
         cfg = planning.fit(cfg, times, spent) if cfg.minutes and not saved else cfg
@@ -222,8 +222,9 @@ def train(cfg):
             if val_loss < now.best_val_loss and saved_at == now.step:
                 now.best_val_loss, now.best_step = val_loss, now.step
                 with suppress(OSError):                     # the next checkpoint knows it too
-                    distributed.on_main(world, checkpoints.mark_best, cfg.out_dir, now.step,
-                                        val_loss)
+                    if now.step:                            # nothing is saved before the first
+                        distributed.on_main(world, checkpoints.mark_best, cfg.out_dir, now.step,
+                                            val_loss)
             rest = cfg.patience * cfg.eval_interval         # as long without a better one
             finished = finished or 0 < rest <= now.step - now.best_step
             log.write(step=now.step, tokens=now.position * cfg.block_size, val_loss=val_loss,

@@ -32,7 +32,7 @@ def faulty_gradients(model, replica, ahead, now, cfg, optimizers, *, world, **mo
     global factor
     update = now.position // train.batch_at(now.step, cfg, world.size)[0]
     due = HERE and update in UPDATES
-    if due and FIRST_START and KIND in ('SIGKILL', 'SIGTERM', 'SIGHUP', 'SIGUSR1',
+    if due and FIRST_START and KIND in ('SIGKILL', 'SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1',
                                          'SIGSTOP'):
         os.kill(os.getpid(), getattr(signal, KIND))
     factor = {'nan': math.nan, 'loud': 1000.0}.get(KIND, 1.0) if due else 1.0

@@ -77,7 +77,7 @@ def made(tmp_path):
     from configurator import as_config_file
     from train import Config
 
-    def make(name, *losses, ms=1000, tokens=100, bits=None, **settings):
+    def make(name, *losses, ms=1000, tokens=100, **settings):
         folder = tmp_path / name
         folder.mkdir()
         (folder / 'config.py').write_text(as_config_file(Config(**settings), 'a run'))

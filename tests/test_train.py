@@ -530,6 +530,15 @@ def test_diverging_ends_with_status_3_and_keeps_what_was_good(config, tmp_path, 
             and not checkpoints.problem(tmp_path / 'run/step_0000004'))
 
 
+def test_nothing_is_called_the_best_that_is_not_saved(config, tmp_path, capsys):
+    """Step 0 is validated; then the run diverges before its first checkpoint."""
+    assert train.main(config(learning_rate=1e20, decay_lr=False, grad_clip=0.0, max_skipped=3,
+                             max_iters=100, eval_interval=1000)) == 3
+    assert not (tmp_path / 'run/best.json').exists() and not checkpoints.steps(tmp_path / 'run')
+    words = capsys.readouterr().out
+    assert 'There is no checkpoint from before' in words and 'best val_loss' not in words
+
+
 def test_a_second_process_in_the_same_folder_is_refused(config, tmp_path):
     held = checkpoints.lock(tmp_path / 'run')
     with pytest.raises(ValueError, match='another process is training in this folder'):
