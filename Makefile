@@ -34,6 +34,9 @@ quickstart: install
 	$(RUN) sample.py --model=out/quickstart -p 'The import statement' -m 120
 	$(RUN) plot.py out/quickstart
 	@echo
+	@echo 'And the GPT that came with the repository, which has read 84 novels:'
+	$(RUN) sample.py --model=checkpoint -p 'It was a dark night' -m 100
+	@echo
 	@echo 'The loss curve is in out/quickstart/loss.png. What next?  (source $(VENV)/bin/activate first)'
 	@echo '  python sample.py -p "Return the" -m 200                        # let it write more'
 	@echo '  python train.py config/quickstart.py --max_iters=1000          # train on from here'

@@ -32,6 +32,7 @@ from model import GPT, SIZES, GPTConfig, pack
 HERE = Path(__file__).resolve().parent
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+MANIFEST = 'manifest.json'
 NOT_READ = ('; pytorch_model.bin is not read, since a pickle can run programs: load it once with '
             'transformers, if you trust it, whose save_pretrained() writes safetensors')
 HUB_NAMES = {**{name: f'openai-community/{name}' for name in SIZES},
@@ -248,7 +249,7 @@ def find(name):
     if name.startswith('random:'):
         return name
     if (folder / 'config.json').exists():
-        ours = re.fullmatch(r'step_\d{7,}', folder.name) or (folder / 'manifest.json').exists()
+        ours = re.fullmatch(r'step_\d{7,}', folder.name) or (folder / MANIFEST).exists()
         if ours and (wrong := problem(folder)):
             raise ValueError(f'{folder}: {wrong}; an earlier step of the run may be whole')
         return folder
@@ -360,21 +361,54 @@ def save(out_dir, step, model, encoding, training):
     return final
 
 
+def publish(folder, target, dtype, more):
+    """Write the model in `folder` into `target`, its weights in `dtype` and without what a resume
+    needs. more(model, encoding, bytes of the weights): {name: text} of other files; the model is
+    float32, with the values that are in the file."""
+    ours = all((target / name).exists() for name in (WEIGHTS, MANIFEST, 'README.md'))
+    if target.exists() and any(target.iterdir()) and not ours:
+        raise ValueError(f'{target} is there and was not written by this program; '
+                         f'give another folder')
+    model, encoding = load_folder(folder, dtype=dtype)
+    partial = target.resolve().with_name(f'.{target.name}.partial')
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_model(partial, model, encoding)
+        size = (partial / WEIGHTS).stat().st_size
+        for name, text in more(model.float(), encoding, size).items():
+            (partial / name).write_text(text, encoding='utf-8')
+        write_manifest(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def write(partial, model, encoding, training):
     """All files of a checkpoint, synced to the disk."""
+    write_model(partial, model, encoding)
+    with open(partial / 'training.pt', 'wb') as file:
+        torch.save(training, file)
+    write_manifest(partial)
+
+
+def write_model(partial, model, encoding):
     partial.mkdir(parents=True)
     eot = tokenizer.eot_id(encoding)
-    write_json(partial / 'config.json', config_json(model.config, eot))
+    write_json(partial / 'config.json', {**config_json(model.config, eot),
+                                         'dtype': str(model.wte.weight.dtype)[6:]})
     (partial / 'tokenizer.json').write_text(tokenizer.to_json(encoding), encoding='utf-8')
     write_json(partial / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size,
         'clean_up_tokenization_spaces': False,
         **({} if eot is None else {'bos_token': tokenizer.EOT, 'eos_token': tokenizer.EOT})})
-    save_file(to_hugging_face(model), partial / 'model.safetensors', metadata={'format': 'pt'})
-    (partial / 'model.safetensors').chmod(0o644)        # the library makes it readable to us alone
-    with open(partial / 'training.pt', 'wb') as file:
-        torch.save(training, file)
-    write_json(partial / 'manifest.json', {
+    save_file(to_hugging_face(model), partial / WEIGHTS, metadata={'format': 'pt'})
+    (partial / WEIGHTS).chmod(0o644)                    # the library makes it readable to us alone
+
+
+def write_manifest(partial):
+    """Sizes and sha256 of the files, then all is synced to the disk."""
+    write_json(partial / MANIFEST, {
         file.name: {'bytes': file.stat().st_size, 'sha256': sha256(file)}
         for file in sorted(partial.iterdir())})
     for path in [*partial.iterdir(), partial]:
@@ -463,7 +497,7 @@ def best_step(out_dir):
 
 def newest_of_all():
     """The run under out/ that saved a checkpoint last, else checkpoint/, else None."""
-    saved = sorted(Path('out').rglob('step_*/manifest.json'), key=lambda path: path.stat().st_mtime)
+    saved = sorted(Path('out').rglob(f'step_*/{MANIFEST}'), key=lambda path: path.stat().st_mtime)
     committed = HERE / 'checkpoint'
     return (saved[-1].parent.parent if saved else
             committed if (committed / 'config.json').exists() else None)
@@ -472,7 +506,7 @@ def newest_of_all():
 def problem(folder):
     """What is wrong with a checkpoint, '' when it is whole: every byte is read and compared."""
     try:
-        manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))
         for name, facts in manifest.items():
             if (folder / name).stat().st_size != facts['bytes']:
                 return f'{name} is truncated'
@@ -501,7 +535,7 @@ def prune(out_dir, keep, best=None):
 def remove(folder):
     """Delete a checkpoint as far as the disk allows; what is left of it is not whole."""
     with suppress(OSError):
-        (folder / 'manifest.json').unlink()
+        (folder / MANIFEST).unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -5,13 +5,17 @@ What a run notices and writes down: signals, time, the log, and updates that are
 import json
 import math
 import os
+import platform
 import queue
 import secrets
 import signal
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 
 WANDB_SECONDS = 60          # that the end of a run waits for it
@@ -65,6 +69,18 @@ def duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
+
+
+def machine(device):
+    """What computes, by its name: a GPU, or a CPU with the threads that one process has there."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                name = line.partition(': ')[2]
+    return f'{name}, {torch.get_num_threads()} threads'
 
 
 class Log:
@@ -126,15 +142,28 @@ class Log:
         self.say(f'step {step}: {words}')
 
     def sample(self, step, text):
+        self.beside('samples.jsonl', {'step': step, 'text': text})
+        self.say(f'step {step}: sample: {text[:200]!r}')
+
+    def start(self, step, world, dtype):
+        """Where, when and with what a run begins or goes on: a report tells of all its starts."""
+        self.beside('starts.jsonl', {
+            'step': step, 'time': time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime()),
+            'device': str(world.device), 'machine': machine(world.device),
+            'processes': world.size, 'dtype': str(dtype)[6:],
+            'torch': torch.__version__, 'python': platform.python_version(),
+            'system': f'{platform.system()} {platform.machine()}'})
+
+    def beside(self, name, record):
+        """A line in another file of the run's folder: the log holds numbers and events only."""
         if not self.is_main:
             return
-        path = self.folder / 'samples.jsonl'
+        path = self.folder / name
         try:
             with open(path, 'ab', buffering=0) as file:
-                self.append(file, {'step': step, 'text': text})
+                self.append(file, record)
         except OSError as error:
             self.miss(path, error)
-        self.say(f'step {step}: sample: {text[:200]!r}')
 
     def finish(self):
         if self.is_main:

@@ -207,16 +207,20 @@ def time_visit(model, sets, cfg, world, autocast):
     return distributed.broadcast(checking + checkpoint_bytes(cfg, model) / 300e6)
 
 
-def mean_batch(cfg):
-    """How large an update is on average: 3/8 of a whole one while the batch grows."""
-    return 1 - 5 / 8 * min(1, cfg.batch_warmup_iters / max(1, cfg.max_iters))
+def whole_updates(cfg, step=0):
+    """How many updates of a whole batch read as much as those after `step` do: see batch_at."""
+    quarter, half = (min(cfg.max_iters, n) for n in (-(-cfg.batch_warmup_iters // 2),
+                                                     cfg.batch_warmup_iters))
+    return (max(0, quarter - step) / 4 + max(0, half - max(step, quarter)) / 2 +
+            max(0, cfg.max_iters - max(step, half)))
 
 
-def update_seconds(cfg, times):
-    """Seconds of an update on average, with its share of the validations and saves; `times` are
-    those of its passes, of its step and of a validation with its save."""
-    passes, step, visit = times
-    return passes * mean_batch(cfg) + step + visit / cfg.eval_interval
+def update_seconds(cfg, times, step=0):
+    """Seconds of an update after `step` on average, with its share of the validations and saves;
+    `times` are those of its passes, of its step and of a validation with its save."""
+    passes, own, visit = times
+    mean_batch = whole_updates(cfg, step) / max(1, cfg.max_iters - step)
+    return passes * mean_batch + own + visit / cfg.eval_interval
 
 
 def fit(cfg, times, spent):
@@ -253,9 +257,9 @@ def describe_trial(model, world, times, tokens, peak):
 def describe_length(cfg, step, times, tokens):
     """What is left after `step` updates; `tokens` are those of a whole update."""
     left = max(0, cfg.max_iters - step)
-    hours = (left * update_seconds(cfg, times) + 2 * times[2]) / 3600
+    hours = (left * update_seconds(cfg, times, step) + 2 * times[2]) / 3600
     takes = f'{hours:.1f} hours' if hours > 1 else f'{60 * hours:.1f} minutes'
-    return f'{left:,} updates, {left * tokens * mean_batch(cfg) / 1e6:,.1f}M tokens: {takes}'
+    return f'{left:,} updates, {tokens * whole_updates(cfg, step) / 1e6:,.1f}M tokens: {takes}'
 
 
 def is_out_of_memory(error):

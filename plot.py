@@ -1,25 +1,27 @@
 """
-Loss curves of one or more runs, over tokens; and which of them is better.
+The curves of one or more runs as a picture, a page about a run, or which of several is better.
 
     python plot.py out/quickstart                           # writes out/quickstart/loss.png
     python plot.py out/a out/b --out=both.png
+    python plot.py out/quickstart --report                  # writes out/quickstart/report.html
     python plot.py out/a out/b --compare                    # losses, speed, and a verdict
     python plot.py out/a* out/b* --compare --target=3.28    # seeds of each: what is only noise?
 """
 
-import ast
-import json
-from itertools import pairwise
-from math import sqrt
+import io
+import re
 from pathlib import Path
-from statistics import mean, median, variance
 
 from configurator import run, settings
+from curves import compared, limits, points, read_log, settings_of, smoothed, summary, thinned
 
 # -----------------------------------------------------------------------------
 runs = ()           # folders of runs, given bare: plot.py out/a out/b
-out = ''            # the picture to write, '': loss.png in the folder of the first run
+out = ''            # the file to write, '': loss.png or report.html in the folder of the first run
+theme = 'light'     # of the picture, or 'dark'; a report has both
 smooth = 0          # logged training losses averaged around each point; 0: a hundredth of all
+report = False      # True: no picture, but a page about the first run with all that its folder
+                    # tells; the curves of the others are drawn beside its own
 compare = False     # True: no picture, but a table of final losses and speeds, and a verdict. Runs
                     # that differ in nothing but the seed are taken as one
 target = 0.0        # of --compare: a validation loss; 0: one that all of them reached
@@ -35,255 +37,166 @@ REFERENCES = {      # validation loss (nats per token) that others reached on th
     'fineweb-edu-10B': [('GPT-2 124M', 3.2924)],                    # build-nanogpt, play.ipynb
 }
 
-NOT_THE_RECIPE = ('out_dir', 'seed', 'data_dir', 'device', 'log_interval', 'save_minutes', 'keep',
-                  'always_save_checkpoint', 'sample_interval', 'hellaswag_interval',
-                  'hellaswag_limit', 'hellaswag_data', 'wandb_log', 'wandb_project',
-                  'wandb_run_name', 'plan', 'timeout_minutes')
+PANELS = {          # keys of the log, and what stands above their curves
+    'loss': 'Loss, nats per token',
+    'lr': 'Learning rate',
+    'grad_norm': 'Gradient norm',
+    'tokens_per_second': 'Tokens per second',
+    'hellaswag': 'HellaSwag, % right',
+}
+FROM_ZERO = 'lr', 'grad_norm', 'tokens_per_second'
+
+THEMES = {          # of the runs one after another, told apart by the colour-blind too
+    'light': {'page': '#fdfdfb', 'ink': '#22262a', 'quiet': '#62686e', 'rule': '#e3e4e1',
+              'runs': ('#1f6aa5', '#b8500b', '#2b7d4f', '#8a4a9e', '#a8324a', '#5d6b2d')},
+    'dark': {'page': '#15181b', 'ink': '#e3e5e6', 'quiet': '#a0a7ad', 'rule': '#30353a',
+             'runs': ('#72b5ea', '#eea266', '#74c795', '#cfa0e2', '#ee8c9d', '#b8c777')},
+}
 
 
 def main(cfg):
     if not cfg.runs:
         raise ValueError('runs: expected the folder of a run, as in: python plot.py out/quickstart')
+    if cfg.theme not in THEMES:
+        raise ValueError(f"theme: given {cfg.theme!r}, expected 'light' or 'dark'")
     if cfg.compare:
         print('\n'.join(compared(cfg.runs, cfg.target)))
         return
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout='constrained')
-    references = {}
-    for folder in map(Path, cfg.runs):
-        records = read_log(folder / 'log.jsonl')
-        train, val = points(records, 'loss'), points(records, 'val_loss')
-        drawn = axes.plot(*smoothed(train, cfg.smooth), linewidth=1, alpha=0.6,
-                          label=f'{folder.name}, training')
-        axes.plot(*val, 'o-', markersize=3, color=drawn[0].get_color(),
-                  label=f'{folder.name}, validation')
-        references.update(REFERENCES.get(settings_of(folder).get('dataset'), []))
+    folders = list(map(Path, cfg.runs))
+    logs = [read_log(folder / 'log.jsonl') for folder in folders]
+    for folder, records in zip(folders, logs):
         print(f'{folder}: {summary(records)}')
-    for name, loss in references.items():
-        axes.axhline(loss, color='gray', linestyle='--', linewidth=1)
-        axes.annotate(f'{name} {loss}', (0.99, loss), xycoords=('axes fraction', 'data'),
-                      ha='right', va='bottom', color='gray', fontsize=9)
-    axes.set(xlabel='tokens', ylabel='loss (nats per token)')
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    path = Path(cfg.out) if cfg.out else Path(cfg.runs[0]) / 'loss.png'
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:                                     # a format it does not know
-        raise ValueError(f'out: given {path}: {error}') from None
+    path = Path(cfg.out or folders[0] / ('report.html' if cfg.report else 'loss.png'))
+    if cfg.report:
+        from report import page                     # brings torch, which a picture does not need
+        pictures = {(theme, wide): as_svg(draw(folders, logs, cfg.smooth, theme, wide))
+                    for theme in THEMES for wide in (False, True)}
+        path.write_text(page(folders[0], logs[0], pictures), encoding='utf-8')
+    else:
+        try:
+            draw(folders, logs, cfg.smooth, cfg.theme).savefig(path, dpi=220)
+        except ValueError as error:                                 # a format it does not know
+            raise ValueError(f'out: given {path}: {error}') from None
     print(path)
 
 
-def read_log(path):
-    """The records of a log.jsonl in order of their steps;
-    what a later one says of a step counts."""
-    if not path.exists():
-        raise ValueError(f'{path}: there is no log here; expected the folder of a run of train.py')
-    steps = {}
-    for line in path.read_text(encoding='utf-8').splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue                                            # the line at which a run was killed
-        if 'event' in record:                                   # what went wrong has no curve
+def draw(folders, logs, smooth, theme, wide=False):
+    """A figure of panels over tokens: one below the other, to be read on a phone, or `wide`, the
+    small ones side by side."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    colours = THEMES[theme]
+    known = {key for records in logs for record in records for key in record}
+    small = [key for key in PANELS if key in known and key != 'loss']
+    rows = [['loss'], *([key] for key in small)]
+    if wide and small:
+        columns = 2 if len(small) == 4 else len(small)
+        rows = [['loss'] * columns, *(small[i:i + columns] for i in range(0, len(small), columns))]
+    size = (9, 3.9 + 1.9 * (len(rows) - 1)) if wide else (4.6, 3.7 + 1.35 * (len(rows) - 1))
+    with rc_context(style(colours)):
+        figure = Figure(size, layout='constrained')
+        axes = figure.subplot_mosaic(rows, height_ratios=[2.3, *[1] * (len(rows) - 1)])
+        for key, panel in axes.items():
+            draw_panel(panel, key, logs, smooth, colours)
+            panel.tick_params(labelbottom=key in rows[-1])
+            panel.set_xlabel('tokens' if key in rows[-1] else '')
+        references = {name: loss for folder in folders
+                      for name, loss in REFERENCES.get(settings_of(folder).get('dataset'), [])}
+        draw_levels(axes['loss'], references, 'left', colours)
+        if 'hellaswag' in axes:
+            draw_levels(axes['hellaswag'], {'chance': 25}, 'right', colours)
+        draw_legend(figure, folders, colours)
+    return figure
+
+
+def style(colours):
+    """matplotlib's settings: quiet axes, text that a phone can show."""
+    return {'font.size': 10.5, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left',
+            'axes.titlecolor': colours['ink'], 'text.color': colours['ink'],
+            'axes.labelcolor': colours['quiet'], 'xtick.labelcolor': colours['quiet'],
+            'ytick.labelcolor': colours['quiet'], 'xtick.color': colours['rule'],
+            'ytick.color': colours['rule'], 'axes.edgecolor': colours['rule'],
+            **{f'axes.spines.{side}': False for side in ('top', 'right', 'left')},
+            'xtick.major.size': 0, 'ytick.major.size': 0, 'axes.facecolor': 'none',
+            'axes.grid': True, 'grid.color': colours['rule'], 'grid.linewidth': 0.8,
+            'axes.axisbelow': True, 'figure.facecolor': colours['page'],
+            'figure.constrained_layout.h_pad': 0.07, 'legend.frameon': False}
+
+
+def short(value):
+    """2500000.0 -> '2.5M', 0.00025 -> '2.5e-4'."""
+    if 0 < abs(value) < 0.01:
+        return f'{value:.1e}'.replace('.0e', 'e').replace('e-0', 'e-')
+    size, letter = next((pair for pair in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k'))
+                         if abs(value) >= pair[0]), (1, ''))
+    return f'{value / size:g}{letter}'
+
+
+def draw_panel(axes, key, logs, smooth, colours):
+    """The curves of all runs under one key of the log."""
+    from matplotlib.ticker import MaxNLocator
+    drawn = []
+    for i, records in enumerate(logs):
+        line = {'color': colours['runs'][i % len(colours['runs'])], 'linewidth': 1.3}
+        curve = points(records, key)
+        if key == 'hellaswag':
+            drawn.append((curve[0], [100 * share for share in curve[1]]))
+            axes.plot(*drawn[-1], **dotted(drawn[-1]), **line)
             continue
-        steps.setdefault(record['step'], {}).update(record)
-    if not steps:
-        raise ValueError(f'{path}: this log is empty')
-    return [steps[step] for step in sorted(steps)]
+        drawn.append(thinned(curve if key == 'lr' else smoothed(curve, smooth)))
+        axes.plot(*drawn[-1], alpha=0.7 if key == 'loss' else 1, **line)
+        if key == 'loss':
+            drawn.append(points(records, 'val_loss'))
+            axes.plot(*drawn[-1], **dotted(drawn[-1]), **line)
+    axes.set_title(PANELS[key])
+    axes.set_ylim(limits(drawn, low=0 if key in FROM_ZERO else None))
+    most = max(1, *(records[-1]['tokens'] for records in logs))
+    axes.set_xlim(-0.01 * most, 1.01 * most)                        # whole dots at both ends
+    for axis, most in ((axes.xaxis, 4), (axes.yaxis, 5 if key == 'loss' else 3)):
+        axis.set_major_locator(MaxNLocator(most, steps=(1, 2, 2.5, 5, 10)))
+        axis.set_major_formatter(lambda value, place: short(value))
 
 
-def points(records, key):
-    """([tokens], [value]) of the records that have `key`."""
-    chosen = [(record['tokens'], record[key]) for record in records if record.get(key) is not None]
-    return tuple(map(list, zip(*chosen))) or ([], [])
+def dotted(curve):
+    """How the curve of a few measurements is drawn: a dot at each, or at some if they are many."""
+    return {'marker': 'o', 'markersize': 3.5, 'markevery': -(-len(curve[0]) // 40) or 1}
 
 
-def smoothed(curve, width):
-    """The curve as the mean of `width` points around each, fewer near its ends; it never lags."""
-    tokens, values = curve
-    half = (width or max(1, len(values) // 100)) // 2
-    around = (values[max(0, i - half):i + half + 1] for i in range(len(values)))
-    return tokens, [sum(part) / len(part) for part in around]
+def draw_levels(axes, levels, side, colours):
+    """Dashed lines at what others reached, named at the side where the curves are not; the panel
+    grows until all are in."""
+    for name, level in levels.items():
+        low, high = axes.get_ylim()
+        room = 0.06 * (high - low)
+        axes.set_ylim(min(low, level - room), max(high, level + 2 * room))
+        axes.axhline(level, color=colours['quiet'], linestyle=(0, (4, 3)), linewidth=1)
+        axes.annotate(f'{name} {level}', (0.01 if side == 'left' else 1, level), ha=side,
+                      xycoords=('axes fraction', 'data'), xytext=(0, 2), va='bottom',
+                      textcoords='offset points', color=colours['quiet'])
 
 
-def settings_of(folder):
-    """The settings in the config.py of a run, {} without one."""
-    path, found = folder / 'config.py', {}
-    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
-        key, is_setting, value = line.partition(' = ')
-        if is_setting and not key.startswith('#'):
-            found[key] = ast.literal_eval(value)
-    return found
+def draw_legend(figure, folders, colours):
+    """One for all panels: the runs by colour, then what lines with and without dots are."""
+    from matplotlib.lines import Line2D
+    names = [folder.resolve().name[:40] for folder in folders]
+    runs = [Line2D([], [], color=colours['runs'][i % len(colours['runs'])], linewidth=3, label=name)
+            for i, name in enumerate(names)]
+    kinds = [Line2D([], [], color=colours['quiet'], linewidth=1.3, alpha=0.7, label='training'),
+             Line2D([], [], color=colours['quiet'], linewidth=1.3, marker='o', markersize=3.5,
+                    label='validation')]
+    figure.legend(handles=[*runs, *kinds], loc='outside upper left', columnspacing=1.2,
+                  ncols=3 if max(map(len, names)) < 16 else 1, handlelength=1.4, borderpad=0.2)
 
 
-def summary(records):
-    best = min((record for record in records if 'val_loss' in record),
-               key=lambda record: record['val_loss'], default=None)
-    words = f"{records[-1]['step']} updates, {records[-1]['tokens']:,} tokens"
-    if best:
-        words += f"; best val_loss {best['val_loss']:.4f} at update {best['step']}"
-    if best and 'val_bits_per_byte' in best:
-        words += f", {best['val_bits_per_byte']:.3f} bits per byte"
-    if best and 'xz_bits_per_byte' in best:
-        words += f" (xz -9e makes {best['xz_bits_per_byte']:.3f} of the same text)"
-    return words
-
-
-# Which of several runs is better.
-
-class Curve:
-    """A run as comparisons see it."""
-
-    def __init__(self, folder):
-        self.name, self.settings = str(folder), settings_of(folder)
-        self.records = read_log(folder / 'log.jsonl')
-        self.validations = [record for record in self.records
-                            if record.get('val_loss') is not None]
-        if not self.validations:
-            raise ValueError(f'{folder}: there is no validation in its log to compare by')
-        self.recipe = {key: value for key, value in self.settings.items()
-                       if key not in NOT_THE_RECIPE}
-        self.seed = self.settings.get('seed')
-        self.xz = self.validations[0].get('xz_bits_per_byte')       # a mark of its validation text
-        rates = [record['tokens_per_second'] for record in self.records
-                 if 'tokens_per_second' in record]
-        self.rate = median(rates) if rates else None
-
-    def losses(self, key):
-        """[(tokens, value)] of its validations."""
-        return [(record['tokens'], record[key]) for record in self.validations]
-
-    def tokens_to(self, target, key):
-        """Tokens until `key` is `target` or less, on straight lines between validations; None if
-        it never is."""
-        losses = self.losses(key)
-        if losses[0][1] <= target:
-            return losses[0][0]
-        for (before, high), (after, low) in pairwise(losses):
-            if low <= target:
-                return before + (high - target) / (high - low) * (after - before)
-        return None
-
-    def seconds_to(self, tokens):
-        """Seconds of updates until so many tokens, without validations and saves."""
-        seconds, step, done = 0.0, 0, 0
-        for record in self.records:
-            if 'step_ms' in record and done < tokens:
-                took = (record['step'] - step) * record['step_ms'] / 1000
-                seconds += took * min(1, (tokens - done) / max(1, record['tokens'] - done))
-                step, done = record['step'], record['tokens']
-        return seconds
-
-
-def compared(folders, target=0.0):
-    """The lines of a comparison: a table, then for all but the first what is better or worse."""
-    groups = grouped([Curve(Path(folder)) for folder in folders])
-    curves = [curve for group in groups for curve in group]
-    key = measure(curves)
-    target = target or max(min(loss for _, loss in curve.losses(key)) for curve in curves)
-    lines = [f'{"":32}{key:>22}{"best":>10}{f"tokens to {target:.4f}":>20}{"seconds":>10}'
-             f'{"tokens/s":>12}']
-    for group in groups:
-        finals = [curve.losses(key)[-1][1] for curve in group]
-        best = mean(min(loss for _, loss in curve.losses(key)) for curve in group)
-        tokens, seconds, rate = facts(group, target, key)
-        spread = f' ± {sqrt(variance(finals)):.4f}' if len(group) > 1 else ''
-        lines.append(f'{named(group):32}{f"{mean(finals):.4f}{spread}":>22}{best:10.4f}'
-                     f'{shown(tokens):>20}{shown(seconds):>10}{shown(rate):>12}')
-    return lines + [line for group in groups[1:] for line in verdict(groups, group, target, key)]
-
-
-def grouped(curves):
-    """Lists of curves that differ in nothing but the seed, in the order of their first."""
-    groups = []
-    for curve in curves:
-        for group in groups:
-            if group[0].recipe == curve.recipe and all(other.seed != curve.seed
-                                                       for other in group):
-                group.append(curve)
-                break
-        else:
-            groups.append([curve])
-    return groups
-
-
-def measure(curves):
-    """The key of the log by which they can be compared; ValueError if by none."""
-    first = curves[0]
-    for other in curves[1:]:
-        a, b = ({key: curve.settings.get(key) for key in (
-                    'dataset', 'eval_tokens', 'eval_iters', *(
-                        ('batch_size', 'block_size') if curve.settings.get('eval_iters') else ()))}
-                for curve in (first, other))
-        if first.xz != other.xz or (a != b and not first.xz):
-            raise ValueError(f'{first.name} and {other.name} were validated on different texts '
-                             f'({words_of(a)}; {words_of(b)}): nothing says which is better')
-    same = len({curve.settings.get('dataset') for curve in curves}) == 1
-    return 'val_loss' if same else 'val_bits_per_byte'              # of other tokens
-
-
-def facts(group, target, key):
-    """Means of (tokens to the target, seconds to it, tokens per second), None where not known."""
-    tokens = [curve.tokens_to(target, key) for curve in group]
-    reached = None not in tokens
-    seconds = [curve.seconds_to(t) for curve, t in zip(group, tokens)] if reached else []
-    rates = [curve.rate for curve in group if curve.rate]
-    return (mean(tokens) if reached else None, mean(seconds) if reached else None,
-            mean(rates) if rates else None)
-
-
-def verdict(groups, group, target, key):
-    """The lines that say how `group` compares with the first of `groups`. The noise is what runs of
-    one recipe differ by, over all recipes with several seeds; Student's t at 95 % (two-sided)."""
-    first = groups[0]
-    finals = [[curve.losses(key)[-1][1] for curve in runs] for runs in groups]
-    a, b = (mean(curve.losses(key)[-1][1] for curve in runs) for runs in (first, group))
-    freedom = sum(len(values) - 1 for values in finals)
-    how = f'{key} {abs(b - a):.4f} {"lower" if b < a else "higher"}'
-    if not freedom:
-        words = f'{how}; how much of it is noise is not known: give runs with other seeds as well'
-    else:
-        spread = sqrt(sum((len(values) - 1) * variance(values)
-                          for values in finals if len(values) > 1) / freedom)
-        noise = t95(freedom) * spread * sqrt(1 / len(first) + 1 / len(group))
-        words = (f'{"within noise" if abs(b - a) <= noise else "better" if b < a else "worse"}: '
-                 f'{how}; seeds alone make differences up to {noise:.4f} (95 %, standard deviation '
-                 f'{spread:.4f} from {freedom + sum(len(v) > 1 for v in finals)} runs)')
-    lines = ['', f'{named(group)} against {named(first)}: {words}']
-    ends = {curve.records[-1]['tokens'] for curve in (*first, *group)}
-    if len(ends) > 1:
-        lines.append(f'  beware, they ended at {", ".join(f"{end:,}" for end in sorted(ends))} '
-                     f'tokens; --target compares at a loss')
-    for what, one, two in zip((f'tokens to {target:.4f}', 'seconds to it', 'tokens/s'),
-                              facts(first, target, key), facts(group, target, key)):
-        if one and two:
-            lines.append(f'  {what}: {two / one:.2f} times')
-    changed = [f'{name} {first[0].recipe.get(name)!r} -> {value!r}'
-               for name, value in group[0].recipe.items() if first[0].recipe.get(name) != value]
-    lines.append(f'  {", ".join(changed) or "the settings are the same"}')
-    return lines
-
-
-def t95(freedom):
-    """The 97.5 % quantile of Student's t, to 0.01."""
-    table = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23
-    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.37 / freedom + 2.8 / freedom**2
-
-
-def named(group):
-    return group[0].name + f' ({len(group)} seeds)' * (len(group) > 1)
-
-
-def shown(value):
-    return '-' if value is None else f'{value:,.0f}'
-
-
-def words_of(settings):
-    return ', '.join(f'{key} {value!r}' for key, value in settings.items() if value)
+def as_svg(figure):
+    """The text of the figure as SVG without a background, to a tenth of a point, the same for the
+    same curves."""
+    from matplotlib import rc_context
+    file = io.StringIO()
+    with rc_context({'svg.hashsalt': 'gpt'}):
+        figure.savefig(file, format='svg', transparent=True, metadata={'Date': None})
+    return re.sub(r'(?m)^L .*$', lambda line: re.sub(r'(\.\d)\d+', r'\1', line[0]),
+                  file.getvalue())
 
 
 if __name__ == '__main__':

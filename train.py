@@ -195,6 +195,7 @@ def train(cfg):
             return distributed.leave()
     distributed.on_main(world, write_config, cfg)
     log, stop, clock = Log(cfg, world, say), StopSignal(), Stopwatch()
+    log.start(now.step, world, dtype)
     saved_at, saved_time, validated = now.step if saved else 0, time.monotonic(), -1
     asked_to_stop = save_due = diverged = False
     save = partial(save_checkpoint, cfg, world, model, encoding, optimizers, scaler, shards)
@@ -272,13 +273,14 @@ def train(cfg):
 
         if logging:
             seconds, rate = clock.read()
+            left = planning.whole_updates(cfg, now.step) * tokens_per_update / rate
             mfu = peak and model.flops_per_token() * rate / (peak * world.size)
             log.write(step=now.step, tokens=now.position * cfg.block_size, loss=loss, lr=lr,
                       grad_norm=norm, loss_z=scores[0], grad_norm_z=scores[1],
                       step_ms=1000 * seconds, tokens_per_second=rate, mfu=mfu)
             say(f'step {now.step}/{cfg.max_iters}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  '
                 f'{1000 * seconds:.0f} ms  {rate:,.0f} tok/s  {f"mfu {mfu:.0%}  " if mfu else ""}'
-                f'left {duration((cfg.max_iters - now.step) * seconds)}')
+                f'left {duration(left)}')
         if now.bad >= cfg.max_skipped:
             underway.clear()
             back = cfg.rollback and now.rollbacks < MAX_ROLLBACKS and roll_back(

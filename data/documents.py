@@ -25,6 +25,7 @@ EXPECTED = '.txt, .md or .jsonl (these also as .gz or .zst) or .parquet'
 BATCH_BYTES = 2 ** 20
 BOM = b'\xef\xbb\xbf'
 TOO_LONG = 'over max_document_mb'
+WRAP_SLACK = 6                  # characters: lines were not always broken as late as possible
 
 
 class Options(NamedTuple):
@@ -35,6 +36,7 @@ class Options(NamedTuple):
     errors: str = 'strict'          # what is no text: 'strict' refuses, 'skip' leaves the document
                                     # out, 'replace' puts U+FFFD for bytes that are not UTF-8
     begins: str = ''                # a row of .parquet that matches begins a document; '': any
+    unwrap: bool = False            # one paragraph a line, see unwrapped()
 
 
 class Batch(NamedTuple):
@@ -298,11 +300,12 @@ def texts(batch, options, counts):
                 raise ValueError(f'{batch.name(i)}: {message}') from None
             note(counts, what, batch.name(i))
             continue
+        text = unwrapped(text) if options.unwrap else text
         if not text:
             note(counts, 'empty', batch.name(i))
             continue
         try:
-            raw = raw if whole and not batch.is_json else text.encode()
+            raw = raw if whole and not batch.is_json and not options.unwrap else text.encode()
         except UnicodeEncodeError:              # lone surrogates, which UTF-8 has no form for
             text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
             raw, whole = text.encode(), False
@@ -311,6 +314,30 @@ def texts(batch, options, counts):
         if b'\0' in raw:
             note(counts, 'with NUL bytes, kept', batch.name(i))
         yield text, raw
+
+
+def unwrapped(text):
+    """Text of lines broken at a width, as books of Project Gutenberg are, as a paragraph a line.
+
+    A paragraph ends before an empty line, and where a line ends early: the next line's first word
+    would have had room on it, and what it ends with is no comma and no small letter. Text of longer
+    lines than 100 characters (nine in ten are no longer) loses its empty lines only.
+    """
+    lines = [' '.join(line.split()) for line in text.splitlines()]
+    lengths = sorted(len(line) for line in lines if line)
+    width = lengths[len(lengths) * 9 // 10] if lengths else 0
+    if width > 100:
+        return '\n'.join(line for line in lines if line)
+    paragraphs, goes_on = [], False
+    for line, following in zip(lines, [*lines[1:], '']):
+        if line and goes_on:
+            paragraphs[-1] += ' ' + line
+        elif line:
+            paragraphs.append(line)
+        room = width - WRAP_SLACK - len(line)
+        goes_on = bool(following) and (len(following.split()[0]) >= room or
+                                       re.search('[a-z,]$', line) is not None) and bool(line)
+    return '\n'.join(paragraphs)
 
 
 def note(counts, what, name):

@@ -46,6 +46,7 @@ shards = 0                  # of fineweb-10B and fineweb-edu-10B: the first so m
 text_key = 'text'           # the field or column of .jsonl and .parquet that holds the text
 separator = ''              # ends a document within .txt and .md, such as '<|endoftext|>' or '\n';
                             # '': a file is a document
+unwrap = False              # True: lines broken at a width are joined, one paragraph a line
 errors = 'strict'           # what is no text: strict refuses it; skip leaves the document out;
                             # replace puts U+FFFD for bytes that are not UTF-8
 max_document_mb = 64.0      # a longer document (line of .jsonl) is left out: it bounds the memory
@@ -123,7 +124,7 @@ def make_plan(cfg, source):
     return {'name': name, 'source': facts, 'settings': {
         'tokenizer': kind, 'val_fraction': fraction, 'seed': cfg.seed, 'text_key': cfg.text_key,
         'separator': cfg.separator, 'errors': cfg.errors, 'max_document_mb': cfg.max_document_mb,
-        'shard_tokens': cfg.shard_tokens}}
+        'shard_tokens': cfg.shard_tokens, **({'unwrap': True} if cfg.unwrap else {})}}
 
 
 # A data set appears by one rename; what was done of it lies in .NAME.partial until then.
@@ -237,7 +238,7 @@ def write_dataset(cfg, source, plan, folder):
     """Write shards, tokenizer.json and, last, manifest.json into `folder`."""
     separator = cfg.separator.replace('\\n', '\n').replace('\\t', '\t')
     options = documents.Options(cfg.text_key, separator, int(cfg.max_document_mb * 2 ** 20),
-                                cfg.errors, source.begins)
+                                cfg.errors, source.begins, cfg.unwrap)
     files = source.files
     path_of = sources.Downloads(files, folder / 'downloads')
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import textwrap
 import tracemalloc
 from types import SimpleNamespace
 
@@ -230,3 +231,25 @@ def test_the_case_of_an_ending_does_not_matter(tmp_path):
     (tmp_path / 'A.TXT').write_text('one')
     (tmp_path / 'B.JSONL.GZ').write_bytes(gzip.compress(as_lines(['two'])))
     assert texts_of(batches_of(sorted(tmp_path.iterdir()))) == ['one', 'two']
+
+
+PARAGRAPHS = ['CHAPTER ONE', '"' + 'It was a windy night, and the sea was loud. ' * 9 + 'He said."',
+              'He shut the door; ' * 40 + 'and he went.', 'Then nothing more was heard of it.']
+
+
+@pytest.mark.parametrize('between', ['\n', '\n\n', '\r\n'])
+def test_lines_broken_at_a_width_are_joined(between):
+    """By textwrap, as someone else broke them; without empty lines a short last line tells."""
+    wrapped = between.join(textwrap.fill(text, 70) for text in PARAGRAPHS)
+    assert documents.unwrapped(wrapped).split('\n') == PARAGRAPHS
+
+
+def test_long_lines_lose_their_empty_lines_only():
+    assert documents.unwrapped('\n\n'.join(PARAGRAPHS * 3)).split('\n') == PARAGRAPHS * 3
+    assert documents.unwrapped('') == documents.unwrapped('\n \n') == ''
+
+
+def test_unwrapped_documents_are_what_is_read(tmp_path):
+    (tmp_path / 'a.txt').write_text(textwrap.fill(PARAGRAPHS[2], 70) + '\n\nEnd.\n')
+    assert texts_of(batches_of([tmp_path / 'a.txt']), Options(unwrap=True)) == [
+        PARAGRAPHS[2] + '\nEnd.']

@@ -19,9 +19,10 @@ MIDDLE = {'journal': set(), 'optimizers': {'muon'}, 'validation': {'distributed'
           'data.tokens': {'tokenizer', 'data.documents'}}
 MIDDLE['planning'] = {'checkpoints', 'distributed', 'model', 'optimizers', 'validation',
                       'data.batches'}
+MIDDLE |= {'curves': set(), 'report': {'curves', 'results', 'data.shards'}}
 SCRIPTS = {name: {*GROUND, *MIDDLE}
-           for name in ('train', 'sample', 'plot', 'hellaswag', 'eval_cbt', 'eval_lm', 'bench',
-                        'data.prepare', 'data.explore')}
+           for name in ('train', 'sample', 'plot', 'publish', 'hellaswag', 'eval_cbt', 'eval_lm',
+                        'bench', 'data.prepare', 'data.explore')}
 SCRIPTS['train'] = {*SCRIPTS['train'], 'hellaswag'}     # the one door: the live curve, see below
 SCRIPTS['bench'] = {*SCRIPTS['bench'], 'train', 'data.prepare'}         # it times what they do
 HOUSE = {**GROUND, **MIDDLE, **SCRIPTS}
@@ -138,7 +139,7 @@ def test_no_file_bears_the_name_of_a_standard_module():
 def test_importing_does_no_work():
     """No tokenizer, hub, CUDA or plotting library is loaded by importing the scripts;
     nothing is printed."""
-    code = ('import sys, train, sample, plot, hellaswag, eval_cbt, eval_lm, bench\n'
+    code = ('import sys, train, sample, plot, publish, hellaswag, eval_cbt, eval_lm, bench\n'
             'import data.prepare, data.explore, torch\n'
             "print([m for m in ('transformers', 'matplotlib.pyplot', 'wandb', 'datasets', "
             "'huggingface_hub', 'pyarrow') if m in sys.modules], torch.cuda.is_initialized())")

@@ -1,5 +1,5 @@
 """
-The picture of a run, how a log with torn and repeated lines is read, and which run is better.
+The pictures of runs, how a log with torn and repeated lines is read, and which run is better.
 """
 
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import command
 
+import curves
 import plot
 
 LOG = [{'step': 0, 'tokens': 0, 'val_loss': 5.0},
@@ -29,11 +30,11 @@ def run(tmp_path):
 
 
 def test_the_last_record_of_a_step_counts(run):
-    records = plot.read_log(run / 'log.jsonl')
+    records = curves.read_log(run / 'log.jsonl')
     assert [record['step'] for record in records] == [0, 10, 20]
-    assert plot.points(records, 'loss') == ([100, 200], [3.9, 3.0])
-    assert (plot.points(records, 'val_loss') == ([0, 200], [5.0, 3.5])
-            and plot.points(records, 'mfu') == ([], []))
+    assert curves.points(records, 'loss') == ([100, 200], [3.9, 3.0])
+    assert (curves.points(records, 'val_loss') == ([0, 200], [5.0, 3.5])
+            and curves.points(records, 'mfu') == ([], []))
 
 
 def test_a_picture_of_several_runs(run, tmp_path, capsys):
@@ -44,21 +45,100 @@ def test_a_picture_of_several_runs(run, tmp_path, capsys):
     assert (tmp_path / 'b.png').stat().st_size > 10_000
 
 
+def drawn(folders, *records, **more):
+    """{key of the log: its panel} of a figure of these runs."""
+    logs = records or [curves.read_log(Path(folder) / 'log.jsonl') for folder in folders]
+    figure = plot.draw(list(map(Path, folders)), logs, 0, more.pop('theme', 'light'), **more)
+    figure.canvas.draw()
+    return {panel.get_title(loc='left'): panel for panel in figure.axes}, figure
+
+
+def test_a_panel_for_each_key_that_the_log_has(run):
+    panels, figure = drawn([run])
+    assert list(panels) == ['Loss, nats per token', 'Learning rate']
+    full = [{'step': i, 'tokens': 1000 * i, 'loss': 9 / (i + 1), 'lr': 1e-3, 'grad_norm': 1.0,
+             'tokens_per_second': 5e3, 'hellaswag': 0.25 + i / 1000} for i in range(40)]
+    for wide in (False, True):
+        panels, figure = drawn([run, run], full, full[:20], wide=wide)
+        assert list(panels) == list(plot.PANELS.values()) and len(figure.legends) == 1
+        assert all(len({line.get_color() for line in panel.lines if len(line.get_xdata()) > 2}) == 2
+                   for panel in panels.values())
+        assert len({panel.get_xlim() for panel in panels.values()}) == 1
+        low, high = panels['HellaSwag, % right'].get_ylim()
+        assert low < 25 and 28 < high < 32
+
+
+def test_the_beginning_and_single_jumps_do_not_squash_the_curve(run):
+    records = [{'step': i, 'tokens': 100 * i, 'loss': 3 + 8 * 0.9 ** i + 50 * (i == 500)}
+               for i in range(1000)]
+    panels, _ = drawn([run], records)
+    low, high = panels['Loss, nats per token'].get_ylim()
+    assert low < 1.4697 and 3 < high < 4                              # the reference is in
+    assert curves.limits([([0], [7.0])]) == pytest.approx((6.58, 7.42))
+    assert curves.limits([([], [])]) is None and curves.limits([([1, 2], [3, 5])], low=0)[0] == 0
+
+
+def test_many_points_are_thinned_to_what_can_be_seen():
+    for n in (0, 1, 399, 400, 401, 10_000):
+        tokens, values = curves.thinned((list(range(n)), list(range(n))))
+        assert len(tokens) == len(values) <= 400 and tokens[-1:] == [n - 1][:n]
+    assert len(tokens) > 200
+
+
+def test_numbers_on_axes_are_short():
+    for value, words in ((0, '0'), (2.5e9, '2.5B'), (5e8, '500M'), (1500, '1.5k'), (3.25, '3.25'),
+                         (0.02, '0.02'), (2.5e-4, '2.5e-4'), (6e-4, '6e-4')):
+        assert plot.short(value) == words
+
+
+def contrast(a, b):
+    """The ratio of WCAG 2 between two colours, as '#1a2b3c'."""
+    lights = []
+    for colour in (a, b):
+        parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+                            for part in parts)
+        lights.append(0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05)
+    return max(lights) / min(lights)
+
+
+@pytest.mark.parametrize('theme', plot.THEMES)
+def test_colours_stand_out(theme):
+    colours = plot.THEMES[theme]
+    assert contrast(colours['ink'], colours['page']) > 7
+    assert all(contrast(colour, colours['page']) > 4.5
+               for colour in (colours['quiet'], *colours['runs']))
+
+
+@pytest.mark.parametrize('theme', plot.THEMES)
+def test_text_in_a_picture_can_be_read_on_a_phone(run, theme):
+    """Shown 390 px wide, its font is 11 px or more, and no text leaves the picture."""
+    long = run.with_name('a_run_with_a_name_that_says_all_about_it')
+    run.rename(long)
+    panels, figure = drawn([long, long], theme=theme)
+    texts = [*figure.legends[0].get_texts(), *(text for panel in panels.values() for text in (
+        *panel.texts, panel.xaxis.label, *panel.get_yticklabels(), *panel.get_xticklabels()))]
+    sizes = [390 * text.get_fontsize() / 72 / figure.get_size_inches()[0] for text in texts]
+    assert len(texts) > 10 and min(sizes) >= 11
+    box = figure.get_tightbbox()                                        # in inches
+    assert box.x0 >= 0 and box.x1 <= figure.get_size_inches()[0]
+
+
 def test_data_sets_with_a_reference_have_one(run):
-    name = plot.settings_of(run)['dataset']
+    name = curves.settings_of(run)['dataset']
     assert plot.REFERENCES[name][1] == ("nanoGPT's GPU run", 1.4697)
 
 
 def test_a_mixture_has_no_reference(run):
     (run / 'config.py').write_text("dataset = 'shakespeare_char:0.7,openwebtext:0.3'\n")
-    assert plot.settings_of(run) == {'dataset': 'shakespeare_char:0.7,openwebtext:0.3'}
+    assert curves.settings_of(run) == {'dataset': 'shakespeare_char:0.7,openwebtext:0.3'}
     plot.main(plot.Config(runs=(str(run),)))
 
 
 def test_smoothing_is_the_mean_around_each_point():
     curve = ([1, 2, 3, 4], [4.0, 2.0, 3.0, 1.0])
-    assert plot.smoothed(curve, 3) == ([1, 2, 3, 4], [3.0, 3.0, 2.0, 2.0])
-    assert plot.smoothed(curve, 0) == curve
+    assert curves.smoothed(curve, 3) == ([1, 2, 3, 4], [3.0, 3.0, 2.0, 2.0])
+    assert curves.smoothed(curve, 0) == curve
 
 
 @pytest.mark.parametrize('runs, words', [
@@ -66,6 +146,8 @@ def test_smoothing_is_the_mean_around_each_point():
 def test_refusals(runs, words):
     with pytest.raises(ValueError, match=words):
         plot.main(plot.Config(runs=runs))
+    with pytest.raises(ValueError, match="theme: given 'blue', expected 'light' or 'dark'"):
+        plot.main(plot.Config(runs=('anything',), theme='blue'))
 
 
 # Comparisons.
@@ -97,7 +179,7 @@ def test_a_target_lies_between_validations(made):
     run = Path(made('a', 5.0, 3.0, 2.0))
     with open(run / 'log.jsonl', 'a') as file:                  # a validation that was not finite
         file.write('\n{"step": 30, "tokens": 3000, "val_loss": null}')
-    curve = plot.Curve(run)
+    curve = curves.Curve(run)
     assert curve.tokens_to(2.5, 'val_loss') == 1500 and curve.tokens_to(6, 'val_loss') == 0
     assert curve.tokens_to(1.9, 'val_loss') is None
     assert curve.seconds_to(1500) == 15 and curve.seconds_to(50) == 0.5
@@ -155,4 +237,4 @@ def test_quantiles_of_student():
     """Of the tables in print."""
     for freedom, expected in ((1, 12.706), (4, 2.776), (10, 2.228), (11, 2.201), (12, 2.179),
                               (20, 2.086), (30, 2.042), (1000, 1.962)):
-        assert plot.t95(freedom) == pytest.approx(expected, abs=0.01)
+        assert curves.t95(freedom) == pytest.approx(expected, abs=0.01)

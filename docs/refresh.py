@@ -1,0 +1,155 @@
+"""
+The pictures of the documents, what the blocks of the walkthrough print, and what the cells of
+play.ipynb show, made anew from checkpoint/ (after publish.py has replaced it, or the code has
+changed).
+
+    python docs/refresh.py
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))                                       # this file runs from docs/
+import plot
+import train
+from checkpoints import load_model
+from optimizers import learning_rate_at
+
+WALKS = ROOT / 'docs/walkthrough.md', ROOT / 'docs/walkthrough_zh.md'
+BLOCK = re.compile(r'```python\n(.*?)```\n\n```text\n(.*?)```', re.DOTALL)
+MARK = '-- end of a block --'
+PICTURES = ROOT / 'docs/pictures'
+SENTENCE = 'The old man looked at the girl, and the girl looked at the old man.'
+BLUE, ORANGE, GREEN, INK = '#3a6ea5', '#c8702a', '#4f8a4f', '#333333'
+
+
+def main():
+    for path in WALKS:
+        if path.exists():
+            text = path.read_text(encoding='utf-8')
+            printed = iter(run_blocks(text))
+            path.write_text(BLOCK.sub(lambda found: f'```python\n{found[1]}```\n\n```text\n'
+                                                    f'{next(printed)}```', text), encoding='utf-8')
+    PICTURES.mkdir(exist_ok=True)
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    pyplot.rcParams.update({'font.size': 11, 'axes.spines.top': False, 'axes.spines.right': False,
+                            'figure.facecolor': 'white', 'savefig.dpi': 120})
+    gpt, encoding = load_model('checkpoint')
+    for draw in attention, schedules, sampling:
+        figure = draw(pyplot, gpt, encoding)
+        figure.savefig(PICTURES / f'{draw.__name__}.png')
+        pyplot.close(figure)
+    for theme, name in ('light', 'curve.png'), ('dark', 'curve_dark.png'):
+        plot.main(plot.Config(runs=('checkpoint',), theme=theme, out=str(PICTURES / name)))
+    notebook(ROOT / 'play.ipynb')
+
+
+def notebook(path):
+    """Run all cells in place, in the notebook's own folder; what they show is kept, less what
+    differs each time: when it was, and the name of the temporary folder."""
+    import nbformat
+    from nbclient import NotebookClient
+    book = nbformat.read(path, as_version=4)
+    NotebookClient(book, timeout=600, kernel_name='python3', record_timing=False,
+                   coalesce_streams=True, resources={'metadata': {'path': str(path.parent)}}
+                   ).execute()
+    book.metadata.language_info = {'name': 'python'}
+    text = re.sub(r'[^\s"\'`]*/play-\w+', '/tmp/play', nbformat.writes(book))
+    path.write_text(text + '\n', encoding='utf-8')
+
+
+def run_blocks(text):
+    """What each block of Python prints, when they are run one after another in one process."""
+    blocks = [found[1] for found in BLOCK.finditer(text)]
+    program = f"\nprint('{MARK}')\n".join(blocks)
+    done = subprocess.run([sys.executable, '-'], input=program, cwd=ROOT, text=True,
+                          capture_output=True, encoding='utf-8')
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout.split(MARK + '\n')
+
+
+def weights_of(gpt, ids):
+    """Attention weights (n_layer, n_head, T, T), from the queries and keys of the model."""
+    caught = []
+    hooks = [block.attn.c_attn.register_forward_hook(lambda module, x, y: caught.append(y[0]))
+             for block in gpt.h]
+    with torch.no_grad():
+        gpt.hidden(ids[None])
+    for hook in hooks:
+        hook.remove()
+    later = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+    found = []
+    for qkv in caught:
+        q, k, _ = (part.view(len(ids), gpt.config.n_head, -1).transpose(0, 1)
+                   for part in qkv.chunk(3, dim=1))
+        scores = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(later, -torch.inf)
+        found.append(scores.softmax(dim=-1))
+    return torch.stack(found)
+
+
+def attention(pyplot, gpt, encoding):
+    """Three heads on one sentence: the one that most attends to the token before, to the first
+    token, and to what followed the same token earlier."""
+    ids = torch.tensor(encoding.encode_ordinary(SENTENCE))
+    weights, T = weights_of(gpt, ids), len(ids)
+    followed = torch.zeros(T, T)
+    for i in range(T):
+        for j in range(1, i + 1):
+            followed[i, j] = ids[j - 1] == ids[i] and j - 1 < i
+    marks = {'the token before': weights.diagonal(offset=-1, dim1=2, dim2=3).mean(dim=2),
+             'the first token': weights[..., 1:, 0].mean(dim=2),
+             'what followed this token': (weights * followed).sum(dim=(2, 3))}
+    figure, axes = pyplot.subplots(3, 1, figsize=(5.2, 14.2), layout='constrained')
+    tokens = [encoding.decode([i]) for i in ids.tolist()]
+    for axis, (name, mark) in zip(axes, marks.items()):
+        layer, head = divmod(mark.argmax().item(), gpt.config.n_head)
+        axis.imshow(weights[layer, head], cmap='Blues', vmin=0, vmax=1)
+        axis.set_xticks(range(T), tokens, rotation=90)
+        axis.set_yticks(range(T), tokens)
+        axis.tick_params(length=0)
+        axis.set_title(f'layer {layer}, head {head}: {name}', fontsize=12)
+    return figure
+
+
+def schedules(pyplot, gpt, encoding):
+    figure, axis = pyplot.subplots(figsize=(5.2, 3), layout='constrained')
+    for schedule, colour in ('cosine', BLUE), ('wsd', ORANGE):
+        cfg = train.Config(schedule=schedule, max_iters=1000, warmup_iters=50, cooldown_iters=500,
+                           min_lr=0.0)
+        axis.plot([learning_rate_at(step, cfg) / cfg.learning_rate for step in range(1001)],
+                  color=colour, linewidth=2, label=schedule)
+    axis.set(xlabel='update', ylabel='of the highest learning rate', ylim=(0, 1.05))
+    axis.legend(frameon=False)
+    return figure
+
+
+def sampling(pyplot, gpt, encoding, prompt='She opened the door and'):
+    """The 20 likeliest next tokens at three temperatures; where top-k = 5 and top-p = 0.5 cut."""
+    ids = torch.tensor([encoding.encode_ordinary(prompt)])
+    with torch.no_grad():
+        logits = gpt(ids)[0, -1]
+    order = logits.sort(descending=True).indices[:20]
+    figure, axes = pyplot.subplots(3, 1, figsize=(5.2, 8), layout='constrained', sharex=True)
+    for axis, temperature in zip(axes, (0.5, 1.0, 1.5)):
+        probs = (logits / temperature).softmax(dim=-1)[order]
+        kept = int((probs.cumsum(0) < 0.5).sum()) + 1
+        axis.bar(range(20), probs, color=[BLUE if i < kept else '#b8c8d8' for i in range(20)])
+        axis.axvline(4.5, color=ORANGE, linewidth=1.5, linestyle='--')
+        axis.yaxis.set_major_formatter('{x:.0%}')
+        axis.set_title(f'temperature {temperature}: dark, top_p = 0.5; left of the line, top_k = 5',
+                       fontsize=10)
+    axes[-1].set_xticks(range(20), [encoding.decode([i]) for i in order.tolist()], rotation=90)
+    figure.suptitle(f'“{prompt} …”')
+    return figure
+
+
+if __name__ == '__main__':
+    main()

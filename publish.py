@@ -1,0 +1,114 @@
+"""
+A trained model as a folder to give away: weights in bfloat16, tokenizer, settings, model card.
+
+    python publish.py --model=out/checkpoint --to=checkpoint --about=FILE:about.md
+    python publish.py --model=out/mine --to=mine --prompts=Once,Twice
+    hf upload me/mine mine                          # to the hub, with an account there
+"""
+
+import math
+import platform
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import checkpoints
+import tokenizer
+from configurator import run, settings
+from curves import Curve
+from data.batches import load_data
+from distributed import World, pick_dtype
+from journal import duration
+from validation import validate
+
+# -----------------------------------------------------------------------------
+model = ''          # the folder of a run, of which the best step is published
+to = ''             # the folder to write; an earlier one of this program's is replaced
+about = ''          # what the card says of the model and its text; FILE:name reads a file
+prompts = ('It was a dark night', 'He looked at her and said', 'The house')
+num_samples = 2     # of each prompt, drawn with seeds 1337, 1338, …: nobody chooses
+max_new_tokens = 120
+dtype = 'bfloat16'  # of the weights in the file; 'float32' is exact and twice as large
+language = 'en'     # for the hub's index, as is the license
+license = 'mit'
+data_dir = ''       # where prepared data lies; '': data/ beside this script
+# -----------------------------------------------------------------------------
+Config = settings(globals())
+
+SEED = 1337
+FROM_THE_RUN = 'config.py', 'log.jsonl', 'samples.jsonl', 'starts.jsonl'
+
+
+def main(cfg):
+    if not cfg.model or not cfg.to:
+        raise ValueError('expected a run and a folder to write, as in: '
+                         'python publish.py --model=out/mine --to=mine')
+    folder, target = checkpoints.find(cfg.model), Path(cfg.to)
+    curve, kind = Curve(folder.parent), pick_dtype(cfg.dtype, torch.device('cpu'))[0]
+    text = Path(cfg.about[5:]).read_text() if cfg.about.startswith('FILE:') else cfg.about
+    checkpoints.publish(folder, target, kind, lambda gpt, encoding, size: {
+        **{name: (folder.parent / name).read_text(encoding='utf-8')
+           for name in FROM_THE_RUN if (folder.parent / name).exists()},
+        'README.md': card(cfg, curve, folder, text.strip(), gpt, encoding, size)})
+    print(f'{target}: {sum(file.stat().st_size for file in target.iterdir()) / 1e6:.1f} MB; '
+          f'`python sample.py --model={target}` writes with it')
+
+
+def card(cfg, curve, folder, text, gpt, encoding, size):
+    """The model card, in Markdown; what it measures, it measures on the published weights."""
+    step = int(folder.name[5:])
+    record = next(record for record in curve.records if record['step'] == step)
+    c = gpt.config
+    rows = [('parameters', f'{sum(p.numel() for p in gpt.parameters()):,}, {size / 1e6:.1f} MB as '
+                           f'{cfg.dtype}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, '
+                           f'a block of {c.block_size} tokens'),
+            ('tokenizer', f'{encoding.name}, {encoding.n_vocab:,} tokens'),
+            ('trained', f"{step:,} updates, {record['tokens']:,} tokens, "
+                        f"{duration(curve.seconds_to(record['tokens']))} of updates"),
+            *measured(cfg, curve, gpt),
+            ('versions', f'torch {torch.__version__}, Python {platform.python_version()}')]
+    return '\n'.join([
+        '---', f'language: {cfg.language}', f'license: {cfg.license}',
+        'pipeline_tag: text-generation', 'library_name: transformers', 'tags: [gpt2]', '---',
+        f'# {Path(cfg.to).resolve().name}', '', text, '', '| | |', '|---|---|',
+        *(f'| {key} | {value} |' for key, value in rows), '',
+        f'`python train.py {cfg.to}/config.py` trains it again. It is a Hugging Face model: '
+        f'`AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` read this folder.', '',
+        '## Samples', '', f'Not chosen: the first {cfg.num_samples} of each prompt, '
+        f'temperature 0.8, top-k 200, as `python sample.py --model={cfg.to} -p "…" '
+        f'-m {cfg.max_new_tokens} --num_samples={cfg.num_samples}` draws them in float32.', '',
+        *(line for prompt in cfg.prompts for line in samples(cfg, prompt, gpt, encoding)), ''])
+
+
+def measured(cfg, curve, gpt):
+    """The rows of the card about the validation text, all of it; none where it is not at hand."""
+    try:
+        sets, _ = load_data(curve.settings['dataset'], cfg.data_dir)
+    except (OSError, ValueError) as error:
+        print(f'not validated: {error}')
+        return []
+    how = SimpleNamespace(eval_iters=0, eval_tokens=2 ** 60, batch_size=16,
+                          block_size=gpt.config.block_size)
+    loss, others, count = validate(gpt, sets, how, World(0, 1, torch.device('cpu')), nullcontext)
+    rows = [('validation loss', f'{loss:.4f} nats a token, a perplexity of {math.exp(loss):.1f}, '
+                                f'over {count:,} tokens that it was not trained on')]
+    if 'val_bits_per_byte' in others:
+        rows.append(('bits per byte', f"{others['val_bits_per_byte']:.3f}"))
+    return rows
+
+
+def samples(cfg, prompt, gpt, encoding):
+    ids = torch.tensor([tokenizer.encode(encoding, prompt).tolist()] * cfg.num_samples)
+    eot = tokenizer.eot_id(encoding)
+    for row in gpt.eval().generate(ids, cfg.max_new_tokens, temperature=0.8, top_k=200, seed=SEED,
+                                   stop=() if eot is None else (eot,)).tolist():
+        yield from ['> ' + line for line in encoding.decode(
+            row[:row.index(eot)] if eot in row else row).splitlines()]
+        yield ''
+
+
+if __name__ == '__main__':
+    run(main, Config)

@@ -1,0 +1,79 @@
+"""
+play.ipynb: what is committed was run, is small and tells nothing of the machine it was run on; and
+it runs, in a copy of the repository and without a network, and leaves nothing behind.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+NOTEBOOK = ROOT / 'play.ipynb'
+TEXT = NOTEBOOK.read_text(encoding='utf-8')
+CELLS = json.loads(TEXT)['cells']
+CODE = [cell for cell in CELLS if cell['cell_type'] == 'code']
+
+
+def test_it_was_run_from_top_to_bottom_without_an_error():
+    assert [cell['execution_count'] for cell in CODE] == list(range(1, len(CODE) + 1))
+    outputs = [output for cell in CODE for output in cell['outputs']]
+    assert not [output for output in outputs if output['output_type'] == 'error']
+    assert not [output['text'] for output in outputs if output.get('name') == 'stderr']
+
+
+def test_it_is_small_and_says_nothing_of_a_machine():
+    assert len(TEXT.encode()) < 300_000
+    assert not re.search(r'/(work|home|root|Users)/|site-packages|/tmp/(?!play\b)', TEXT)
+    assert not [cell for cell in CELLS if 'execution' in cell['metadata']]     # when it was run
+    assert json.loads(TEXT)['metadata']['kernelspec']['name'] == 'python3'
+
+
+def test_the_first_cell_of_code_is_for_colab():
+    first = ''.join(CODE[0]['source'])
+    assert re.match(r"REPOSITORY = '", first) and 'git' in first and 'pip' in first
+    wanted = dict(re.findall(r"'(\w+)[>=]+([\d.]+)'", first))
+    ours = dict(re.findall(r'^(\w+)[>=]+([\d.]+)$', (ROOT / 'requirements.txt').read_text(), re.M))
+    assert wanted.pop('torch') and wanted.items() <= ours.items()
+
+
+def test_each_cell_of_code_has_words_before_it():
+    for before, cell in zip([{}, *CELLS], CELLS):
+        if cell['cell_type'] == 'code':
+            assert before['cell_type'] == 'markdown' and len(''.join(before['source'])) > 100
+
+
+def test_links_lead_somewhere():
+    for cell in CELLS:
+        if cell['cell_type'] == 'markdown':
+            for target in re.findall(r'\]\(([^)\s#:]+)\)', ''.join(cell['source'])):
+                assert (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+def test_it_runs_without_a_network_and_leaves_nothing_behind(tmp_path):
+    pytest.importorskip('nbclient')
+    pytest.importorskip('ipykernel')
+    known = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'],
+                           cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\n')
+    for name in known:
+        if (ROOT / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    before = files(tmp_path)
+    program = ('import sys; sys.path.insert(0, "docs"); import refresh; '
+               'refresh.notebook(refresh.ROOT / "play.ipynb")')     # raises where a cell fails
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=900)                   # conftest: HF_HUB_OFFLINE
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path) == before
+    cells = json.loads((tmp_path / 'play.ipynb').read_text(encoding='utf-8'))['cells']
+    assert all(cell.get('outputs') for cell in cells if cell['cell_type'] == 'code')
+
+
+def files(folder):
+    return {path for path in folder.rglob('*')
+            if path.is_file() and '__pycache__' not in path.parts}

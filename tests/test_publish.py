@@ -1,0 +1,87 @@
+"""What is published is the run's best step in half precision, and its card tells no lies."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from conftest import command, script
+
+import checkpoints
+import publish
+import sample
+import train
+from data.shards import Tokens
+from likelihood import rolling_loglikelihood
+
+PROMPTS = '--prompts=Nobody counted,The fox'
+
+
+@pytest.fixture
+def published(config, tmp_path, stories, monkeypatch):
+    train.main(config(dropout=0.0))
+    command(publish, f"--model={tmp_path / 'run'}", f"--to={tmp_path / 'given'}",
+            '--about=A model of | apples.', PROMPTS, '--max_new_tokens=9', f'--data_dir={stories}')
+    return tmp_path / 'given'
+
+
+def test_the_weights_are_those_of_the_best_step_rounded(published, tmp_path):
+    best, _ = checkpoints.load_model(tmp_path / 'run')
+    given, encoding = checkpoints.load_model(published)
+    for (name, p), q in zip(best.state_dict().items(), given.state_dict().values()):
+        assert torch.equal(p.bfloat16().float(), q), name
+    assert encoding.n_vocab == 300 and not (published / 'training.pt').exists()
+    assert checkpoints.problem(published) == ''
+    assert (published / 'log.jsonl').read_text() == (tmp_path / 'run/log.jsonl').read_text()
+
+
+def test_transformers_opens_it(published):
+    transformers = pytest.importorskip('transformers')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
+    ours, encoding = checkpoints.load_model(published)
+    ids = torch.tensor([encoding.encode_ordinary('The fox counted 7 apples')])
+    assert json.loads((published / 'config.json').read_text())['dtype'] == 'bfloat16'
+    torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_the_card_says_what_was_measured(published, stories, capsys):
+    """Its loss is that of the validation text under the published weights, by likelihood.py."""
+    card = (published / 'README.md').read_text()
+    assert 'A model of | apples.' in card and '12 updates, 3,072 tokens' in card
+    gpt, encoding = checkpoints.load_model(published)
+    tokens = Tokens('tiny', 'val', 300, str(stories))
+    ids = tokens.read(0, len(tokens))
+    score = rolling_loglikelihood(gpt, ids)
+    said = float(re.search(r'validation loss \| ([\d.]+) nats', card).group(1))
+    assert said == pytest.approx(-score.sum / score.count, abs=0.05)    # each block from its start
+    assert f'perplexity of {math.exp(said):.1f}'[:-1] in card
+    sample.main(sample.Config(model=str(published), prompt='The fox', num_samples=2,
+                              max_new_tokens=9, json=True, dtype='float32'))
+    for line in capsys.readouterr().out.splitlines()[-2:]:
+        written = json.loads(line)
+        assert '\n'.join(f'> {part}' for part in ('The fox' + written['text']).splitlines()) in card
+
+
+def test_it_is_replaced_and_nothing_else_is(published, tmp_path):
+    again = (published / 'README.md').read_text()
+    (published / 'README.md').write_text('old')
+    arguments = [f"--model={tmp_path / 'run'}", PROMPTS, '--max_new_tokens=1', '--data_dir=/none']
+    command(publish, *arguments, f'--to={published}')
+    assert 'validation loss' not in (published / 'README.md').read_text() != again
+    with pytest.raises(ValueError, match='is there and was not written by this program'):
+        command(publish, *arguments, f"--to={tmp_path / 'run'}")
+    done = script('publish.py', '--model=/nowhere', check=False)
+    assert done.returncode == 2 and 'expected a run and a folder' in done.stderr
+
+
+def test_the_committed_checkpoint_is_whole_small_and_speaks(capsys, monkeypatch, tmp_path):
+    """On a fresh clone, where there is no run under out/."""
+    folder = checkpoints.HERE / 'checkpoint'
+    assert checkpoints.problem(folder) == ''
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
+    monkeypatch.chdir(tmp_path)
+    sample.main(sample.Config(prompt='It was a dark night', max_new_tokens=20, device='cpu'))
+    out, err = capsys.readouterr()
+    assert out.startswith('It was a dark night') and len(out) > 40 and 'checkpoint' in err
+    assert re.search(r'bits per byte \| 1\.\d+ \|', (folder / 'README.md').read_text())

@@ -1,0 +1,84 @@
+"""
+The walkthrough is true: the names it speaks of exist, its blocks run and print what it says, its
+pictures are there, and the Chinese one says the same.
+"""
+
+import ast
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / 'docs'))
+import refresh
+
+ENGLISH, CHINESE = ((ROOT / 'docs' / name).read_text(encoding='utf-8')
+                    for name in ('walkthrough.md', 'walkthrough_zh.md'))
+PAIRS = [('docs/walkthrough.md', 'docs/walkthrough_zh.md'), ('README.md', 'README_zh.md')]
+REFERENCE = re.compile(r'`([\w/]+\.py):\s+([\w.]+)`')
+
+
+def names_of(path):
+    """Functions, classes with their methods, and variables of a file."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif hasattr(node, 'name'):
+            found |= {node.name, *(f'{node.name}.{part.name}' for part in getattr(node, 'body', [])
+                                   if hasattr(part, 'name'))}
+    return found
+
+
+@pytest.mark.parametrize('path, name', sorted(set(REFERENCE.findall(ENGLISH + CHINESE))))
+def test_a_name_is_there(path, name):
+    assert name in names_of(ROOT / path)
+
+
+@pytest.mark.parametrize('text', [ENGLISH, CHINESE], ids=['english', 'chinese'])
+def test_every_section_names_its_lines_and_has_a_block_that_runs(text):
+    sections = re.split(r'^## (?=\d+\. )', text, flags=re.MULTILINE)[1:]
+    assert len(sections) == 16
+    for section in sections:
+        assert REFERENCE.search(section) and re.search('```(python|bash)\n', section), section[:40]
+
+
+@pytest.mark.slow
+def test_the_blocks_print_what_is_printed_there():
+    """Words alike, numbers within a twentieth: processors round differently."""
+    printed = refresh.run_blocks(ENGLISH)
+    expected = [found[2] for found in refresh.BLOCK.finditer(ENGLISH)]
+    assert len(printed) == len(expected) >= 14
+    number = re.compile(r'-?\d+(?:\.\d+)?(?:e[-+]?\d+)?')
+    for now, then in zip(printed, expected):
+        if 'difference' in then:                                    # of rounding: any small one
+            continue
+        assert number.sub('#', now).split() == number.sub('#', then).split()
+        assert ([float(n) for n in number.findall(now)] ==
+                pytest.approx([float(n) for n in number.findall(then)], rel=0.05, abs=0.05))
+
+
+@pytest.mark.parametrize('english, chinese', PAIRS)
+def test_both_languages_have_the_same_sections_commands_and_figures(english, chinese):
+    one, two = ((ROOT / name).read_text(encoding='utf-8') for name in (english, chinese))
+    for pattern in (r'^(#+) ', r'```\w+\n.*?```', r'!\[[^]]*\]\(([^)]+)\)', REFERENCE.pattern):
+        found = [re.findall(pattern, text, re.MULTILINE | re.DOTALL) for text in (one, two)]
+        assert found[0] == found[1], pattern
+    proses = [re.sub('```.*?```', '', text, flags=re.DOTALL) for text in (one, two)]
+    figures = [sorted(re.findall(r'\d+(?:,\d{3})*(?:\.\d+)?', prose)) for prose in proses]
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize('name', ['README.md', 'README_zh.md', *(
+    str(path.relative_to(ROOT)) for path in sorted((ROOT / 'docs').glob('*.md')))])
+def test_links_and_pictures_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding='utf-8')
+    anchors = {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')
+               for title in re.findall(r'^#+ (.*)', text, re.MULTILINE)}
+    for target in re.findall(r'\]\(([^)\s]+)\)', re.sub('```.*?```', '', text, flags=re.DOTALL)):
+        path, _, anchor = target.partition('#')
+        if not path:
+            assert anchor in anchors, target
+        elif '://' not in path:
+            assert ((ROOT / name).parent / path).exists(), target
