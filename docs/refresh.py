@@ -132,7 +132,7 @@ def schedules(pyplot, gpt, encoding):
 
 
 def sampling(pyplot, gpt, encoding, prompt='She opened the door and'):
-    """The 20 likeliest next tokens at three temperatures; where top-k = 5 and top-p = 0.5 cut."""
+    """The 20 likeliest next tokens at three temperatures; where top-k = 5 and top-p = 0.4 cut."""
     ids = torch.tensor([encoding.encode_ordinary(prompt)])
     with torch.no_grad():
         logits = gpt(ids)[0, -1]
@@ -140,11 +140,11 @@ def sampling(pyplot, gpt, encoding, prompt='She opened the door and'):
     figure, axes = pyplot.subplots(3, 1, figsize=(5.2, 8), layout='constrained', sharex=True)
     for axis, temperature in zip(axes, (0.5, 1.0, 1.5)):
         probs = (logits / temperature).softmax(dim=-1)[order]
-        kept = int((probs.cumsum(0) < 0.5).sum()) + 1
+        kept = int((probs.cumsum(0) < 0.4).sum()) + 1
         axis.bar(range(20), probs, color=[BLUE if i < kept else '#b8c8d8' for i in range(20)])
         axis.axvline(4.5, color=ORANGE, linewidth=1.5, linestyle='--')
-        axis.yaxis.set_major_formatter('{x:.0%}')
-        axis.set_title(f'temperature {temperature}: dark, top_p = 0.5; left of the line, top_k = 5',
+        axis.yaxis.set_major_formatter('{x:.1%}')
+        axis.set_title(f'temperature {temperature}: dark, top_p = 0.4; left of the line, top_k = 5',
                        fontsize=10)
     axes[-1].set_xticks(range(20), [encoding.decode([i]) for i in order.tolist()], rotation=90)
     figure.suptitle(f'“{prompt} …”')

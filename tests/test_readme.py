@@ -1,5 +1,5 @@
 """
-Every command in the README: parsed against the script's settings,
+Every command in the README and the walkthrough: parsed against the script's settings,
 and run where no hub or GPU is needed.
 """
 
@@ -15,7 +15,8 @@ from conftest import ROOT
 
 from configurator import configure
 
-BLOCKS = re.findall(r'```bash\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+BLOCKS = [block for name in ('README.md', 'docs/walkthrough.md')
+          for block in re.findall(r'```bash\n(.*?)```', (ROOT / name).read_text(), re.DOTALL)]
 COMMANDS = [line.partition('  #')[0].strip()
             for block in BLOCKS for line in block.splitlines() if line.strip()]
 HEADERS = [line[2:].partition('   #')[0] for path in sorted(ROOT.glob('config/*.py'))
