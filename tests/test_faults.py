@@ -60,7 +60,7 @@ def same_run(a, b):
 # Numbers that are not numbers, and losses that jump.
 
 @pytest.mark.slow
-@pytest.mark.parametrize('rank', [0, 1])
+@pytest.mark.parametrize('rank', [pytest.param(0, marks=pytest.mark.faults), 1])
 def test_nan_on_one_rank_is_skipped_by_all(flags, tmp_path, rank):
     done = faulty(f'nan {rank} 5', flags('run'), torchrun=2)
     assert done.returncode == 0 and 'finished 12 updates, 1 skipped' in done.stdout
@@ -172,8 +172,8 @@ def test_all_ranks_roll_back_together(flags, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [
-    'SIGTERM', 'SIGINT', *(pytest.param(name, marks=pytest.mark.faults)
-                           for name in ('SIGHUP', 'SIGUSR1'))])
+    'SIGTERM', *(pytest.param(name, marks=pytest.mark.faults)
+                 for name in ('SIGINT', 'SIGHUP', 'SIGUSR1'))])
 def test_a_signal_to_one_rank_stops_all_within_an_update(flags, undisturbed, tmp_path, number):
     done = faulty(f'{number} 1 6', flags('run', eval_interval=12), torchrun=2)
     assert done.returncode == 0 and 'the same command goes on' in done.stdout
@@ -184,7 +184,8 @@ def test_a_signal_to_one_rank_stops_all_within_an_update(flags, undisturbed, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['kill_before_the_mark', 'kill_with_the_mark'])
+@pytest.mark.parametrize('kind', [
+    pytest.param('kill_before_the_mark', marks=pytest.mark.faults), 'kill_with_the_mark'])
 def test_killed_in_a_save_the_step_before_is_used(flags, undisturbed, tmp_path, kind):
     done = faulty(f'{kind} 0 8', flags('run'))
     assert done.returncode == -signal.SIGKILL
@@ -197,7 +198,8 @@ def test_killed_in_a_save_the_step_before_is_used(flags, undisturbed, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['SIGTERM_in_save', 'SIGINT_in_save'])
+@pytest.mark.parametrize('kind', [
+    'SIGTERM_in_save', pytest.param('SIGINT_in_save', marks=pytest.mark.faults)])
 def test_signals_in_a_save_let_it_end(flags, undisturbed, tmp_path, kind):
     """Two of them, at once."""
     assert faulty(f'{kind} 0 8', flags('run')).returncode == 0
@@ -218,7 +220,7 @@ def test_a_signal_during_validation_is_heard_within_a_batch(flags, undisturbed, 
     same_run(tmp_path / 'run', whole)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_shares_of_a_model_leave_a_validation_together(flags, tmp_path):
     args = flags('run', eval_interval=6, parallel='fsdp')
     assert faulty('SIGTERM 1 5', args, torchrun=2).returncode == 0
@@ -321,7 +323,7 @@ def test_a_clock_that_jumps_changes_nothing(flags, undisturbed, tmp_path):
     same_run(tmp_path / 'run', whole)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_collectives_match(flags):
     """torch's own check of every collective: validations, saves and samples included. (With DDP
     on gloo torch 2.13 ends in a segmentation fault under this check, whatever it trains.)"""

@@ -155,7 +155,8 @@ def test_two_hosts_train_as_one_machine_does(hosts, run, whole):
     assert weights(run) == weights(whole)
 
 
-@pytest.mark.parametrize('how', ['killed', pytest.param('cut off', marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize('how', ['killed', 'cut off'])
 def test_a_host_is_lost_and_comes_back(hosts, run, whole, how, monkeypatch):
     """The other one goes on alone from the last checkpoint, and with it again when it is back. So
     that this is before the end, its process is paused until then; rounding is all that differs."""

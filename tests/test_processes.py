@@ -58,7 +58,8 @@ def kill_all(process, folder):
     process.communicate()
 
 
-@pytest.mark.parametrize('world, optimizer', [(2, 'adamw'), (4, 'adamw'), (4, 'muon')])
+@pytest.mark.parametrize('world, optimizer', [
+    (2, 'adamw'), (4, 'adamw'), pytest.param(4, 'muon', marks=pytest.mark.faults)])
 def test_a_resume_is_exact_on_any_number_of_processes(flags, undisturbed, tmp_path, world,
                                                       optimizer):
     """Two ranks cannot show that DDP adds in another order after a restart; four can. (One process
@@ -166,14 +167,15 @@ def test_a_share_takes_less_memory(flags):
     assert peaks['fsdp'] < 0.75 * peaks['ddp']
 
 
-@pytest.mark.parametrize('world', [1, 2])
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number, world', [
+    (signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2),
+    pytest.param(signal.SIGINT, 2, marks=pytest.mark.faults)])
 def test_a_signal_ends_in_a_checkpoint(flags, undisturbed, tmp_path, world, number):
     """SIGTERM or Ctrl-C, to the process or to torchrun: saved within a step,
     and nothing of it shows in the end."""
     torchrun = world if world > 1 else 0
-    whole = undisturbed(torchrun, max_iters=150, eval_interval=150)
-    process = start(flags('run', max_iters=150, eval_interval=150), world)
+    whole = undisturbed(torchrun, max_iters=60, eval_interval=60)
+    process = start(flags('run', max_iters=60, eval_interval=60), world)
     try:
         wait_for_step(process, tmp_path / 'run', 20)
         process.send_signal(number)
@@ -182,12 +184,13 @@ def test_a_signal_ends_in_a_checkpoint(flags, undisturbed, tmp_path, world, numb
         kill_all(process, tmp_path)
     assert 'the same command goes on' in words and (world > 1 or process.returncode == 0), words
     step = max(checkpoints.steps(tmp_path / 'run'))
-    assert 20 <= step < 150 and not checkpoints.problem(tmp_path / f'run/step_{step:07d}')
-    script(*flags('run', max_iters=150, eval_interval=150), torchrun=torchrun)
+    assert 20 <= step < 60 and not checkpoints.problem(tmp_path / f'run/step_{step:07d}')
+    script(*flags('run', max_iters=60, eval_interval=60), torchrun=torchrun)
     assert curve(tmp_path / 'run') == curve(whole)
 
 
-@pytest.mark.parametrize('victim', ['worker', 'everything'])
+@pytest.mark.parametrize('victim', [
+    'worker', pytest.param('everything', marks=pytest.mark.faults)])
 def test_kill_9_costs_the_steps_since_the_last_save(flags, undisturbed, tmp_path, victim):
     options = dict(max_iters=120, eval_interval=10)
     whole = undisturbed(2, **options)
@@ -204,6 +207,7 @@ def test_kill_9_costs_the_steps_since_the_last_save(flags, undisturbed, tmp_path
     assert curve(tmp_path / 'run') == curve(whole)
 
 
+@pytest.mark.faults
 def test_killed_inside_a_save_the_checkpoint_before_is_used(flags, undisturbed, tmp_path):
     """Killed while files of step 40 lie in the temporary folder: it has no final name,
     and step 20 is whole."""
@@ -222,6 +226,7 @@ def test_killed_inside_a_save_the_checkpoint_before_is_used(flags, undisturbed, 
     assert curve(tmp_path / 'run') == curve(whole)
 
 
+@pytest.mark.faults
 def test_orphans_of_a_killed_torchrun_keep_others_out(flags, tmp_path):
     process = start(flags('run', max_iters=100_000, eval_interval=100_000), 2)
     try:
@@ -237,11 +242,11 @@ def test_orphans_of_a_killed_torchrun_keep_others_out(flags, tmp_path):
 def test_validation_is_the_same_on_any_world_size(flags, tmp_path):
     """Fewer validation batches than ranks, and a number that 3 does not divide."""
     found = []
-    for world in (1, 2, 3, 4):
+    for world in (1, 2, 3):
         script(*flags(f'v{world}', max_iters=0, batch_size=3, total_batch_size=12 * 3 * 16,
                       eval_tokens=200), torchrun=world)
         found.append(losses(tmp_path / f'v{world}', 'val_loss')[0])
-    assert found == pytest.approx([found[0]] * 4, rel=1e-6)
+    assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
 def test_bad_input_ends_every_rank_with_one_line(flags):
@@ -250,6 +255,7 @@ def test_bad_input_ends_every_rank_with_one_line(flags):
     assert 'exitcode  : 2' in done.stderr
 
 
+@pytest.mark.faults
 def test_several_processes_with_bfloat16_and_compile(flags, tmp_path):
     script(*flags('whole', dtype='bfloat16', compile=True, max_iters=8), torchrun=2)
     script(*flags('stopped', dtype='bfloat16', compile=True, max_iters=4, lr_decay_iters=8),
