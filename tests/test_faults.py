@@ -93,7 +93,7 @@ def test_a_loss_that_jumps_once_is_a_spike_and_nothing_else(flags, tmp_path):
     assert len(losses(tmp_path / 'run', 'grad_norm_z')) == 60
 
 
-@pytest.mark.parametrize('kind', [pytest.param('nan', marks=pytest.mark.slow), 'loud'])
+@pytest.mark.parametrize('kind', [pytest.param('nan', marks=pytest.mark.faults), 'loud'])
 def test_rollback_goes_back_and_leaves_the_bad_data_out(flags, tmp_path, kind):
     """Killed after it went back and before it saved again, it goes back again: the same run."""
     args = flags('run', **LONG, rollback=True)
@@ -159,7 +159,7 @@ def test_a_rollback_that_does_not_help_ends_the_run(config, tmp_path, monkeypatc
     assert 'far too high' in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_all_ranks_roll_back_together(flags, tmp_path):
     for parallel in ('ddp', 'fsdp'):
         done = faulty('nan 1 43 4', flags(parallel, **LONG, rollback=True, parallel=parallel),
@@ -300,7 +300,7 @@ def test_a_save_that_outlasts_the_grace_is_forgotten(flags, undisturbed, tmp_pat
     same_run(tmp_path / 'run', whole)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_ranks_that_see_different_checkpoints_take_that_of_rank_0(flags, undisturbed, tmp_path):
     whole = undisturbed(2)
     script(*flags('run', max_iters=8, lr_decay_iters=12), torchrun=2)
@@ -351,7 +351,7 @@ def small(tmp_path):
     subprocess.run(['umount', '-l', folder])
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_disk_that_fills_up_costs_a_checkpoint_and_not_the_run(flags, undisturbed, tmp_path,
                                                                  small):
     options = dict(max_iters=160, eval_interval=20, n_embd=64)

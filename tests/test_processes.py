@@ -59,7 +59,8 @@ def kill_all(process, folder):
 
 
 @pytest.mark.parametrize('world, optimizer', [
-    (2, 'adamw'), (4, 'adamw'), pytest.param(4, 'muon', marks=pytest.mark.faults)])
+    (4, 'adamw'), *(pytest.param(*both, marks=pytest.mark.faults)
+                    for both in ((2, 'adamw'), (4, 'muon')))])
 def test_a_resume_is_exact_on_any_number_of_processes(flags, undisturbed, tmp_path, world,
                                                       optimizer):
     """Two ranks cannot show that DDP adds in another order after a restart; four can. (One process
@@ -98,8 +99,8 @@ def test_world_sizes_agree_to_rounding_dropout_included(flags, tmp_path, optimiz
 
 # Sharded.
 
-@pytest.mark.parametrize('optimizer, tolerance', [
-    ('adamw', 1e-5), pytest.param('muon', 1e-4, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize('optimizer, tolerance', [('adamw', 1e-5), ('muon', 1e-4)])
 def test_a_sharded_model_trains_as_a_whole_one_does(flags, undisturbed, tmp_path, optimizer,
                                                     tolerance):
     """2 and 4 shares; and one run of 2 whole ones, 4 shares, one process alone, 2 shares."""
@@ -133,6 +134,7 @@ def test_a_sharded_run_resumes_exactly(flags, undisturbed, tmp_path, world, opti
     assert checkpoint_bytes(whole) == checkpoint_bytes(tmp_path / 'stopped')
 
 
+@pytest.mark.faults
 def test_a_sharded_model_computes_in_bfloat16(flags, undisturbed, tmp_path):
     """Shares and sums stay float32; what is gathered does not, LayerNorms included."""
     options = {'dtype': 'bfloat16', 'dropout': 0.0}
@@ -145,6 +147,7 @@ def test_a_sharded_model_computes_in_bfloat16(flags, undisturbed, tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
 
 
+@pytest.mark.faults
 def test_a_sharded_model_compiles(flags, tmp_path):
     script(*flags('eager', parallel='fsdp', dropout=0.0, max_iters=4), torchrun=2)
     done = script(*flags('compiled', parallel='fsdp', dropout=0.0, max_iters=4, compile=True),
@@ -168,8 +171,8 @@ def test_a_share_takes_less_memory(flags):
 
 
 @pytest.mark.parametrize('number, world', [
-    (signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2),
-    pytest.param(signal.SIGINT, 2, marks=pytest.mark.faults)])
+    (signal.SIGTERM, 1), (signal.SIGTERM, 2), *(
+        pytest.param(signal.SIGINT, world, marks=pytest.mark.faults) for world in (1, 2))])
 def test_a_signal_ends_in_a_checkpoint(flags, undisturbed, tmp_path, world, number):
     """SIGTERM or Ctrl-C, to the process or to torchrun: saved within a step,
     and nothing of it shows in the end."""
@@ -189,8 +192,8 @@ def test_a_signal_ends_in_a_checkpoint(flags, undisturbed, tmp_path, world, numb
     assert curve(tmp_path / 'run') == curve(whole)
 
 
-@pytest.mark.parametrize('victim', [
-    'worker', pytest.param('everything', marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize('victim', ['worker', 'everything'])
 def test_kill_9_costs_the_steps_since_the_last_save(flags, undisturbed, tmp_path, victim):
     options = dict(max_iters=120, eval_interval=10)
     whole = undisturbed(2, **options)
