@@ -10,7 +10,7 @@ MODEL ?= gpt2
 .PHONY: help install quickstart test test-all faults bench table3 clean
 
 help:
-	@echo 'make quickstart   prepare text, train a small GPT, let it write: 5 to 8 minutes on 2 CPU cores'
+	@echo 'make quickstart   prepare text, train a small GPT, let it write: 4 to 9 minutes on 2 CPU cores'
 	@echo 'make test         the tests, under 3 minutes; no network'
 	@echo 'make test-all     and the slow ones: several processes, kills, real runs'
 	@echo 'make faults       kills, full disks, hangs, ten minutes of chaos: about 20 minutes'

@@ -29,6 +29,7 @@ import tokenizer
 import train
 from configurator import run, settings
 from data import prepare
+from journal import machine
 from model import GPT, SIZES, GPTConfig, pack
 
 # -----------------------------------------------------------------------------
@@ -67,16 +68,6 @@ def main(cfg):
 
 def shown(rate):
     return '' if rate is None else f'{rate:,.0f}' if rate >= 100 else f'{rate:.1f}'
-
-
-def machine(device):
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                return f"{line.partition(': ')[2]}, {torch.get_num_threads()} threads"
-    return f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
 
 
 # Time, operations, bytes.

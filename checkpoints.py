@@ -374,10 +374,10 @@ def publish(folder, target, dtype, more):
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write_model(partial, model, encoding)
+        write_manifest(partial)                         # of the model: texts may be edited later
         size = (partial / WEIGHTS).stat().st_size
         for name, text in more(model.float(), encoding, size).items():
             (partial / name).write_text(text, encoding='utf-8')
-        write_manifest(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:

@@ -8,7 +8,6 @@ A trained model as a folder to give away: weights in bfloat16, tokenizer, settin
 
 import math
 import platform
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +47,7 @@ def main(cfg):
                          'python publish.py --model=out/mine --to=mine')
     folder, target = checkpoints.find(cfg.model), Path(cfg.to)
     curve, kind = Curve(folder.parent), pick_dtype(cfg.dtype, torch.device('cpu'))[0]
-    text = Path(cfg.about[5:]).read_text() if cfg.about.startswith('FILE:') else cfg.about
+    text = Path(cfg.about[5:]).read_text('utf-8') if cfg.about.startswith('FILE:') else cfg.about
     checkpoints.publish(folder, target, kind, lambda gpt, encoding, size: {
         **{name: (folder.parent / name).read_text(encoding='utf-8')
            for name in FROM_THE_RUN if (folder.parent / name).exists()},
@@ -69,7 +68,7 @@ def card(cfg, curve, folder, text, gpt, encoding, size):
             ('trained', f"{step:,} updates, {record['tokens']:,} tokens, "
                         f"{duration(curve.seconds_to(record['tokens']))} of updates"),
             *measured(cfg, curve, gpt),
-            ('versions', f'torch {torch.__version__}, Python {platform.python_version()}')]
+            ('published with', f'torch {torch.__version__}, Python {platform.python_version()}')]
     return '\n'.join([
         '---', f'language: {cfg.language}', f'license: {cfg.license}',
         'pipeline_tag: text-generation', 'library_name: transformers', 'tags: [gpt2]', '---',

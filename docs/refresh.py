@@ -25,7 +25,7 @@ BLOCK = re.compile(r'```python\n(.*?)```\n\n```text\n(.*?)```', re.DOTALL)
 MARK = '-- end of a block --'
 PICTURES = ROOT / 'docs/pictures'
 SENTENCE = 'The old man looked at the girl, and the girl looked at the old man.'
-BLUE, ORANGE, GREEN, INK = '#3a6ea5', '#c8702a', '#4f8a4f', '#333333'
+BLUE, ORANGE = '#3a6ea5', '#c8702a'
 
 
 def main():

@@ -32,6 +32,8 @@ def test_the_weights_are_those_of_the_best_step_rounded(published, tmp_path):
     for (name, p), q in zip(best.state_dict().items(), given.state_dict().values()):
         assert torch.equal(p.bfloat16().float(), q), name
     assert encoding.n_vocab == 300 and not (published / 'training.pt').exists()
+    with open(published / 'README.md', 'a') as card:                # by hand, as one does
+        card.write('More words.')
     assert checkpoints.problem(published) == ''
     assert (published / 'log.jsonl').read_text() == (tmp_path / 'run/log.jsonl').read_text()
 
