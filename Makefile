@@ -11,7 +11,7 @@ MODEL ?= gpt2
 
 help:
 	@echo 'make quickstart   prepare text, train a small GPT, let it write: 4 to 9 minutes on 2 CPU cores'
-	@echo 'make test         the tests, under 3 minutes; no network'
+	@echo 'make test         the tests, 2 to 4 minutes; no network'
 	@echo 'make test-all     and the slow ones: several processes, kills, real runs'
 	@echo 'make faults       kills, full disks, hangs, ten minutes of chaos: about 20 minutes'
 	@echo 'make bench        how fast this machine trains, writes, scores, prepares, and how fast it could'

@@ -45,7 +45,11 @@ def main(cfg):
     if not cfg.model or not cfg.to:
         raise ValueError('expected a run and a folder to write, as in: '
                          'python publish.py --model=out/mine --to=mine')
-    folder, target = checkpoints.find(cfg.model), Path(cfg.to)
+    folder = Path(cfg.model).is_dir() and checkpoints.find(cfg.model)
+    if not folder or not folder.name.startswith('step_'):
+        raise ValueError(f'model: given {cfg.model!r}, expected the folder of a run of train.py '
+                         f'that has saved a step')
+    target = Path(cfg.to)
     curve, kind = Curve(folder.parent), pick_dtype(cfg.dtype, torch.device('cpu'))[0]
     text = Path(cfg.about[5:]).read_text('utf-8') if cfg.about.startswith('FILE:') else cfg.about
     checkpoints.publish(folder, target, kind, lambda gpt, encoding, size: {

@@ -73,6 +73,9 @@ def test_it_is_replaced_and_nothing_else_is(published, tmp_path):
     assert 'validation loss' not in (published / 'README.md').read_text() != again
     with pytest.raises(ValueError, match='is there and was not written by this program'):
         command(publish, *arguments, f"--to={tmp_path / 'run'}")
+    for other in (published, 'gpt2', 'random:gpt2'):
+        with pytest.raises(ValueError, match='expected the folder of a run'):
+            command(publish, f'--model={other}', '--to=x')
     done = script('publish.py', '--model=/nowhere', check=False)
     assert done.returncode == 2 and 'expected a run and a folder' in done.stderr
 
