@@ -378,8 +378,12 @@ def publish(folder, target, dtype, more):
         size = (partial / WEIGHTS).stat().st_size
         for name, text in more(model.float(), encoding, size).items():
             (partial / name).write_text(text, encoding='utf-8')
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        target.mkdir(parents=True, exist_ok=True)       # other files in it stay, as does the
+        card = target / 'README.md'                     # card before, which may have been edited
+        if card.exists() and card.read_bytes() != (partial / card.name).read_bytes():
+            card.replace(target / 'README.md.old')
+        for file in sorted(partial.iterdir()):
+            file.replace(target / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

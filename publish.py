@@ -25,14 +25,14 @@ from validation import validate
 
 # -----------------------------------------------------------------------------
 model = ''          # the folder of a run, of which the best step is published
-to = ''             # the folder to write; an earlier one of this program's is replaced
+to = ''             # the folder to write; published before, the card there becomes README.md.old
 about = ''          # what the card says of the model and its text; FILE:name reads a file
 prompts = ('It was a dark night', 'He looked at her and said', 'The house')
 num_samples = 2     # of each prompt, drawn with seeds 1337, 1338, …: nobody chooses
 max_new_tokens = 120
 dtype = 'bfloat16'  # of the weights in the file; 'float32' is exact and twice as large
-language = 'en'     # for the hub's index, as is the license
-license = 'mit'
+language = ''       # for the hub's index, such as en
+license = ''        # the same, such as mit
 data_dir = ''       # where prepared data lies; '': data/ beside this script
 # -----------------------------------------------------------------------------
 Config = settings(globals())
@@ -51,7 +51,11 @@ def main(cfg):
                          f'that has saved a step')
     target = Path(cfg.to)
     curve, kind = Curve(folder.parent), pick_dtype(cfg.dtype, torch.device('cpu'))[0]
-    text = Path(cfg.about[5:]).read_text('utf-8') if cfg.about.startswith('FILE:') else cfg.about
+    text, file = cfg.about, Path(cfg.about.removeprefix('FILE:'))
+    if file != Path(text):
+        if not file.is_file():
+            raise ValueError(f'about: given {text}, but there is no such file')
+        text = file.read_text('utf-8')
     checkpoints.publish(folder, target, kind, lambda gpt, encoding, size: {
         **{name: (folder.parent / name).read_text(encoding='utf-8')
            for name in FROM_THE_RUN if (folder.parent / name).exists()},
@@ -71,14 +75,17 @@ def card(cfg, curve, folder, text, gpt, encoding, size):
             ('tokenizer', f'{encoding.name}, {encoding.n_vocab:,} tokens'),
             ('trained', f"{step:,} updates, {record['tokens']:,} tokens, "
                         f"{duration(curve.seconds_to(record['tokens']))} of updates"),
+            ('data set', curve.settings.get('dataset', 'not known')),
             *measured(cfg, curve, gpt),
             ('published with', f'torch {torch.__version__}, Python {platform.python_version()}')]
     return '\n'.join([
-        '---', f'language: {cfg.language}', f'license: {cfg.license}',
-        'pipeline_tag: text-generation', 'library_name: transformers', 'tags: [gpt2]', '---',
-        f'# {Path(cfg.to).resolve().name}', '', text, '', '| | |', '|---|---|',
+        '---', *(f'{key}: {value}' for key, value in (
+            ('language', cfg.language), ('license', cfg.license)) if value), 'pipeline_tag: text-generation', 'library_name: transformers', 'tags: [gpt2]', '---',
+        f'# {Path(cfg.to).resolve().name}', '', *([text, ''] if text else []),
+        '| | |', '|---|---|',
         *(f'| {key} | {value} |' for key, value in rows), '',
-        f'`python train.py {cfg.to}/config.py` trains it again. It is a Hugging Face model: '
+        f'`python train.py {cfg.to}/config.py --out_dir=out/again` trains it again, where that '
+        f'data set is prepared. It is a Hugging Face model: '
         f'`AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` read this folder.', '',
         '## Samples', '', f'Not chosen: the first {cfg.num_samples} of each prompt, '
         f'temperature 0.8, top-k 200, as `python sample.py --model={cfg.to} -p "…" '

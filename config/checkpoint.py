@@ -1,6 +1,6 @@
 # python data/prepare.py --name=novels --tokenizer=bpe:4096 --unwrap=True novels/
 # python train.py config/checkpoint.py
-# python publish.py --model=out/checkpoint --to=checkpoint --about=FILE:about.md
+# python publish.py --model=out/checkpoint --to=checkpoint --about=FILE:about.md --license=mit
 #
 # The GPT in checkpoint/ (5.0M parameters), on 84 novels that checkpoint/README.md names. 2 CPU
 # cores (AMD EPYC without AVX-512, float32), other programs beside it: 1 h 3 min of training, 7.1M

@@ -68,9 +68,12 @@ def test_the_card_says_what_was_measured(published, stories, capsys):
 def test_it_is_replaced_and_nothing_else_is(published, tmp_path):
     again = (published / 'README.md').read_text()
     (published / 'README.md').write_text('old')
+    (published / 'notes').write_text('of the user')
     arguments = [f"--model={tmp_path / 'run'}", PROMPTS, '--max_new_tokens=1', '--data_dir=/none']
     command(publish, *arguments, f'--to={published}')
     assert 'validation loss' not in (published / 'README.md').read_text() != again
+    assert (published / 'README.md.old').read_text() == 'old' and (published / 'notes').exists()
+    assert checkpoints.problem(published) == ''
     with pytest.raises(ValueError, match='is there and was not written by this program'):
         command(publish, *arguments, f"--to={tmp_path / 'run'}")
     for other in (published, 'gpt2', 'random:gpt2'):
