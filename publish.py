@@ -80,7 +80,8 @@ def card(cfg, curve, folder, text, gpt, encoding, size):
             ('published with', f'torch {torch.__version__}, Python {platform.python_version()}')]
     return '\n'.join([
         '---', *(f'{key}: {value}' for key, value in (
-            ('language', cfg.language), ('license', cfg.license)) if value), 'pipeline_tag: text-generation', 'library_name: transformers', 'tags: [gpt2]', '---',
+            ('language', cfg.language), ('license', cfg.license)) if value),
+        'pipeline_tag: text-generation', 'library_name: transformers', 'tags: [gpt2]', '---',
         f'# {Path(cfg.to).resolve().name}', '', *([text, ''] if text else []),
         '| | |', '|---|---|',
         *(f'| {key} | {value} |' for key, value in rows), '',
