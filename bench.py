@@ -25,6 +25,7 @@ from torch.nn.utils import get_total_norm
 
 import distributed
 import likelihood
+import replicas
 import tokenizer
 import train
 from configurator import run, settings
@@ -129,7 +130,7 @@ def train_line(name, shape, batch_size, block_size, cfg, world):
     optimizers = train.make_optimizers(gpt, settings, dtype)
     ids = torch.randint(shape.vocab_size, (batch_size, block_size + 1), device=device)
     batch = ids[:, :-1], ids[:, 1:]
-    replica = train.make_replica(gpt, settings, world, autocast, batch, dtype, 1e9, say)
+    replica = replicas.make_replica(gpt, settings, world, autocast, batch, dtype, 1e9, say)
 
     def update():
         with autocast():

@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import tokenizer
-from distributed import like, on_main, pick_dtype, whole
+from distributed import on_main, pick_dtype
 from model import GPT, SIZES, GPTConfig, pack
+from replicas import like, whole
 
 HERE = Path(__file__).resolve().parent
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')

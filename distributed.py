@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -185,6 +184,11 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def is_out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "can't allocate memory" in str(error) or 'not enough memory' in str(error))
+
+
 def size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -231,49 +235,6 @@ def on_main(world, function, *args):
     if error is not None:
         raise error
     return result
-
-
-# A sharded model (FSDP2): its parameters, gradients and moments are DTensors, and every process
-# holds a share of each.
-
-def shard(model, parts, device, dtype=torch.float32):
-    """Leave each process, on `device`, its share of every parameter of `model`, in place. Those of
-    `parts`, which multiply in `dtype`, are gathered in it when they are needed, one part at a time;
-    the others for a whole forward pass and as they are. Shares and sums of gradients are float32.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    # of a view that is changed in place, which nobody does with the outputs of these
-    warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view tensor')
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    gathered = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for part in parts:
-        fully_shard(part, mesh=mesh, mp_policy=gathered)
-    fully_shard(model, mesh=mesh)
-    if device.type == 'cpu':
-        give_back_freed_memory()
-
-
-def is_sharded(thing):
-    """Whether a model was given to shard(), or a tensor is a share of one."""
-    return hasattr(thing, 'reshard') or hasattr(thing, 'full_tensor')
-
-
-def whole(tensor, keep=True):
-    """All of a sharded tensor, on the CPU; every process must ask, those without `keep` get None.
-    Others are whole already."""
-    if not is_sharded(tensor):
-        return tensor
-    full = tensor.full_tensor()
-    return full.cpu() if keep else None
-
-
-def like(value, p):
-    """`value`, which all processes have, on the device of p, and shared among them if p is."""
-    value = value.to(p.device, copy=True)
-    if not is_sharded(p) or value.dim() == 0:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def leave():

@@ -262,11 +262,6 @@ def describe_length(cfg, step, times, tokens):
     return f'{left:,} updates, {tokens * whole_updates(cfg, step) / 1e6:,.1f}M tokens: {takes}'
 
 
-def is_out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        "can't allocate memory" in str(error) or 'not enough memory' in str(error))
-
-
 def less_memory(cfg, error):
     """What to try when memory does not suffice: the same update, in smaller micro-batches."""
     size = distributed.size()

@@ -9,25 +9,23 @@ The same command again goes on where the run stopped, whatever stopped it.
 """
 
 import math
-import os
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 import checkpoints
 import distributed
 import planning
+import replicas
+import starting
 import tokenizer
-from configurator import as_config_file, run, settings
+from configurator import run, settings
 from data.batches import Ahead, describe_epochs, draw, load_data, make_batches
 from journal import Log, StopSignal, Stopwatch, Watch, duration
-from model import GPT, GPTConfig, crop_block
 from optimizers import learning_rate_at, make_optimizers, update
 from planning import batch_at, divide_batch
 from validation import describe, validate
@@ -124,13 +122,13 @@ class Progress:
 
 
 def main(cfg):
-    check(cfg)
+    starting.check(cfg)
     if cfg.plan and not planning.look(cfg):
         return 2
     try:
         return train(cfg)
     except (RuntimeError, MemoryError) as error:
-        if planning.is_out_of_memory(error):
+        if distributed.is_out_of_memory(error):
             raise ValueError(planning.less_memory(cfg, error)) from None
         raise
 
@@ -150,12 +148,11 @@ def train(cfg):
     sets, encoding = load_data(cfg.dataset, cfg.data_dir)
     train_data = make_batches(sets, encoding, cfg.block_size, cfg.seed, cfg.doc_start)
     questions = load_questions(cfg, world, encoding)
-    lock = take_lock(cfg, world)
-    cfg, model, saved = start(cfg, world, encoding, say)
-    shards = check_same_data(saved, sets, cfg)
+    lock = starting.take_lock(cfg, world)
+    cfg, model, saved = starting.start(cfg, world, encoding, say)
+    shards = starting.check_same_data(saved, sets, cfg)
     if cfg.parallel == 'fsdp' and world.size > 1:
-        distributed.shard(model, [part for block in model.h for part in (block.attn, block.mlp)],
-                          world.device, dtype)
+        replicas.shard(model, world.device, dtype)
     model.to(world.device).train()
     model.checkpoint_activations = cfg.checkpoint_activations
     autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype != torch.float32,
@@ -181,7 +178,7 @@ def train(cfg):
     seconds = (model.flops_per_token() * tokens_per_update * max(0, cfg.max_iters - now.step) /
                (peak * world.size) if peak else math.inf)           # at the least
     seconds = 60 * cfg.minutes or seconds
-    replica = make_replica(model, cfg, world, autocast, first, dtype, seconds, say)
+    replica = replicas.make_replica(model, cfg, world, autocast, first, dtype, seconds, say)
     compute = partial(gradients, model, replica, ahead, world=world, scaler=scaler,
                       autocast=autocast)
     if cfg.plan or (cfg.minutes and not saved):
@@ -193,7 +190,7 @@ def train(cfg):
         say(planning.describe_length(cfg, now.step, times, tokens_per_update))
         if cfg.plan:
             return distributed.leave()
-    distributed.on_main(world, write_config, cfg)
+    distributed.on_main(world, starting.write_config, cfg)
     log, stop, clock = Log(cfg, world, say), StopSignal(), Stopwatch()
     log.start(now.step, world, dtype)
     saved_at, saved_time, validated = now.step if saved else 0, time.monotonic(), -1
@@ -314,7 +311,7 @@ def save_checkpoint(cfg, world, model, encoding, optimizers, scaler, shards, now
              'scaler': scaler.state_dict(), 'watch': watch.state}
     try:
         distributed.on_main(world, checkpoints.save, cfg.out_dir, now.step,
-                            unsharded(model, world.is_main), encoding, state)
+                            replicas.unsharded(model, world.is_main), encoding, state)
     except OSError as error:
         return error
 
@@ -332,7 +329,7 @@ def gradients(model, replica, ahead, now, cfg, optimizers, *, world, scaler, aut
         x, y = ahead.read(here, micro_batch, then=here + after)
         x, y = (part.to(world.device, non_blocking=True) for part in (x, y))
         torch.manual_seed(int(draw(f'{cfg.seed}:{now.step}:{index}', 1)[0]))        # for dropout
-        with reduce_gradients(replica, last):
+        with replicas.reduce_gradients(replica, last):
             with autocast():
                 micro_loss = replica(x, y) / micro_steps
             scaler.scale(micro_loss).backward()
@@ -340,7 +337,7 @@ def gradients(model, replica, ahead, now, cfg, optimizers, *, world, scaler, aut
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = get_total_norm([p.grad for p in model.parameters()])
-    return loss, norm.full_tensor() if distributed.is_sharded(norm) else norm, sequences
+    return loss, norm.full_tensor() if replicas.is_sharded(norm) else norm, sequences
 
 
 def judge(step, loss, norm, now, watch, cfg, log):
@@ -375,7 +372,7 @@ def roll_back(now, model, optimizers, scaler, cfg, world, log):
     saved, (gpt, _) = checkpoints.load_training(folder), checkpoints.load_folder(folder)
     with torch.no_grad():
         for p, q in zip(model.parameters(), gpt.parameters(), strict=True):
-            p.copy_(distributed.like(q, p))
+            p.copy_(replicas.like(q, p))
     checkpoints.restore_optimizers(model, optimizers, saved['optimizer'])
     scaler.load_state_dict(saved['scaler'])
     back = replace(Progress(**saved['progress']), position=now.position, skipped=now.skipped,
@@ -391,41 +388,6 @@ def no_one(*words):
     """What a rank other than 0 says."""
 
 
-# The settings, the batch, the data.
-
-def check(cfg):
-    """Refuse settings that could only fail later; ValueError names the first."""
-    for key in ('batch_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'eval_interval',
-                'eval_tokens', 'log_interval', 'max_skipped', 'keep'):
-        if getattr(cfg, key) < 1:
-            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 1 or more')
-    for key in ('max_iters', 'eval_iters', 'sample_interval', 'hellaswag_interval',
-                'hellaswag_limit', 'save_minutes', 'total_batch_size',
-                'gradient_accumulation_steps', 'weight_decay', 'grad_clip', 'warmup_iters',
-                'lr_decay_iters', 'cooldown_iters', 'min_lr', 'patience', 'batch_warmup_iters',
-                'minutes', 'spike_z'):
-        if getattr(cfg, key) < 0:
-            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
-    for key, choices in (('optimizer', ('adamw', 'muon')), ('schedule', ('cosine', 'wsd')),
-                         ('compile', ('auto', True, False)), ('parallel', ('ddp', 'fsdp'))):
-        if getattr(cfg, key) not in choices:
-            raise ValueError(f'{key}: given {getattr(cfg, key)!r}, expected one of '
-                             f"{', '.join(map(repr, choices))}")
-    for key in ('dropout', 'beta1', 'beta2'):
-        if not 0 <= getattr(cfg, key) < 1:
-            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more, less than 1')
-    if not cfg.out_dir:
-        raise ValueError("out_dir: given '', expected the name of a folder")
-    if cfg.learning_rate <= 0:
-        raise ValueError(f'learning_rate: given {cfg.learning_rate}, expected more than 0')
-    if cfg.timeout_minutes <= 0:
-        raise ValueError(f'timeout_minutes: given {cfg.timeout_minutes}, expected more than 0')
-    if cfg.rollback and cfg.keep < 2:
-        raise ValueError(f'rollback=True with keep={cfg.keep}: expected keep=2 or more')
-    if cfg.minutes and not cfg.max_iters:
-        raise ValueError('minutes: the schedule of max_iters=0 cannot be stretched to them')
-
-
 class Numbers:
     """What an update found, on its way from the device; read() waits until it is there."""
 
@@ -439,165 +401,6 @@ class Numbers:
         if self.there:
             self.there.synchronize()
         return self.step, self.numbers.tolist()
-
-
-# Where the run starts.
-
-def take_lock(cfg, world):
-    """The lock of the run's folder, held by rank 0; a second run there is refused on all ranks."""
-    if cfg.eval_only or cfg.plan:
-        return nullcontext()
-    held = [open(os.devnull)]
-    distributed.on_main(world, lambda: held.insert(0, checkpoints.lock(cfg.out_dir)))
-    return held[0]
-
-
-def start(cfg, world, encoding, say):
-    """(cfg, model, what was saved with it): of the newest step in out_dir, another model, or
-    scratch.
-
-    {} was saved where a run begins. Raises ValueError when init_from and the folder disagree.
-    """
-    folder, problems = distributed.on_main(world, checkpoints.newest_step, cfg.out_dir)
-    for damaged, wrong in problems:
-        say(f'passing over {damaged}: {wrong}')
-        if not (cfg.eval_only or cfg.plan):
-            distributed.on_main(world, checkpoints.set_aside, damaged)
-    if folder and cfg.init_from == 'scratch':
-        raise ValueError(f"init_from='scratch', but {folder} holds a run; --init_from=resume goes "
-                         f'on with it, another --out_dir leaves it alone')
-    if not folder and cfg.init_from == 'resume':
-        raise ValueError(f"init_from='resume', but there is no checkpoint in {cfg.out_dir}")
-    shape = GPTConfig(cfg.block_size, encoding.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd,
-                      cfg.dropout, cfg.bias)
-    fine_tune = cfg.init_from not in ('auto', 'scratch', 'resume')
-    torch.manual_seed(cfg.seed)
-    if folder:
-        model, saved = load_checked(folder, encoding, cfg, world), checkpoints.load_training(folder)
-        began, cfg = saved['settings']['init_from'], planning.as_fitted(cfg, saved['settings'])
-        if fine_tune and began != cfg.init_from:
-            raise ValueError(f'{cfg.out_dir} holds a run with init_from={began}, given '
-                             f'{cfg.init_from}; give another --out_dir to begin from that')
-        if fine_tune:                                               # all but the block is its own
-            shape = replace(model.config, block_size=cfg.block_size)
-        check_shape(model.config, shape, folder)
-        changed = [f'{key} {saved["settings"].get(key)!r} -> {value!r}'
-                   for key, value in asdict(cfg).items() if saved['settings'].get(key) != value]
-        say(f'going on from {folder}' + (f"; changed: {', '.join(changed)}" if changed else ''))
-    elif fine_tune:
-        source = distributed.on_main(world, checkpoints.find, cfg.init_from)
-        model, saved = load_checked(source, encoding, cfg, world), {}
-        crop_block(model, cfg.block_size)
-        say(f'a new run in {cfg.out_dir}, from the weights in {source}; '
-            f'it reads {cfg.block_size} tokens at a time')
-    else:
-        model, saved = GPT(shape), {}
-        say(f'a new run in {cfg.out_dir}')
-    return cfg, model, saved
-
-
-def load_checked(folder, encoding, cfg, world):
-    """The model in `folder`, whose tokenizer must be that of the data set."""
-    device = 'cpu' if cfg.parallel == 'fsdp' else world.device      # a card gets its share only
-    model, theirs = checkpoints.load_folder(folder, device, dropout=cfg.dropout)
-    if tokenizer.fingerprint(theirs) != tokenizer.fingerprint(encoding):
-        raise ValueError(f'{folder} was trained on tokens of {theirs.name} ({theirs.n_vocab:,}), '
-                         f'the data set {cfg.dataset} holds those of another tokenizer, '
-                         f'{encoding.name} ({encoding.n_vocab:,}); prepare it with '
-                         f'--tokenizer={folder}')
-    return model
-
-
-def check_same_data(saved, sets, cfg):
-    """The sha256 of all shards, which must be those that the run went on with until now."""
-    shards = [shard['sha256'] for data in sets for split in data.manifest.get('splits', {}).values()
-              for shard in split['shards']]
-    if saved and saved['settings']['dataset'] == cfg.dataset and saved['shards'] != shards:
-        raise ValueError(f'the data set {cfg.dataset} was prepared anew since {cfg.out_dir} was '
-                         f'trained on it; to go on from these weights, give another --out_dir and '
-                         f'--init_from={cfg.out_dir}')
-    return shards
-
-
-def check_shape(found, given, folder):
-    for key, value in asdict(given).items():
-        if value != getattr(found, key):
-            raise ValueError(f'{folder} has {key}={getattr(found, key)}, given {key}={value}; '
-                             f'give it so, or another --out_dir')
-
-
-def write_config(cfg):
-    """The resolved settings, as a config file that repeats the run."""
-    cfg, path = replace(cfg, minutes=0.0), Path(cfg.out_dir) / 'config.py'
-    words = f'python train.py {path} --out_dir=out/again   # repeats this run'
-    path.with_suffix('.partial').write_text(as_config_file(cfg, words), encoding='utf-8')
-    os.replace(path.with_suffix('.partial'), path)
-
-
-# Replicas.
-
-def make_replica(model, cfg, world, autocast, batch, dtype, seconds, say):
-    """`model`, compiled when that is wanted and works, in DDP when there are several processes.
-
-    Runs one backward pass, whose gradients are dropped. It compiles; and DDP, which reorders its
-    buckets after the first one, then adds in the same order in a resumed run as in one that never
-    stopped.
-    """
-    replica, sharded = model, distributed.is_sharded(model)
-    wanted, why = distributed.on_main(world, distributed.pick_compile, cfg.compile, world.device,
-                                      dtype, seconds)
-    say(f'compile {wanted}: {why}')
-    if world.device.type == 'cpu':      # elementwise work again in the backward pass: 40 % less
-        torch._functorch.config.activation_memory_budget = 0.85     # memory, for about 1 % of time
-    if wanted:
-        began, failure = time.perf_counter(), ''
-        if sharded:
-            for block in model.h:
-                block.compile()
-        compiled = model if sharded else torch.compile(model)
-        try:
-            with autocast():
-                compiled(*batch).backward()
-        except Exception as error:      # whatever a compiler can fail with
-            if planning.is_out_of_memory(error):
-                raise
-            failure = f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0][:120]
-        if distributed.any_rank(bool(failure), world.device):
-            say(f'compiling failed, going on without ({failure or "on another rank"})')
-            for block in model.h:
-                block._compiled_call_impl = None
-        else:
-            replica = compiled
-            say(f'compiled in {time.perf_counter() - began:.0f} s')
-    if world.size > 1 and not sharded:
-        on_gpu = world.device.type == 'cuda'
-        replica = DistributedDataParallel(replica, device_ids=[world.device] if on_gpu else None,
-                                          gradient_as_bucket_view=True)
-    if world.size > 1:
-        with autocast():
-            replica(*batch).backward()
-    model.zero_grad(set_to_none=True)
-    return replica
-
-
-def unsharded(model, keep=True):
-    """`model`; if it is sharded a whole copy on the CPU, for those who `keep` it. All must ask."""
-    if not distributed.is_sharded(model):
-        return model
-    model.reshard()                                     # a forward pass leaves some of it gathered
-    with torch.device('meta'):
-        gpt = GPT(model.config)
-    whole = {name: distributed.whole(p.detach(), keep) for name, p in model.named_parameters()}
-    if keep:
-        gpt.load_state_dict(whole, assign=True)
-    return gpt if keep else None
-
-
-def reduce_gradients(replica, last):
-    """DDP sums gradients over ranks in the backward pass of the last micro-batch only."""
-    if last or not isinstance(replica, DistributedDataParallel):
-        return nullcontext()
-    return replica.no_sync()
 
 
 # HellaSwag and samples.
@@ -617,7 +420,7 @@ def load_questions(cfg, world, encoding):
 def score_hellaswag(model, encoding, rows, world):
     """What `python hellaswag.py` would say of this step, on the uncompiled model in float32."""
     import hellaswag
-    gpt = unsharded(model).to(world.device).eval()
+    gpt = replicas.unsharded(model).to(world.device).eval()
     answers = hellaswag.evaluate(gpt, encoding, rows, world=world)
     model.train()
     return {'hellaswag': sum(answers['acc_norm']) / len(rows),
@@ -627,7 +430,7 @@ def score_hellaswag(model, encoding, rows, world):
 def draw_sample(model, encoding, seed, world):
     """A hundred tokens from <|endoftext|> (or token 0), by the same random numbers each time; ''
     on all ranks but 0."""
-    gpt = unsharded(model, world.is_main)
+    gpt = replicas.unsharded(model, world.is_main)
     if not world.is_main:
         return ''
     ids = torch.tensor([[tokenizer.eot_id(encoding) or 0]], device=world.device)

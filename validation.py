@@ -7,6 +7,7 @@ import math
 import torch
 
 import distributed
+import replicas
 
 
 def validate(model, sets, cfg, world, autocast, stop=None):
@@ -43,7 +44,7 @@ def evaluate(model, tokens, cfg, world, autocast, share=1.0, stop=None):
              for row in range(0, rows, cfg.batch_size)]
     if count > rows * size:
         spans.append((rows * size, 1, count - rows * size))
-    mine, sharded = spans[world.rank::world.size], distributed.is_sharded(model)
+    mine, sharded = spans[world.rank::world.size], replicas.is_sharded(model)
     if sharded and len(mine) < -(-len(spans) // world.size):
         mine.append((0, 0, min(size, count)))           # takes part and does not count
     model.eval()

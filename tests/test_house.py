@@ -11,14 +11,17 @@ from conftest import ROOT
 
 GROUND = {'model': set(), 'muon': set(), 'configurator': set(), 'tokenizer': set(),
           'distributed': set(), 'data.fetch': set()}
-MIDDLE = {'journal': set(), 'optimizers': {'muon'}, 'validation': {'distributed'},
-          'checkpoints': {'model', 'tokenizer', 'distributed'}, 'data.shards': set(),
+MIDDLE = {'journal': set(), 'optimizers': {'muon'}, 'replicas': {'distributed'},
+          'validation': {'distributed', 'replicas'},
+          'checkpoints': {'model', 'tokenizer', 'distributed', 'replicas'}, 'data.shards': set(),
           'likelihood': {'distributed'}, 'results': set(), 'data.benchmarks': {'data.fetch'},
           'data.documents': set(), 'data.sources': {'data.documents', 'data.fetch'},
           'data.batches': {'tokenizer', 'data.shards'}, 'data.overlap': set(),
           'data.tokens': {'tokenizer', 'data.documents'}}
 MIDDLE['planning'] = {'checkpoints', 'distributed', 'model', 'optimizers', 'validation',
                       'data.batches'}
+MIDDLE['starting'] = {'checkpoints', 'configurator', 'distributed', 'model', 'planning',
+                      'tokenizer'}
 MIDDLE |= {'curves': set(), 'report': {'curves', 'results', 'data.shards'}}
 SCRIPTS = {name: {*GROUND, *MIDDLE}
            for name in ('train', 'sample', 'plot', 'publish', 'hellaswag', 'eval_cbt', 'eval_lm',

@@ -8,6 +8,7 @@ import torch
 from conftest import TINY, curve
 
 import checkpoints
+import distributed
 import planning
 import train
 
@@ -108,6 +109,7 @@ def test_what_is_left_is_counted_in_whole_updates(warm):
 def test_out_of_memory_says_what_to_try(changes, advice):
     cfg = train.Config(**{**TINY, **changes})
     error = torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB\nand more')
-    assert planning.is_out_of_memory(error) and not planning.is_out_of_memory(RuntimeError('no'))
+    oom = distributed.is_out_of_memory
+    assert oom(error) and not oom(RuntimeError('no'))
     words = planning.less_memory(cfg, error)
     assert advice in words and 'Tried to allocate 2 GiB' in words and '\n' not in words

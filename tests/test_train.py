@@ -22,6 +22,7 @@ from data import batches
 from data.batches import TokenBatches
 from data.shards import Tokens, read_manifest
 from distributed import World, data_sheet_peak, pick_dtype
+from model import GPT, GPTConfig
 
 
 # What a run does.
@@ -106,7 +107,7 @@ def with_gradients(optimizer, seed=0):
     """(parameters, optimizers as train.py makes them) of a tiny GPT after one step, and with
     gradients for another."""
     torch.manual_seed(seed)
-    net = train.GPT(train.GPTConfig(16, 61, 2, 2, 32))
+    net = GPT(GPTConfig(16, 61, 2, 2, 32))
     ids = torch.randint(61, (4, 16))
     optimizers = train.make_optimizers(net, train.Config(optimizer=optimizer, learning_rate=0.01))
     net(ids, ids).backward()
@@ -241,7 +242,7 @@ def test_validation_is_the_mean_over_every_token_of_the_split(config, stories):
     cfg = config(eval_tokens=10 ** 9)
     tokens = Tokens('tiny', 'val', 300, stories)
     torch.manual_seed(0)
-    model = train.GPT(train.GPTConfig(16, 300, 1, 2, 32))
+    model = GPT(GPTConfig(16, 300, 1, 2, 32))
     alone = World(0, 1, torch.device('cpu'))
     found, count = validation.evaluate(model, tokens, cfg, alone, torch.enable_grad)
     ids = torch.from_numpy(tokens.read(0, len(tokens)))
@@ -585,7 +586,7 @@ def test_wandb_that_fails_stops_nothing(config, tmp_path, monkeypatch, capsys):
     ({'dataset': 'pydocs'}, 'is not prepared; run\n    python data/prepare.py --data_dir=.*'),
     ({'total_batch_size': 1000}, 'the nearest that can: --total_batch_size=1024'),
     ({'gradient_accumulation_steps': 2}, 'expected one of them'),
-    ({'optimizer': 'sgd'}, "'adamw', 'muon'"), ({'schedule': 'linear'}, "'cosine', 'wsd'"),
+    ({'optimizer': 'sgd'}, "'adamw' or 'muon'"), ({'schedule': 'linear'}, "'cosine' or 'wsd'"),
     ({'dtype': 'int8'}, "'float32', 'bfloat16' or 'float16'"),
     ({'batch_size': 0}, 'batch_size: given 0, expected 1 or more'),
     ({'dropout': 1.0}, 'dropout: given 1.0'), ({'learning_rate': 0.0}, 'learning_rate: given 0.0'),
@@ -704,7 +705,7 @@ def test_the_batch_grows(config, tmp_path):
 
 def test_eval_iters_is_nanogpt_s_spelling(config, stories):
     tokens = Tokens('tiny', 'val', 300, stories)
-    model = train.GPT(train.GPTConfig(16, 300, 1, 2, 32))
+    model = GPT(GPTConfig(16, 300, 1, 2, 32))
     alone = World(0, 1, torch.device('cpu'))
     _, count = validation.evaluate(model, tokens, config(eval_iters=3), alone, torch.enable_grad)
     assert count == 3 * 4 * 16
