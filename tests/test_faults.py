@@ -70,7 +70,7 @@ def test_nan_on_one_rank_is_skipped_by_all(flags, tmp_path, rank):
     assert found[5] is None and all(found[:5]) and all(found[6:])
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_nan_again_and_again_ends_every_rank_with_status_3(flags, undisturbed, tmp_path):
     done = faulty('nan 1 5 5', flags('run', max_skipped=5), torchrun=2)
     assert done.stderr.count('exitcode  : 3') == 2 and '5 updates in a row' in done.stdout
@@ -266,7 +266,7 @@ def test_killed_while_it_compiles_nothing_is_lost(flags, undisturbed, tmp_path):
     same_run(tmp_path / 'run', whole)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_torchrun_restarts_after_a_killed_worker(flags, undisturbed, tmp_path):
     whole = undisturbed(2)
     process = begin('SIGKILL 1 7', flags('run'), 2, '--max-restarts=3')

@@ -81,14 +81,14 @@ def checkpoint_bytes(folder):
 @pytest.mark.parametrize('optimizer, tolerance', [
     ('adamw', 1e-5), pytest.param('muon', 1e-4, marks=pytest.mark.faults)])
 def test_world_sizes_agree_to_rounding_dropout_included(flags, tmp_path, optimizer, tolerance):
-    """1 process x 4 micro-batches, 2 x 2, 4 x 1, and 4 -> 1 -> 2 in one run: the same losses."""
+    """1 process x 4 micro-batches, 2 x 2, and 4 x 1 -> 1 x 4 -> 2 x 2 in one run: the same losses."""
     options = {'optimizer': optimizer, 'batch_size': 16}
-    for world in (1, 2, 4):
+    for world in (1, 2):
         script(*flags(f'w{world}', **options), torchrun=world)
     for world, max_iters in ((4, 4), (1, 8), (2, 12)):
         script(*flags('mixed', **options, max_iters=max_iters, lr_decay_iters=12), torchrun=world)
     reference = losses(tmp_path / 'w1')
-    for name in ('w2', 'w4', 'mixed'):
+    for name in ('w2', 'mixed'):
         found = losses(tmp_path / name)
         worst = max(abs(a - b) / a for a, b in zip(reference, found, strict=True))
         print(f'{optimizer} {name}: largest relative difference {worst:.1e}')
@@ -124,7 +124,7 @@ def test_a_sharded_model_trains_as_a_whole_one_does(flags, undisturbed, tmp_path
 
 
 @pytest.mark.parametrize('world, optimizer', [
-    pytest.param(2, 'adamw', marks=pytest.mark.faults), (4, 'muon')])
+    (2, 'muon'), pytest.param(4, 'adamw', marks=pytest.mark.faults)])
 def test_a_sharded_run_resumes_exactly(flags, undisturbed, tmp_path, world, optimizer):
     options = {'optimizer': optimizer, 'parallel': 'fsdp', 'checkpoint_activations': True}
     whole = undisturbed(world, **options)
@@ -171,8 +171,8 @@ def test_a_share_takes_less_memory(flags):
 
 
 @pytest.mark.parametrize('number, world', [
-    (signal.SIGTERM, 1), (signal.SIGTERM, 2), *(
-        pytest.param(signal.SIGINT, world, marks=pytest.mark.faults) for world in (1, 2))])
+    (signal.SIGTERM, 1), *(pytest.param(*both, marks=pytest.mark.faults) for both in (
+        (signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGINT, 2)))])
 def test_a_signal_ends_in_a_checkpoint(flags, undisturbed, tmp_path, world, number):
     """SIGTERM or Ctrl-C, to the process or to torchrun: saved within a step,
     and nothing of it shows in the end."""

@@ -67,7 +67,7 @@ def test_the_tree_names_every_file():
 
 @pytest.mark.slow
 def test_the_commands_run_one_after_another(tmp_path):
-    """In a fresh copy, as a newcomer types them; training is cut to three updates,
+    """In a fresh copy, as a newcomer types them; training is cut to three short updates,
     else nothing is changed."""
     files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True,
                            check=True).stdout.split()
@@ -89,7 +89,7 @@ def test_the_commands_run_one_after_another(tmp_path):
         name, arguments = script_and_arguments(command)
         if name is None or any(word in command for word in NEEDS_A_HUB):
             continue
-        extra = (['--max_iters=3', '--eval_interval=3', '--compile=False']
+        extra = (['--max_iters=3', '--eval_interval=3', '--eval_tokens=4096', '--compile=False']
                  if name == 'train.py' else [])
         # the default tokenizer is downloaded
         extra += ['--tokenizer=bpe:300'] if re.search('--name=(mine|web)', command) else []
