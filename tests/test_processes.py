@@ -81,7 +81,7 @@ def checkpoint_bytes(folder):
 @pytest.mark.parametrize('optimizer, tolerance', [
     ('adamw', 1e-5), pytest.param('muon', 1e-4, marks=pytest.mark.faults)])
 def test_world_sizes_agree_to_rounding_dropout_included(flags, tmp_path, optimizer, tolerance):
-    """1 process x 4 micro-batches, 2 x 2, and 4 x 1 -> 1 x 4 -> 2 x 2 in one run: the same losses."""
+    """1 process x 4 micro-batches, 2 x 2, and 4 -> 1 -> 2 processes in one run: the same losses."""
     options = {'optimizer': optimizer, 'batch_size': 16}
     for world in (1, 2):
         script(*flags(f'w{world}', **options), torchrun=world)
