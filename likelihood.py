@@ -25,8 +25,6 @@ from tqdm import tqdm
 import distributed
 
 LOGITS_AT_ONCE = 2 ** 25    # the head is applied to as many positions as give so many logits
-
-
 IN_A_FILE = {               # where the progress bar is no bar: a line every ten seconds
     'mininterval': 10, 'delay': 10,
     'bar_format': '{percentage:3.0f} % of {total_fmt} tokens, {rate_fmt}, {remaining} left\n'}

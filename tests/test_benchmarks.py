@@ -150,7 +150,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
     monkeypatch.setattr(benchmarks, 'PLACE', tmp_path / 'benchmarks')
     Server.files, Server.ranges, Server.break_after = {}, [], None

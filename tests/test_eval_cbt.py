@@ -202,9 +202,8 @@ def test_the_script_from_end_to_end(folder, capsys):
     command(eval_cbt, f'--compare={folder}/a.json,{folder}/b.json')
     assert capsys.readouterr().out.count('within noise') == 2
     (folder / 'cbtest_CN_valid_2000ex.txt').write_text(question(0, answer='yak') + question(1))
-    done = script('eval_cbt.py', '-m', folder / 'model', f'--data={folder}', '--subset=CN',
-                  check=False)
-    assert done.returncode == 2 and "the answer 'yak' is not one of" in done.stderr
+    with pytest.raises(ValueError, match="the answer 'yak' is not one of"):
+        command(eval_cbt, '-m', folder / 'model', f'--data={folder}', '--subset=CN')
     command(eval_cbt, '-m', folder / 'model', f'--data={folder}', '--subset=CN', '--skip_bad',
             f'--out={folder}/c.json')
     assert '1 malformed questions were skipped' in capsys.readouterr().out
