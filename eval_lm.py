@@ -365,7 +365,9 @@ def table(model):
             measure = found[name]['measures'][key]
             measured = f"{results.shown(measure):38} {measure['about']}"
         else:
-            missing[name] = command(name, model)
+            task, _, protocol = name.partition('-')
+            missing[name] = f'python eval_cbt.py --model={model}' if task == 'cbt' else (
+                f'python eval_lm.py --model={model} --task={task} --protocol={protocol}')
         value, _ = PUBLISHED.get((name, key, size), ('-', ''))
         lines.append(f'{title:35}  {value:>9}  {measured}')
     folders = sorted({f"weights {one['model']['sha256'][:8]}: {one['model']['folder']}"
@@ -373,22 +375,9 @@ def table(model):
     lines += folders
     if len(folders) > 1:
         lines.append('not all of the same weights: measure again what is older')
-    lines += [f"{name}: {one['data']['path']} is not known to be the official file"
-              for name, one in found.items() if not one['data']['official']]
     if missing:
         lines += ['not measured yet:', *(f'  {how}' for how in missing.values())]
     return '\n'.join(lines)
-
-
-def command(name, model):
-    """What measures the result `name`; for PTB also what has to be brought."""
-    if name.startswith('cbt'):
-        return f'python eval_cbt.py --model={model}'
-    task, protocol = name.split('-')
-    bring = f" (first put its test set at {benchmarks.PLACE / 'ptb.test.txt'})"
-    return (f'python eval_lm.py --model={model} --task={task}'
-            f"{f' --protocol={protocol}' if protocol != 'paper' else ''}"
-            f"{bring if task == 'ptb' else ''}")
 
 
 if __name__ == '__main__':

@@ -31,10 +31,16 @@ IN_A_FILE = {               # where the progress bar is no bar: a line every ten
 
 
 class Score(NamedTuple):
-    sum: float              # log-probability of all tokens, in nats
-    count: int              # how many tokens they are
-    logprobs: np.ndarray    # (count,) float32, of each token
+    logprobs: np.ndarray    # (count,) float32, of each token, in nats
     likeliest: np.ndarray   # (count,) ids that the model would have chosen in their place
+
+    @property
+    def sum(self):          # the log-probability of all tokens
+        return self.logprobs.sum(dtype=np.float64).item()
+
+    @property
+    def count(self):
+        return len(self.logprobs)
 
 
 class Row(NamedTuple):
@@ -58,25 +64,13 @@ def ending_loglikelihoods(model, items, *, share=True, block_size=None, banned=N
     """
     block_size = block_size or block_of(model)
     check(items, block_size)
-    rows = [rows_of(context[excess((context, endings), block_size):], endings, share)
-            for context, endings in items]
-    scored = iter(score_rows(model, [row for part in rows for row in part], banned=banned, **how))
+    parts = [rows_of(context[excess((context, endings), block_size):], endings, share)
+             for context, endings in items]
     scores = []
-    for part, (_, endings) in zip(rows, items):
-        both = joined(next(scored) for _ in part)
+    for both, (_, endings) in zip(score_parts(model, parts, banned=banned, **how), items):
         ends = np.cumsum([len(ending) for ending in endings])[:-1]
-        scores.append([as_score(*one) for one in zip(*(np.split(x, ends) for x in both))])
+        scores.append([Score(*one) for one in zip(*(np.split(x, ends) for x in both))])
     return scores
-
-
-def joined(parts):
-    """(logprobs, likeliest) of consecutive parts, as one."""
-    logprobs, likeliest = zip(*parts)
-    return np.concatenate(logprobs), np.concatenate(likeliest)
-
-
-def as_score(logprobs, likeliest):
-    return Score(logprobs.sum(dtype=np.float64).item(), len(logprobs), logprobs, likeliest)
 
 
 def check(items, block_size):
@@ -140,10 +134,7 @@ def rolling_loglikelihoods(model, texts, stride=0, *, prefix=None, block_size=No
     stride = stride or block_size
     if not 1 <= stride <= block_size:
         raise ValueError(f'stride: given {stride}, expected 1 to {block_size}, the block')
-    rows = [windows(ids, block_size, stride, prefix) for ids in texts]
-    scored = iter(score_rows(model, [row for part in rows for row in part], **how))
-    nothing = np.empty(0, np.float32), np.empty(0, np.int64)        # of a text of one token
-    return [as_score(*joined([nothing, *(next(scored) for _ in part)])) for part in rows]
+    return score_parts(model, [windows(ids, block_size, stride, prefix) for ids in texts], **how)
 
 
 def windows(ids, block_size, stride, prefix=None):
@@ -159,6 +150,14 @@ def windows(ids, block_size, stride, prefix=None):
 
 def block_of(model):
     return getattr(getattr(model, 'config', None), 'block_size', None)
+
+
+def score_parts(model, parts, **how):
+    """The Score of each list of Rows, whose targets follow each other."""
+    scored = iter(score_rows(model, [row for part in parts for row in part], **how))
+    nothing = np.empty(0, np.float32), np.empty(0, np.int64)        # of a text of one token
+    return [Score(*map(np.concatenate, zip(nothing, *(next(scored) for _ in part))))
+            for part in parts]
 
 
 @torch.inference_mode()

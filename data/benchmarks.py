@@ -189,9 +189,9 @@ def lambada(path=''):
     raw, found = obtain('lambada', path)
     texts = []
     for where, row in json_lines(raw, found['path']):
-        if not isinstance(row.get('text'), str) or len(row['text'].split()) < 2:
-            raise ValueError(f"{where}: expected a 'text' of two words or more, "
-                             f"given {row.get('text')!r}")
+        if not isinstance(row.get('text'), str) or ' ' not in row['text'].strip():
+            raise ValueError(f"{where}: expected a 'text' of two words or more with a blank "
+                             f"between, given {row.get('text')!r}")
         texts.append(row['text'])
     return some(texts, found)
 
