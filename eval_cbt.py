@@ -74,17 +74,15 @@ def main(cfg):
     if cfg.download:
         return print('\n'.join(found['path'] for _, found in sets.values()))
     gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
-    started, scores, tokens, cut = time.perf_counter(), {}, 0, 0
+    started, scores, tokens, notes = time.perf_counter(), {}, 0, []
     for name, (questions, _) in sets.items():
         items = [render(question, encoding, cfg.text, *PRESETS[cfg.preset][3:])
                  for question in questions]
         scores[name] = likelihood.ending_loglikelihoods(
             gpt, items, share=cfg.share, batch_tokens=cfg.batch_tokens, world=world, progress=True)
-        more, longer = likelihood.reading(items, gpt.config.block_size, cfg.share)
-        tokens, cut = tokens + more, cut + longer
+        read_now, longer = likelihood.reading(items, gpt.config.block_size, cfg.share)
+        tokens, notes = tokens + read_now, [*notes, *(f'{name}: {note}' for note in longer)]
     if world.is_main:
-        notes = [f'{cut} questions are longer than the block of {gpt.config.block_size} and lost '
-                 f'the beginning of their text'] if cut else []
         finish(cfg, world, weights, sets, books, first, scores, started, tokens, notes)
     distributed.leave()
 

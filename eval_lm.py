@@ -174,10 +174,7 @@ def lambada(cfg, gpt, encoding, texts, how):
     if cfg.protocol != 'last-token':            # one of half a word is not LAMBADA's
         measures['perplexity'] = results.per_unit(nats, [1] * len(nats), 'word',
                                                   about='of the last word')
-    tokens, cut = likelihood.reading(items, gpt.config.block_size)
-    notes = [f'{cut} passages are longer than the block of {gpt.config.block_size} and lost '
-             f'their beginning'] if cut else []
-    return measures, tokens, notes
+    return measures, *likelihood.reading(items, gpt.config.block_size)
 
 
 def last_word(text, encoding, protocol):

@@ -72,17 +72,17 @@ def main(cfg):
     answers = evaluate(gpt, encoding, rows, cfg.protocol, world=world, share=cfg.share,
                        batch_tokens=cfg.batch_tokens, progress=True)
     if world.is_main:
-        finish(cfg, gpt, weights, world, rows, found, first, answers, started)
+        finish(cfg, weights, world, rows, found, first, answers, started)
     distributed.leave()
 
 
 def evaluate(gpt, encoding, rows, protocol='completion', share=True, **how):
     """For rows of benchmarks.hellaswag(): {'acc_norm': [bool], 'acc': [bool], 'scores': [[Score]],
-    'tokens': read, 'cut': rows that had to be}. how: see likelihood.ending_loglikelihoods."""
+    'tokens': read, 'notes': [str]}. how: see likelihood.ending_loglikelihoods."""
     items = [render(row, encoding, protocol) for row in rows]
     scores = likelihood.ending_loglikelihoods(gpt, items, share=share, **how)
-    tokens, cut = likelihood.reading(items, gpt.config.block_size, share)
-    return {**judge(rows, scores, protocol), 'scores': scores, 'tokens': tokens, 'cut': cut}
+    tokens, notes = likelihood.reading(items, gpt.config.block_size, share)
+    return {**judge(rows, scores, protocol), 'scores': scores, 'tokens': tokens, 'notes': notes}
 
 
 def render(row, encoding, protocol):
@@ -118,7 +118,7 @@ def judge(rows, scores, protocol):
     return {'acc_norm': by_norm, 'acc': by_sum}
 
 
-def finish(cfg, gpt, weights, world, rows, found, first, answers, started):
+def finish(cfg, weights, world, rows, found, first, answers, started):
     """Print the result and write it."""
     published = PUBLISHED.get((cfg.protocol, checkpoints.official_name(cfg.model)))
     measures = {}
@@ -133,12 +133,10 @@ def finish(cfg, gpt, weights, world, rows, found, first, answers, started):
                 groups[group].append(right)
     notes = ['acc_norm of ' + ', '.join(f'{group}: {sum(part) / len(part):.2%} of {len(part)}'
                                         for group, part in groups.items())] if groups else []
-    if answers['cut']:
-        notes.append(f"{answers['cut']} questions are longer than the block of "
-                     f'{gpt.config.block_size} and lost the beginning of their context')
     results.finish(cfg, world, started, task='HellaSwag', name=f'hellaswag-{cfg.protocol}',
                    protocol=cfg.protocol, model=weights, data=found, first=first,
-                   measures=measures, notes=[*notes, 'chance: 25 %'], tokens=answers['tokens'])
+                   measures=measures, notes=[*notes, *answers['notes'], 'chance: 25 %'],
+                   tokens=answers['tokens'])
     if cfg.dump:
         results.write_rows(cfg.dump, ({
             'i': i, 'ind': row.get('ind'), 'label': row['label'],

@@ -92,11 +92,13 @@ def excess(item, block_size):
 
 
 def reading(items, block_size, share=True):
-    """(tokens the model reads to score these items, how many items had to be cut)."""
+    """(tokens the model reads to score these items, a note on those that had to be cut: a list)."""
     cuts = [excess(item, block_size) for item in items]
     tokens = sum((len(context) - cut) * (1 if share else len(endings)) + sum(map(len, endings))
                  - len(endings) for (context, endings), cut in zip(items, cuts))
-    return tokens, sum(cut > 0 for cut in cuts)
+    longer = sum(cut > 0 for cut in cuts)
+    return tokens, [f'{longer} of {len(items)} are longer than the block of {block_size} and lost '
+                    f'their beginning'] if longer else []
 
 
 def rows_of(context, endings, share=True):

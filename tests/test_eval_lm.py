@@ -204,7 +204,7 @@ def test_lambada_by_a_model_that_answers(protocol, says, right):
 def test_a_passage_longer_than_the_block_is_cut_and_counted():
     _, tokens, notes = eval_lm.lambada(config(task='lambada', protocol='harness'), UNIFORM, BYTES,
                                        ['so ' * 30 + 'end', 'short end'], HOW)
-    assert notes == ['1 passages are longer than the block of 32 and lost their beginning']
+    assert notes == ['1 of 2 are longer than the block of 32 and lost their beginning']
 
 
 def test_lambada_perplexity_is_of_words_not_of_tokens():
