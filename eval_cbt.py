@@ -13,9 +13,11 @@ mindspore   as it is, <|endoftext|> before and after, two blanks before the quer
 seed        test set, common nouns, as it is, nothing between the sentences and the query
 """
 
-import json
+import os
+import re
 import time
 from collections import defaultdict
+from dataclasses import replace
 
 import checkpoints
 import distributed
@@ -54,60 +56,59 @@ PRESETS = {                 # split, subset, text, between sentences and query, 
     'mindspore': ('valid', ('CN', 'NE'), 'raw', '  ', True),
     'seed': ('test', ('CN',), 'raw', '', False)}
 PUBLISHED = {               # per cent, by preset, model and subset
-    'paper': {size: {name: (row[f'cbt-{name}'], 'GPT-2 paper') for name in ('CN', 'NE')}
-              for size, row in results.TABLE3.items()},
-    'mindspore': {size: {'CN': (cn, 'MindSpore model zoo'), 'NE': (ne, 'MindSpore model zoo')}
-                  for size, cn, ne in (('gpt2', 87.85, 85.10), ('gpt2-medium', 92.10, 87.55),
-                                       ('gpt2-large', 93.70, 89.10))},
-    'seed': {'gpt2': {'CN': (86.84, 'SeekDeeper')}}}
+    **{('paper', size, name): (row['cbt-paper-valid-detok-CN-NE', name], 'GPT-2 paper')
+       for size, row in results.TABLE3.items() for name in ('CN', 'NE')},
+    **{('mindspore', size, name): (value, 'MindSpore model zoo') for size, name, value in (
+        ('gpt2', 'CN', 87.85), ('gpt2-medium', 'CN', 92.10), ('gpt2-large', 'CN', 93.70),
+        ('gpt2', 'NE', 85.10), ('gpt2-medium', 'NE', 87.55), ('gpt2-large', 'NE', 89.10))},
+    ('seed', 'gpt2', 'CN'): (86.84, 'SeekDeeper')}
 
 
 def main(cfg):
     if cfg.compare:
         return print(results.compare(cfg.compare))
-    results.check_places(cfg.out, cfg.dump)
-    split, subset, text, gap, eot = chosen(cfg)
+    results.check(cfg)
+    cfg = resolved(cfg)
     world = distributed.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
-    sets, books, first = distributed.on_main(world, read, cfg, split, subset)
+    sets, books, first = distributed.on_main(world, read, cfg)
     if cfg.download:
         return print('\n'.join(found['path'] for _, found in sets.values()))
     gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
-    started, scores, tokens, cut = time.perf_counter(), {}, 0, 0
+    started, scores, tokens, notes = time.perf_counter(), {}, 0, []
     for name, (questions, _) in sets.items():
-        items = [render(question, encoding, text, gap, eot) for question in questions]
+        items = [render(question, encoding, cfg.text, *PRESETS[cfg.preset][3:])
+                 for question in questions]
         scores[name] = likelihood.ending_loglikelihoods(
             gpt, items, share=cfg.share, batch_tokens=cfg.batch_tokens, world=world, progress=True)
-        tokens, cut = (before + more for before, more in zip((tokens, cut), likelihood.reading(
-            items, gpt.config.block_size, cfg.share)))
+        read_now, longer = likelihood.reading(items, gpt.config.block_size, cfg.share)
+        tokens, notes = tokens + read_now, [*notes, *(f'{name}: {note}' for note in longer)]
     if world.is_main:
-        finish(cfg, world, gpt, weights, sets, books, first, scores, started, tokens, cut)
+        finish(cfg, world, weights, sets, books, first, scores, started, tokens, notes)
     distributed.leave()
 
 
-def chosen(cfg):
-    """(split, subset, text, gap, eot): the preset's, with what is set in its place."""
+def resolved(cfg):
+    """The settings, with the preset's in the place of what is not set."""
     if cfg.preset not in PRESETS:
         raise ValueError(f"preset: given {cfg.preset!r}, expected one of {', '.join(PRESETS)}")
-    split, subset, text, gap, eot = PRESETS[cfg.preset]
-    split, text = cfg.split or split, cfg.text or text
-    subset = tuple(dict.fromkeys(cfg.subset)) or subset
-    for key, given, choices in (('split', [split], ('valid', 'test')), ('text', [text],
-                                ('detok', 'raw')), ('subset', subset, ('CN', 'NE', 'V', 'P'))):
+    split, subset, text, *_ = PRESETS[cfg.preset]
+    cfg = replace(cfg, split=cfg.split or split, text=cfg.text or text,
+                  subset=tuple(dict.fromkeys(cfg.subset)) or subset)
+    for key, given, choices in (('split', [cfg.split], ('valid', 'test')),
+                                ('text', [cfg.text], ('detok', 'raw')),
+                                ('subset', cfg.subset, KINDS)):
         if wrong := [value for value in given if value not in choices]:
             raise ValueError(f"{key}: given {wrong[0]!r}, expected one of {', '.join(choices)}")
-    for key in ('limit', 'batch_tokens'):
-        if getattr(cfg, key) < 0:
-            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
-    return split, subset, text, gap, eot
+    return cfg
 
 
-def read(cfg, split, subset):
+def read(cfg):
     """({subset: (Questions, facts)}, {sentence: book}, how many of each subset, 0: all)."""
-    sets = {name: benchmarks.cbt(name, split, cfg.data, cfg.skip_bad) for name in subset}
-    books = benchmarks.cbt_books(split, cfg.data)
-    first = cfg.limit if cfg.limit < max(len(questions) for questions, _ in sets.values()) else 0
-    return {name: (questions[:first or None], found)
-            for name, (questions, found) in sets.items()}, books, first
+    sets = {name: benchmarks.cbt(name, cfg.split, cfg.data, cfg.skip_bad) for name in cfg.subset}
+    longest = max((questions for questions, _ in sets.values()), key=len)
+    _, first = results.limited(longest, cfg.limit)
+    sets = {name: (questions[:first or None], found) for name, (questions, found) in sets.items()}
+    return sets, benchmarks.cbt_books(cfg.split, cfg.data), first
 
 
 def render(question, encoding, text='detok', gap=' ', eot=False):
@@ -123,37 +124,23 @@ def render(question, encoding, text='detok', gap=' ', eot=False):
         texts = [f'{before}{candidate}{after}' for candidate in question.candidates]
     # a token never reaches over a blank that begins a word: what comes before one that all texts
     # share can be encoded once
-    same = common(texts)
-    cut = texts[0].rfind(' ', 0, same)
-    while cut > 0 and any(other[cut + 1:cut + 2].isspace() for other in texts):
-        cut = texts[0].rfind(' ', 0, cut)
-    cut = max(cut, 0)
-    start = tokenizer.encode(encoding, texts[0][:cut]).tolist()
-    tails = [tokenizer.encode(encoding, text[cut:]).tolist() for text in texts]
+    shared = re.match(r'(.*(?= \S))?', os.path.commonprefix(texts), re.DOTALL).group()
+    start = tokenizer.encode(encoding, shared).tolist()
+    tails = [tokenizer.encode(encoding, text[len(shared):]).tolist() for text in texts]
     mark = [tokenizer.eot_id(encoding)] if eot and tokenizer.eot_id(encoding) is not None else []
-    same = min(common(tails), *(len(tail) - 1 for tail in tails))
+    same = min(len(os.path.commonprefix(tails)), *(len(tail) - 1 for tail in tails))
     return mark + start + tails[0][:same], [tail[same:] + mark for tail in tails]
-
-
-def common(sequences):
-    """How many items all of these texts or lists begin with in common."""
-    low, high = min(sequences), max(sequences)
-    return next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
 
 
 BRACKETS = {'-LRB-': '(', '-RRB-': ')', '-LSB-': '[', '-RSB-': ']', '-LCB-': '{', '-RCB-': '}'}
 CONTRACTED = ("n't", "'s", "'ll", "'re", "'ve", "'d", "'m")
 
 
-def detokenize(text):
-    """Stanford CoreNLP's tokens as people write them: quotes, brackets, contractions and
-    punctuation next to their words, `` and '' as ", a single ` as '."""
-    return ''.join(attach(text.split())[0])
-
-
 def attach(words, pieces=(), glued=True, quoted=False):
-    """(pieces, glued, quoted): the pieces of text that words make, each with the blank before it if
-    there is one. glued: the next word follows without a blank. quoted: a single quote is open.
+    """(pieces, glued, quoted): the pieces of text that words, Stanford CoreNLP's tokens, make as
+    people write them, each with the blank before it if there is one: quotes, brackets, contractions
+    and punctuation next to their words, `` and '' as ", a single ` as '. glued: the next word
+    follows without a blank. quoted: a single quote is open.
 
     A single ' closes, or is a possessive; it opens where none is open, punctuation stands before,
     and no ` follows.
@@ -192,48 +179,40 @@ def judge(question, ten):
             question.candidates[counts.index(max(counts))] == question.answer)
 
 
-def finish(cfg, world, gpt, weights, sets, books, first, scores, started, tokens, cut):
+def finish(cfg, world, weights, sets, books, first, scores, started, tokens, notes):
     """Print the result and write it."""
-    split, subset, text, *_ = chosen(cfg)
     facts = [found for _, found in sets.values()]
     data = {'path': ', '.join(found['path'] for found in facts),
             'sha256': '-'.join(found['sha256'] for found in facts),
             'official': all(found['official'] for found in facts),
             'skipped': sum(found['skipped'] for found in facts)}
-    as_preset = ((split, text) == PRESETS[cfg.preset][:3:2] and data['official']
+    as_preset = ((cfg.split, cfg.text) == PRESETS[cfg.preset][:3:2] and data['official']
                  and not first and not data['skipped'])
-    size, measures, notes = checkpoints.official_name(cfg.model), {}, []
+    size, measures, by_subset, rows = checkpoints.official_name(cfg.model), {}, [], []
     for name, (questions, _) in sets.items():
-        answers = [judge(question, ten) for question, ten in zip(questions, scores[name])]
-        right, frequent = zip(*answers)
-        published = PUBLISHED[cfg.preset].get(size, {}).get(name) if as_preset else None
-        measures[name] = results.accuracy(right, KINDS[name], published and [published])
-        notes.append(f'{name}: the candidate that the text has most often: '
-                     f'{results.shown(results.accuracy(frequent))}')
+        right, frequent = zip(*map(judge, questions, scores[name]))
+        published = PUBLISHED.get((cfg.preset, size, name)) if as_preset else None
+        measures[name] = results.accuracy(right, KINDS[name], [published] if published else [])
+        by_subset.append(f'{name}: the candidate that the text has most often: '
+                         f'{results.shown(results.accuracy(frequent))}')
         by_book = defaultdict(list)
         for question, hit in zip(questions, right):
             by_book[books.get(question.sentences[0], '')].append(hit)
-        notes += [f'{name}: {sum(part) / len(part):7.2%} of {len(part):4} of {book}'
-                  for book, part in sorted(by_book.items()) if book]
-    if cut:
-        notes.append(f'{cut} questions are longer than the block of {gpt.config.block_size} and '
-                     f'lost the beginning of their text')
+        by_subset += [f'{name}: {sum(part) / len(part):7.2%} of {len(part):4} of {book}'
+                      for book, part in sorted(by_book.items()) if book]
+        rows += [{'subset': name, 'where': question.where, 'answer': question.answer,
+                  'right': hit, 'candidates': question.candidates,
+                  'sums': [score.sum for score in ten], 'counts': [score.count for score in ten]}
+                 for question, hit, ten in zip(questions, right, scores[name])]
     if data['skipped']:
-        notes.append(f"{data['skipped']} malformed questions were skipped")
-    result = results.record(
-        "Children's Book Test", cfg, '-'.join(['cbt', cfg.preset, split, text, *subset]), weights,
-        data, measures, protocol=f'{cfg.preset}, {split}, {text}', first=first,
-        started=started, world=world, tokens=tokens, notes=[*notes, 'chance: 10 %'])
-    results.finish(result, cfg.out)
+        notes = [*notes, f"{data['skipped']} malformed questions were skipped"]
+    results.finish(cfg, world, started, task="Children's Book Test",
+                   name='-'.join(['cbt', cfg.preset, cfg.split, cfg.text, *cfg.subset]),
+                   protocol=f'{cfg.preset}, {cfg.split}, {cfg.text}', model=weights, data=data,
+                   first=first, measures=measures, notes=[*by_subset, *notes, 'chance: 10 %'],
+                   tokens=tokens)
     if cfg.dump:
-        with open(cfg.dump, 'w', encoding='utf-8') as file:
-            for name, (questions, _) in sets.items():
-                for question, ten in zip(questions, scores[name]):
-                    file.write(json.dumps({
-                        'subset': name, 'where': question.where, 'answer': question.answer,
-                        'right': judge(question, ten)[0], 'candidates': question.candidates,
-                        'sums': [score.sum for score in ten],
-                        'counts': [score.count for score in ten]}) + '\n')
+        results.write_rows(cfg.dump, rows)
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ last-token  LAMBADA: is the last token the likeliest?
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,21 +57,26 @@ compare = ()            # two results, --compare=a.json,b.json: is the second be
 Config = settings(globals())
 
 SHORT = {'-m': 'model', '-d': 'device'}
-TASKS = {                   # title, protocols, the paper's unit, its stride
-    'lambada': ('LAMBADA', ('paper', 'harness', 'last-token'), 'word', 0),
-    'wikitext2': ('WikiText-2', ('paper', 'harness', 'hf'), 'word', 32),
-    'ptb': ('Penn Treebank', ('paper',), 'word', 32),
-    'enwik8': ('enwik8', ('paper',), 'byte', 512),
-    'text8': ('text8', ('paper',), 'character', 512),
-    'wikitext103': ('WikiText-103', ('paper',), 'word', 32),
-    '1bw': ('1 Billion Word', ('paper',), 'word', 0)}
-HARNESS = {                 # measured by others: value, source
-    ('lambada', 'harness', 'gpt2'): {'accuracy': (32.56, 'lm-evaluation-harness #2159'),
-                                     'perplexity': (40.06, 'lm-evaluation-harness #2159')},
-    ('lambada', 'last-token', 'gpt2'): {'accuracy': (46.67, 'cybertronai/bflm')},
-    ('wikitext2', 'harness', 'gpt2'): {'word': (37.37, 'transformers #13761')},
-    ('wikitext2', 'hf', 'gpt2'): {'token': (29.94, "transformers' documentation")},
-    ('wikitext2', 'hf', 'gpt2-large'): {'token': (19.44, "transformers' documentation")}}
+TASKS = {                   # title; by protocol what is measured, or the headline unit and stride
+    'lambada': ('LAMBADA', {'paper': 'of the last word, stop words excluded',
+                            'harness': 'of the last word', 'last-token': 'of the last token'}),
+    'wikitext2': ('WikiText-2', {'paper': ('word', 32), 'harness': ('word', 0),
+                                 'hf': ('token', 0)}),
+    'ptb': ('Penn Treebank', {'paper': ('word', 32)}),
+    'enwik8': ('enwik8', {'paper': ('byte', 512)}),
+    'text8': ('text8', {'paper': ('character', 512)}),
+    'wikitext103': ('WikiText-103', {'paper': ('word', 32)}),
+    '1bw': ('1 Billion Word', {'paper': ('word', 0)}),
+    'file': ('', {'text': ('token', 512)})}                         # what --file stands for
+PUBLISHED = {               # by result, measure and model: value, source
+    ('lambada-harness', 'accuracy', 'gpt2'): (32.56, 'lm-evaluation-harness #2159'),
+    ('lambada-harness', 'perplexity', 'gpt2'): (40.06, 'lm-evaluation-harness #2159'),
+    ('lambada-last-token', 'accuracy', 'gpt2'): (46.67, 'cybertronai/bflm'),
+    ('wikitext2-harness', 'word', 'gpt2'): (37.37, 'transformers #13761'),
+    ('wikitext2-hf', 'token', 'gpt2'): (29.94, "transformers' documentation"),
+    ('wikitext2-hf', 'token', 'gpt2-large'): (19.44, "transformers' documentation"),
+    **{(*column, size): (value, 'GPT-2 paper')
+       for size, row in results.TABLE3.items() for column, value in row.items()}}
 STOP_WORDS = frozenset('''
     a about above after again against all am an and any are as at be because been before being below
     between both but by can could did do does doing down during each few for from further had has
@@ -86,8 +92,8 @@ def main(cfg):
         return print(results.compare(cfg.compare))
     if cfg.table3:
         return print(table(cfg.model))
-    check(cfg)
-    results.check_places(cfg.out)
+    results.check(cfg)
+    cfg = checked(cfg)
     world = distributed.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
     texts, found, first = distributed.on_main(world, read, cfg)
     if cfg.download:
@@ -95,67 +101,60 @@ def main(cfg):
     gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
     started = time.perf_counter()
     how = {'batch_tokens': cfg.batch_tokens, 'world': world, 'progress': True}
-    evaluate = rolling if isinstance(texts, Corpus) else lambada
+    evaluate = lambada if cfg.task == 'lambada' else rolling
     measures, tokens, notes = evaluate(cfg, gpt, encoding, texts, how)
     if world.is_main:
-        title = TASKS[cfg.task][0] if not cfg.file else Path(cfg.file).name
-        name = f'{cfg.task}-{cfg.protocol}' if not cfg.file else f'file-{results.as_name(cfg.file)}'
-        protocol = cfg.protocol if not cfg.file else 'text'
-        if changed(cfg):                        # the bare name is the protocol's as it stands
-            name, protocol = f'{name}-{changed(cfg)}', f'{protocol}, {changed(cfg)}'
-        published(cfg, measures, found, first)
-        result = results.record(title, cfg, name, weights, found, measures, notes=notes,
-                                protocol=protocol, first=first, tokens=tokens, started=started,
-                                world=world)
-        results.finish(result, cfg.out)
+        changes = '-'.join([f'stride{cfg.stride}'] * (cfg.stride > 0)
+                           + [f'detok{cfg.detok}'] * (cfg.detok != 'auto'))
+        name, protocol = f'{cfg.task}-{results.as_name(cfg.file) or cfg.protocol}', cfg.protocol
+        if changes:                             # the bare name is the protocol's as it stands
+            name, protocol = f'{name}-{changes}', f'{protocol}, {changes}'
+        for key, measure in measures.items():
+            figure = PUBLISHED.get((name, key, checkpoints.official_name(cfg.model)))
+            if figure and found['official'] and not first:
+                measure['published'].append(figure)
+        results.finish(cfg, world, started, task=TASKS[cfg.task][0] or Path(cfg.file).name,
+                       name=name, protocol=protocol, model=weights, data=found, first=first,
+                       measures=measures, notes=notes, tokens=tokens)
     distributed.leave()
 
 
-def check(cfg):
-    if cfg.task not in TASKS:
-        raise ValueError(f"task: given {cfg.task!r}, expected one of {', '.join(TASKS)}, "
-                         f'or --file=ANY.txt')
-    if not cfg.file and cfg.protocol not in TASKS[cfg.task][1]:
-        raise ValueError(f'protocol: given {cfg.protocol!r}, but {cfg.task} has '
-                         f"{', '.join(TASKS[cfg.task][1])}")
-    if cfg.file and cfg.protocol != 'paper':
-        raise ValueError(f'protocol: given {cfg.protocol!r}, but a --file has none')
+def checked(cfg):
+    """The settings, those of a --file with the task and protocol that stand for it."""
     if cfg.detok not in ('auto', True, False):
         raise ValueError(f"detok: given {cfg.detok!r}, expected 'auto', True or False")
-    for key in ('limit', 'batch_tokens', 'stride'):
-        if getattr(cfg, key) < 0:
-            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
+    if cfg.file:
+        if cfg.protocol != 'paper':
+            raise ValueError(f'protocol: given {cfg.protocol!r}, but a --file has none')
+        return replace(cfg, task='file', protocol='text')
+    if cfg.task not in TASKS or cfg.task == 'file':
+        raise ValueError(f"task: given {cfg.task!r}, expected one of {', '.join([*TASKS][:-1])}, "
+                         f'or --file=ANY.txt')
+    if cfg.protocol not in TASKS[cfg.task][1]:
+        raise ValueError(f'protocol: given {cfg.protocol!r}, but {cfg.task} has '
+                         f"{', '.join(TASKS[cfg.task][1])}")
+    return cfg
 
 
 def read(cfg):
     """(the passages of LAMBADA or the Corpus of any other text, facts, how many, 0: all)."""
-    if cfg.file or cfg.task != 'lambada':
-        return corpus(cfg)
-    texts, found = benchmarks.lambada(cfg.data)
-    first = cfg.limit if cfg.limit < len(texts) else 0
-    return texts[:first or None], found, first
-
-
-def changed(cfg):
-    """What is not as the protocol has it, in words fit for a file's name."""
-    return '-'.join([f'stride{cfg.stride}'] * bool(cfg.stride)
-                    + [f'detok{cfg.detok}'] * (cfg.detok != 'auto'))
-
-
-def published(cfg, measures, found, first):
-    """Add the figures that others have measured, where this is the same measurement."""
-    size = checkpoints.official_name(cfg.model)
-    if (cfg.file or first or changed(cfg) or not found['official'] or size not in results.TABLE3):
-        return
-    row, source = results.TABLE3[size], 'GPT-2 paper'
-    figures = HARNESS.get((cfg.task, cfg.protocol, size), {})
-    if cfg.protocol == 'paper' and cfg.task == 'lambada':
-        figures = {'accuracy': (row['lambada-acc'], source),
-                   'perplexity': (row['lambada-ppl'], source)}
-    elif cfg.protocol == 'paper':
-        figures = {TASKS[cfg.task][2]: (row[cfg.task], source)}
-    for key, figure in figures.items():
-        measures[key]['published'].append(figure)
+    if cfg.task == 'lambada':
+        texts, found = benchmarks.lambada(cfg.data)
+        texts, first = results.limited(texts, cfg.limit)
+        return texts, found, first
+    if cfg.task == 'file':
+        raw = benchmarks.read_bytes(cfg.file)
+        found = {**benchmarks.facts(cfg.file, raw), 'official': True}
+    else:
+        raws = cfg.task == 'wikitext2' and cfg.protocol != 'paper'
+        raw, found = benchmarks.obtain('wikitext2-raw' if raws else cfg.task, cfg.data)
+    if cfg.task in ('enwik8', 'text8'):
+        raw = raw[-5_000_000:].lstrip(bytes(range(0x80, 0xC0)))     # not within a character
+    text = benchmarks.decode(raw, found['path'])
+    if not text.strip():
+        raise ValueError(f"{found['path']}: there is no text in this file")
+    text, first = results.limited(text, cfg.limit)
+    return as_corpus(text, cfg), found, first
 
 
 # LAMBADA: the last word of a passage.
@@ -171,15 +170,11 @@ def lambada(cfg, gpt, encoding, texts, how):
         cfg.protocol != 'paper' or ends_word(encoding, score.likeliest[-1].item()))
         for (_, word), score in zip(pairs, scores)]
     nats = [-score.logprobs[:-1].sum(dtype=float) for score in scores]
-    about = {'paper': 'of the last word, stop words excluded', 'harness': 'of the last word',
-             'last-token': 'of the last token'}[cfg.protocol]
-    measures = {'accuracy': results.accuracy(right, about)}
+    measures = {'accuracy': results.accuracy(right, TASKS[cfg.task][1][cfg.protocol])}
     if cfg.protocol != 'last-token':            # one of half a word is not LAMBADA's
         measures['perplexity'] = results.per_unit(nats, [1] * len(nats), 'word',
                                                   about='of the last word')
-    tokens, cut = likelihood.reading(items, gpt.config.block_size)
-    return measures, tokens, [f'{cut} passages are longer than the block of '
-                              f'{gpt.config.block_size} and lost their beginning'] * bool(cut)
+    return measures, *likelihood.reading(items, gpt.config.block_size)
 
 
 def last_word(text, encoding, protocol):
@@ -218,44 +213,21 @@ class Corpus(NamedTuple):
     note: str = ''
 
 
-def corpus(cfg):
-    """(Corpus, facts, first) of the file or of the task's test set."""
-    if cfg.file:
-        raw = benchmarks.refuse_pages(benchmarks.read_bytes(cfg.file), cfg.file)
-        found = benchmarks.facts(cfg.file, raw, True)
-    else:
-        raws = cfg.task == 'wikitext2' and cfg.protocol != 'paper'
-        raw, found = benchmarks.obtain('wikitext2-raw' if raws else cfg.task, cfg.data)
-    if cfg.task in ('enwik8', 'text8') and not cfg.file:
-        raw = raw[-5_000_000:]
-        while raw[:1] and raw[0] & 0xC0 == 0x80:            # not within a character
-            raw = raw[1:]
-    try:
-        text = raw.decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{found['path']}: not UTF-8 ({error.reason} at byte {error.start})"
-                         ) from None
-    if not text.strip():
-        raise ValueError(f"{found['path']}: there is no text in this file")
-    first = cfg.limit if cfg.limit < len(text) else 0
-    return as_corpus(text[:first or None], cfg), found, first
-
-
 def as_corpus(text, cfg):
-    words, units = len(text.split()), {'byte': len(text.encode()), 'character': len(text)}
     lines = text.removesuffix('\n').split('\n')
-    if cfg.file or cfg.task in ('enwik8', 'text8'):
-        return Corpus([text], {'word': words, **units})
+    units = {'word': len(text.split()), 'byte': len(text.encode()), 'character': len(text)}
+    if cfg.task in ('file', 'enwik8', 'text8'):
+        return Corpus([text], units)
+    if cfg.protocol == 'hf':
+        rows = [line + '\n' if line.strip() else '' for line in lines]
+        return Corpus(['\n\n'.join(rows)], units)
     if cfg.protocol == 'harness':
         pages = benchmarks.articles(text)
         return Corpus([harness_detokenize(page) for page in pages], {
             'word': sum(len(re.split(r'\s+', page)) for page in pages),
             'byte': sum(len(page.encode()) for page in pages),
             'character': sum(map(len, pages))})
-    if cfg.protocol == 'hf':
-        rows = [line + '\n' if line.strip() else '' for line in lines]
-        return Corpus(['\n\n'.join(rows)], {'word': words, **units})
-    units = {'word': words + len(lines), **units}                   # a line ends in <eos>
+    units['word'] += len(lines)                                     # a line ends in <eos>
     if cfg.task == '1bw':
         return Corpus([line + '\n' for line in lines], units)
     if cfg.detok is False or cfg.detok == 'auto' and cfg.task == 'wikitext103':
@@ -321,25 +293,21 @@ def harness_detokenize(text):
     return text
 
 
-def rolling(cfg, gpt, encoding, texts, how):
+def rolling(cfg, gpt, encoding, corpus, how):
     """(measures, tokens read, notes) of a Corpus: one total, over every unit there is."""
     block = gpt.config.block_size
-    _, _, unit, stride = TASKS[cfg.task]
-    if cfg.file:
-        unit, stride = 'token', 512
-    whole_block = cfg.protocol in ('harness', 'hf')
-    stride = cfg.stride or min(block, 0 if whole_block else stride) or block
+    unit, stride = TASKS[cfg.task][1][cfg.protocol]
+    stride = cfg.stride or min(block, stride) or block
     eot = tokenizer.eot_id(encoding)
-    documents = [tokenizer.encode(encoding, text) for text in texts.documents]
+    documents = [tokenizer.encode(encoding, text) for text in corpus.documents]
     scores = likelihood.rolling_loglikelihoods(gpt, documents, stride, prefix=eot, **how)
     count = sum(score.count for score in scores)
     if not count:
         raise ValueError('one token is no text: there is nothing to predict')
     nats, shares = in_pieces(encoding, documents, scores)
-    nats += texts.bits * math.log(2) * shares
-    unit = 'token' if cfg.protocol == 'hf' else unit
+    nats += corpus.bits * math.log(2) * shares
     measures = {}
-    for name, many in {'token': count, **texts.units}.items():
+    for name, many in {'token': count, **corpus.units}.items():
         bits = name in ('byte', 'character')
         about = f"{'bits' if bits else 'perplexity'} per {name}, {many:,} of them"
         measures[name] = results.per_unit(nats, shares * many, name, bits=bits, about=about)
@@ -349,7 +317,7 @@ def rolling(cfg, gpt, encoding, texts, how):
                  for row in likelihood.windows(ids, block, stride, eot))
     notes = [f'{len(documents)} text{"s" if len(documents) > 1 else ""}, {sum(nats):,.1f} nats; '
              f'windows of {block} tokens, stride {stride}']
-    notes += [texts.note] if texts.note else []
+    notes += [corpus.note] if corpus.note else []
     if eot is None:
         notes.append('the first token is not scored: this tokenizer has none to read before it')
     return measures, tokens, notes
@@ -371,81 +339,42 @@ def in_pieces(encoding, documents, scores):
 
 # Table 3.
 
-LINES = (   # title, column of results.TABLE3, the result it is found in, its measure
-    ('LAMBADA (perplexity)', 'lambada-ppl', 'lambada-paper', 'perplexity'),
-    ('LAMBADA (accuracy)', 'lambada-acc', 'lambada-paper', 'accuracy'),
-    ('CBT common nouns', 'cbt-CN', 'cbt-paper-valid-detok-CN-NE', 'CN'),
-    ('CBT named entities', 'cbt-NE', 'cbt-paper-valid-detok-CN-NE', 'NE'),
-    ('WikiText-2 (perplexity)', 'wikitext2', 'wikitext2-paper', 'word'),
-    ('PTB (perplexity)', 'ptb', 'ptb-paper', 'word'),
-    ('enwik8 (bits per byte)', 'enwik8', 'enwik8-paper', 'byte'),
-    ('text8 (bits per char)', 'text8', 'text8-paper', 'character'),
-    ('WikiText-103 (perplexity)', 'wikitext103', 'wikitext103-paper', 'word'),
-    ('1BW (perplexity)', '1bw', '1bw-paper', 'word'))
+LINES = {
+    **results.COLUMNS,
+    ('lambada-harness', 'perplexity'): 'by harness: LAMBADA (perplexity)',
+    ('lambada-harness', 'accuracy'): 'by harness: LAMBADA (accuracy)',
+    ('wikitext2-harness', 'word'): 'by harness: WikiText-2 (perplexity)'}
 
 
 def table(model):
     """The paper's Table 3 of one model, from the results under out/results."""
-    model = str(model or checkpoints.newest_of_all() or 'gpt2')
-    size, missing = checkpoints.official_name(model), {}
-    if not size and not results.folder(model).exists():
+    model = model or str(checkpoints.find(checkpoints.newest_of_all() or ''))
+    size, folder = checkpoints.official_name(model), results.folder(model)
+    if not size and not folder.exists():
         raise ValueError(f'{model}: there are no results of this model under {results.OUT}; '
                          f"gpt2 to gpt2-xl stand for OpenAI's")
-    paper = results.TABLE3.get(size, {})
-    names = {line[2] for line in LINES} | {'lambada-harness', 'wikitext2-harness'}
-    files = {name: results.folder(model) / f'{name}.json' for name in names}
-    found = {name: results.read(file) for name, file in files.items() if file.exists()}
-
-    def measure(name, key):
-        if name not in found:
-            missing[name] = command(name, model)
-        return found.get(name, {}).get('measures', {}).get(key)
-
-    rows = [('', 'measured', '95 %', 'count', 'paper', 'by harness', 'published')]
-    for title, column, name, key in LINES:
-        task = name.partition('-')[0]
-        in_harness = task in TASKS and 'harness' in TASKS[task][1]
-        theirs = HARNESS.get((task, 'harness', size), {}).get(key)
-        rows.append((title, *figures(measure(name, key)),
-                     f'{paper[column]:g}' if column in paper else '-',
-                     figures(measure(f'{task}-harness', key))[0] if in_harness else '-',
-                     f'{theirs[0]:g}' if theirs else '-'))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [f'Table 3 of the GPT-2 paper, for {model}']
-    lines += ['  '.join(f'{cell:>{width}}' if i else f'{cell:{width}}'
-                        for i, (cell, width) in enumerate(zip(row, widths))) for row in rows]
+    lines = [f'Table 3 of the GPT-2 paper, for {model}', f"{'':35}  published  measured"]
+    found, missing = {}, {}
+    for (name, key), title in LINES.items():
+        file, measured = folder / f'{name}.json', '-'
+        if file.exists():
+            found[name] = results.read(file)
+            measure = found[name]['measures'][key]
+            measured = f"{results.shown(measure):38} {measure['about']}"
+        else:
+            task, _, protocol = name.partition('-')
+            missing[name] = f'python eval_cbt.py --model={model}' if task == 'cbt' else (
+                f'python eval_lm.py --model={model} --task={task} --protocol={protocol}')
+        value, _ = PUBLISHED.get((name, key, size), ('-', ''))
+        lines.append(f'{title:35}  {value:>9}  {measured}')
     folders = sorted({f"weights {one['model']['sha256'][:8]}: {one['model']['folder']}"
                       for one in found.values()})
-    lines += folders + ['not all of the same weights: measure again what is older'] * (
-        len(folders) > 1)
-    lines += [f"{name}: {one['data']['path']} is not known to be the official file"
-              for name, one in found.items() if not one['data']['official']]
-    return '\n'.join([*lines, *['not measured yet:'] * bool(missing),
-                      *(f'  {how}' for how in missing.values())])
-
-
-def figures(measure):
-    """(value, interval, count) as they stand in the table."""
-    if measure is None:
-        return '-', '-', '-'
-    if 'correct' in measure:
-        return (f"{measure['value']:.2%}", f"{measure['low']:.2%} to {measure['high']:.2%}",
-                f"{measure['correct']}/{measure['count']}")
-    digits = 3 if measure['bits'] else 2
-    return (f"{measure['value']:.{digits}f}",
-            f"{measure['low']:.{digits}f} to {measure['high']:.{digits}f}",
-            f"{measure['count']:,} {measure['unit']}s")
-
-
-def command(name, model):
-    """What measures the result `name`; for PTB also what has to be brought."""
-    if name.startswith('cbt'):
-        return f'python eval_cbt.py --model={model}'
-    task, protocol = name.split('-')
-    bring = f' (first put its test set at {benchmarks.PLACE / benchmarks.PTB[0]})'
-    return (f'python eval_lm.py --model={model} --task={task}'
-            f"{f' --protocol={protocol}' if protocol != 'paper' else ''}"
-            f"{bring if task == 'ptb' else ''}")
+    lines += folders
+    if len(folders) > 1:
+        lines.append('not all of the same weights: measure again what is older')
+    if missing:
+        lines += ['not measured yet:', *(f'  {how}' for how in missing.values())]
+    return '\n'.join(lines)
 
 
 if __name__ == '__main__':

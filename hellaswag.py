@@ -13,7 +13,6 @@ lm-eval     the activity before the context, brackets taken out (lm-evaluation-h
             acc_norm by the sum over the characters of the ending, acc by the sum
 """
 
-import json
 import re
 import time
 from collections import defaultdict
@@ -58,40 +57,32 @@ PUBLISHED = {               # per cent of 10,042: acc_norm, acc, source
 
 
 def main(cfg):
-    check(cfg)
     if cfg.compare:
         return print(results.compare(cfg.compare))
-    results.check_places(cfg.out, cfg.dump)
+    if cfg.protocol not in PROTOCOLS:
+        raise ValueError(f"protocol: given {cfg.protocol!r}, expected 'completion' or 'lm-eval'")
+    results.check(cfg)
     world = distributed.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
     rows, found = distributed.on_main(world, benchmarks.hellaswag, cfg.data)
     if cfg.download:
         return print(f"{found['path']}: {len(rows):,} questions")
-    first = cfg.limit if cfg.limit < len(rows) else 0
-    rows = rows[:first or None]
+    rows, first = results.limited(rows, cfg.limit)
     gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
     started = time.perf_counter()
     answers = evaluate(gpt, encoding, rows, cfg.protocol, world=world, share=cfg.share,
                        batch_tokens=cfg.batch_tokens, progress=True)
     if world.is_main:
-        finish(cfg, gpt, weights, world, rows, found, first, answers, started)
+        finish(cfg, weights, world, rows, found, first, answers, started)
     distributed.leave()
-
-
-def check(cfg):
-    if cfg.protocol not in PROTOCOLS:
-        raise ValueError(f"protocol: given {cfg.protocol!r}, expected 'completion' or 'lm-eval'")
-    for key in ('limit', 'batch_tokens'):
-        if getattr(cfg, key) < 0:
-            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
 
 
 def evaluate(gpt, encoding, rows, protocol='completion', share=True, **how):
     """For rows of benchmarks.hellaswag(): {'acc_norm': [bool], 'acc': [bool], 'scores': [[Score]],
-    'tokens': read, 'cut': rows that had to be}. how: see likelihood.ending_loglikelihoods."""
+    'tokens': read, 'notes': [str]}. how: see likelihood.ending_loglikelihoods."""
     items = [render(row, encoding, protocol) for row in rows]
     scores = likelihood.ending_loglikelihoods(gpt, items, share=share, **how)
-    tokens, cut = likelihood.reading(items, gpt.config.block_size, share)
-    return {**judge(rows, scores, protocol), 'scores': scores, 'tokens': tokens, 'cut': cut}
+    tokens, notes = likelihood.reading(items, gpt.config.block_size, share)
+    return {**judge(rows, scores, protocol), 'scores': scores, 'tokens': tokens, 'notes': notes}
 
 
 def render(row, encoding, protocol):
@@ -127,7 +118,7 @@ def judge(rows, scores, protocol):
     return {'acc_norm': by_norm, 'acc': by_sum}
 
 
-def finish(cfg, gpt, weights, world, rows, found, first, answers, started):
+def finish(cfg, weights, world, rows, found, first, answers, started):
     """Print the result and write it."""
     published = PUBLISHED.get((cfg.protocol, checkpoints.official_name(cfg.model)))
     measures = {}
@@ -142,21 +133,16 @@ def finish(cfg, gpt, weights, world, rows, found, first, answers, started):
                 groups[group].append(right)
     notes = ['acc_norm of ' + ', '.join(f'{group}: {sum(part) / len(part):.2%} of {len(part)}'
                                         for group, part in groups.items())] if groups else []
-    if answers['cut']:
-        notes.append(f"{answers['cut']} questions are longer than the block of "
-                     f'{gpt.config.block_size} and lost the beginning of their context')
-    result = results.record('HellaSwag', cfg, f'hellaswag-{cfg.protocol}', weights, found,
-                            measures, protocol=cfg.protocol, first=first, started=started,
-                            world=world, tokens=answers['tokens'], notes=[*notes, 'chance: 25 %'])
-    results.finish(result, cfg.out)
+    results.finish(cfg, world, started, task='HellaSwag', name=f'hellaswag-{cfg.protocol}',
+                   protocol=cfg.protocol, model=weights, data=found, first=first,
+                   measures=measures, notes=[*notes, *answers['notes'], 'chance: 25 %'],
+                   tokens=answers['tokens'])
     if cfg.dump:
-        with open(cfg.dump, 'w', encoding='utf-8') as file:
-            for i, (row, four) in enumerate(zip(rows, answers['scores'])):
-                file.write(json.dumps({
-                    'i': i, 'ind': row.get('ind'), 'label': row['label'],
-                    'right': answers['acc_norm'][i], 'right_by_sum': answers['acc'][i],
-                    'sums': [score.sum for score in four],
-                    'counts': [score.count for score in four]}) + '\n')
+        results.write_rows(cfg.dump, ({
+            'i': i, 'ind': row.get('ind'), 'label': row['label'],
+            'right': answers['acc_norm'][i], 'right_by_sum': answers['acc'][i],
+            'sums': [score.sum for score in four], 'counts': [score.count for score in four]}
+            for i, (row, four) in enumerate(zip(rows, answers['scores']))))
 
 
 if __name__ == '__main__':

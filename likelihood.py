@@ -25,18 +25,22 @@ from tqdm import tqdm
 import distributed
 
 LOGITS_AT_ONCE = 2 ** 25    # the head is applied to as many positions as give so many logits
-
-
 IN_A_FILE = {               # where the progress bar is no bar: a line every ten seconds
     'mininterval': 10, 'delay': 10,
     'bar_format': '{percentage:3.0f} % of {total_fmt} tokens, {rate_fmt}, {remaining} left\n'}
 
 
 class Score(NamedTuple):
-    sum: float              # log-probability of all tokens, in nats
-    count: int              # how many tokens they are
-    logprobs: np.ndarray    # (count,) float32, of each token
+    logprobs: np.ndarray    # (count,) float32, of each token, in nats
     likeliest: np.ndarray   # (count,) ids that the model would have chosen in their place
+
+    @property
+    def sum(self):          # the log-probability of all tokens
+        return self.logprobs.sum(dtype=np.float64).item()
+
+    @property
+    def count(self):
+        return len(self.logprobs)
 
 
 class Row(NamedTuple):
@@ -60,25 +64,13 @@ def ending_loglikelihoods(model, items, *, share=True, block_size=None, banned=N
     """
     block_size = block_size or block_of(model)
     check(items, block_size)
-    rows = [rows_of(context[excess((context, endings), block_size):], endings, share)
-            for context, endings in items]
-    scored = iter(score_rows(model, [row for part in rows for row in part], banned=banned, **how))
+    parts = [rows_of(context[excess((context, endings), block_size):], endings, share)
+             for context, endings in items]
     scores = []
-    for part, (_, endings) in zip(rows, items):
-        both = joined(next(scored) for _ in part)
+    for both, (_, endings) in zip(score_parts(model, parts, banned=banned, **how), items):
         ends = np.cumsum([len(ending) for ending in endings])[:-1]
-        scores.append([as_score(*one) for one in zip(*(np.split(x, ends) for x in both))])
+        scores.append([Score(*one) for one in zip(*(np.split(x, ends) for x in both))])
     return scores
-
-
-def joined(parts):
-    """(logprobs, likeliest) of consecutive parts, as one."""
-    logprobs, likeliest = zip(*parts)
-    return np.concatenate(logprobs), np.concatenate(likeliest)
-
-
-def as_score(logprobs, likeliest):
-    return Score(logprobs.sum(dtype=np.float64).item(), len(logprobs), logprobs, likeliest)
 
 
 def check(items, block_size):
@@ -100,11 +92,13 @@ def excess(item, block_size):
 
 
 def reading(items, block_size, share=True):
-    """(tokens the model reads to score these items, how many items had to be cut)."""
+    """(tokens the model reads to score these items, a note on those that had to be cut: a list)."""
     cuts = [excess(item, block_size) for item in items]
     tokens = sum((len(context) - cut) * (1 if share else len(endings)) + sum(map(len, endings))
                  - len(endings) for (context, endings), cut in zip(items, cuts))
-    return tokens, sum(cut > 0 for cut in cuts)
+    longer = sum(cut > 0 for cut in cuts)
+    return tokens, [f'{longer} of {len(items)} are longer than the block of {block_size} and lost '
+                    f'their beginning'] if longer else []
 
 
 def rows_of(context, endings, share=True):
@@ -142,10 +136,7 @@ def rolling_loglikelihoods(model, texts, stride=0, *, prefix=None, block_size=No
     stride = stride or block_size
     if not 1 <= stride <= block_size:
         raise ValueError(f'stride: given {stride}, expected 1 to {block_size}, the block')
-    rows = [windows(ids, block_size, stride, prefix) for ids in texts]
-    scored = iter(score_rows(model, [row for part in rows for row in part], **how))
-    nothing = np.empty(0, np.float32), np.empty(0, np.int64)        # of a text of one token
-    return [as_score(*joined([nothing, *(next(scored) for _ in part)])) for part in rows]
+    return score_parts(model, [windows(ids, block_size, stride, prefix) for ids in texts], **how)
 
 
 def windows(ids, block_size, stride, prefix=None):
@@ -161,6 +152,14 @@ def windows(ids, block_size, stride, prefix=None):
 
 def block_of(model):
     return getattr(getattr(model, 'config', None), 'block_size', None)
+
+
+def score_parts(model, parts, **how):
+    """The Score of each list of Rows, whose targets follow each other."""
+    scored = iter(score_rows(model, [row for part in parts for row in part], **how))
+    nothing = np.empty(0, np.float32), np.empty(0, np.int64)        # of a text of one token
+    return [Score(*map(np.concatenate, zip(nothing, *(next(scored) for _ in part))))
+            for part in parts]
 
 
 @torch.inference_mode()

@@ -16,9 +16,18 @@ from pathlib import Path
 import torch
 
 OUT = Path(__file__).resolve().parent / 'out' / 'results'
-COLUMNS = ('lambada-ppl', 'lambada-acc', 'cbt-CN', 'cbt-NE', 'wikitext2', 'ptb', 'enwik8', 'text8',
-           'wikitext103', '1bw')
-TABLE3 = {name: dict(zip(COLUMNS, row)) for name, row in {      # GPT-2 paper, table 3
+COLUMNS = {                 # of the GPT-2 paper's table 3: result and measure, title
+    ('lambada-paper', 'perplexity'): 'LAMBADA (perplexity)',
+    ('lambada-paper', 'accuracy'): 'LAMBADA (accuracy)',
+    ('cbt-paper-valid-detok-CN-NE', 'CN'): 'CBT common nouns',
+    ('cbt-paper-valid-detok-CN-NE', 'NE'): 'CBT named entities',
+    ('wikitext2-paper', 'word'): 'WikiText-2 (perplexity)',
+    ('ptb-paper', 'word'): 'PTB (perplexity)',
+    ('enwik8-paper', 'byte'): 'enwik8 (bits per byte)',
+    ('text8-paper', 'character'): 'text8 (bits per char)',
+    ('wikitext103-paper', 'word'): 'WikiText-103 (perplexity)',
+    ('1bw-paper', 'word'): '1BW (perplexity)'}
+TABLE3 = {name: dict(zip(COLUMNS, row)) for name, row in {
     'gpt2': (35.13, 45.99, 87.65, 83.4, 29.41, 65.85, 1.16, 1.17, 37.50, 75.20),
     'gpt2-medium': (15.60, 55.48, 92.35, 87.1, 22.76, 47.33, 1.01, 1.06, 26.37, 55.72),
     'gpt2-large': (10.87, 60.12, 93.45, 88.0, 19.93, 40.31, 0.97, 1.02, 22.05, 44.575),
@@ -34,7 +43,7 @@ def accuracy(correct, about='', published=()):
     n, k = len(correct), sum(correct)
     low, high = wilson(k, n)
     return {'value': k / n, 'low': low, 'high': high, 'correct': k, 'count': n, 'about': about,
-            'published': list(published or ()), 'items': ''.join('01'[right] for right in correct)}
+            'published': list(published), 'items': ''.join('01'[right] for right in correct)}
 
 
 def wilson(k, n):
@@ -44,7 +53,7 @@ def wilson(k, n):
     return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
 
 
-def per_unit(nats, weights, unit, bits=False, about='', published=()):
+def per_unit(nats, weights, unit, bits=False, about=''):
     """The measure of a text in pieces: nats[i] lost on the i-th, which has weights[i] units.
 
     It is the perplexity per unit, exp(nats / units), or with bits=True the bits per unit. The
@@ -57,21 +66,39 @@ def per_unit(nats, weights, unit, bits=False, about='', published=()):
     value, low, high = (x / math.log(2) if bits else math.exp(min(x, 700))
                         for x in (mean, mean - half, mean + half))
     return {'value': value, 'low': low, 'high': high, 'unit': unit, 'bits': bits, 'nats': total,
-            'count': round(units), 'about': about, 'published': list(published),
+            'count': round(units), 'about': about, 'published': [],
             'items': [round(a, 4) for a in nats]}
 
 
-def record(task, cfg, name, model, data, measures, *, first, started, tokens, world, **facts):
-    """All there is to know about one evaluation, as plain types.
+def check(cfg):
+    """Refuse, before anything is measured, numbers below 0 and files that could not be written."""
+    for key in ('limit', 'batch_tokens', 'stride'):
+        if getattr(cfg, key, 0) < 0:
+            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
+    for path in filter(None, (cfg.out, getattr(cfg, 'dump', ''))):
+        if Path(path).is_dir() or path.endswith('/'):
+            raise ValueError(f'{path}: is a folder, expected the name of a file')
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
-    model: facts of checkpoints.open_for(); data: facts of a reader of data.benchmarks; first: how
-    many of the items were measured, 0: all.
+
+def limited(items, limit):
+    """(the first `limit` of the items, limit); (all, 0) if there are no more, or limit is 0."""
+    first = limit if limit < len(items) else 0
+    return items[:first or None], first
+
+
+def finish(cfg, world, started, **found):
+    """Print what an evaluation has found, and write it as JSON to --out or to its own place.
+
+    found: task, name, protocol, measures, notes, tokens (read), first (how many of the items were
+    measured, 0: all), model (facts of checkpoints.open_for), data (facts of data.benchmarks).
     """
-    return {'task': task, 'name': name, **facts, 'first': first, 'data': data, 'measures': measures,
-            'model': model, 'settings': vars(cfg), 'device': str(world.device),
-            'processes': world.size, 'tokens': tokens,
-            'seconds': round(time.perf_counter() - started, 2),
-            'versions': {'python': platform.python_version(), 'torch': torch.__version__}}
+    found |= {'settings': vars(cfg), 'device': str(world.device), 'processes': world.size,
+              'seconds': round(time.perf_counter() - started, 2),
+              'versions': {'python': platform.python_version(), 'torch': torch.__version__}}
+    path = Path(cfg.out) if cfg.out else place(found)
+    write(path, found)
+    print(show(found), f'  written to {path}', sep='\n')
 
 
 def place(found):
@@ -91,14 +118,6 @@ def as_name(text):
     return re.sub(r'[^\w.-]+', '_', text).strip('_')
 
 
-def check_places(*paths):
-    """Refuse, before anything is measured, files that could not be written afterwards."""
-    for path in filter(None, paths):
-        if Path(path).is_dir() or path.endswith('/'):
-            raise ValueError(f'{path}: is a folder, expected the name of a file')
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-
-
 def write(path, found):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,11 +126,9 @@ def write(path, found):
     os.replace(aside, path)
 
 
-def finish(found, out=''):
-    """Print a record and write it, to `out` or to its own place."""
-    path = Path(out) if out else place(found)
-    write(path, found)
-    print(show(found), f'  written to {path}', sep='\n')
+def write_rows(path, rows):
+    """Write a line of JSON on each of the items."""
+    Path(path).write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
 
 
 def read(path):
@@ -172,11 +189,13 @@ def compare(paths):
         if a[key] != b[key]:
             raise ValueError(f'{key}: {paths[0]} has {a[key]!r}, {paths[1]} {b[key]!r}; '
                              f'only results of the same can be compared')
-    if a['data']['sha256'] != b['data']['sha256']:
+    if (a['data']['sha256'], a.get('first')) != (b['data']['sha256'], b.get('first')):
         raise ValueError(f'{paths[0]} and {paths[1]} were measured on different data or subsets')
     lines = [f"{b['task']}, {b['protocol']}: {b['model']['name']} against {a['model']['name']}"]
-    for name in [name for name, measure in a['measures'].items() if measure['items']]:
-        one, two = a['measures'][name], b['measures'].get(name)
+    for name, one in a['measures'].items():
+        if not one['items']:
+            continue
+        two = b['measures'].get(name)
         if two is None or len(one['items']) != len(two['items']):
             raise ValueError(f'{name}: the two results do not cover the same items; '
                              f'--limit and --subset have to be the same')

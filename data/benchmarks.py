@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -47,16 +46,17 @@ SOURCES = {     # name: (url, sha256 of what it gives, the file in an archive)
             '01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e',
             '1-billion-word-language-modeling-benchmark-r13output/'
             'heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050'),
+    'ptb': ('ptb.test.txt',         # not to be downloaded
+            'dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0', ''),
 }
-PTB = ('ptb.test.txt', 'dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0')
 KNOWN = {       # sha256 of files taken out of these archives
     'wikitext2-raw': '173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08',
     'enwik8': '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'}
 CBT_BLOBS = {   # git's names (sha1) of the unmodified files begin so
-    ('CN', 'valid'): 'dbe54c05', ('CN', 'test'): 'dd2475af', ('NE', 'valid'): '7f702d10',
-    ('NE', 'test'): '212bb2d0', ('V', 'valid'): '19ceb44a', ('V', 'test'): '2959302b',
-    ('P', 'valid'): 'a74aab34', ('P', 'test'): 'b24728c1'}
-CBT_SIZES = {'valid': '2000ex', 'test': '2500ex'}
+    'cbtest_CN_valid_2000ex.txt': 'dbe54c05', 'cbtest_CN_test_2500ex.txt': 'dd2475af',
+    'cbtest_NE_valid_2000ex.txt': '7f702d10', 'cbtest_NE_test_2500ex.txt': '212bb2d0',
+    'cbtest_V_valid_2000ex.txt': '19ceb44a', 'cbtest_V_test_2500ex.txt': '2959302b',
+    'cbtest_P_valid_2000ex.txt': 'a74aab34', 'cbtest_P_test_2500ex.txt': 'b24728c1'}
 
 
 class Question(NamedTuple):
@@ -70,50 +70,41 @@ class Question(NamedTuple):
 
 def obtain(name, path=''):
     """(bytes, facts) of the test set `name`, or of the file `path`, which may be its .zip."""
-    if path:
-        raw, source = read_bytes(path), Path(path)
-        member = SOURCES[name][2] if name in SOURCES else ''
-        if raw[:2] == b'PK' and member:
-            official = hashlib.sha256(raw).hexdigest() == SOURCES[name][1]
-            return unzip(raw, member, path), facts(source, raw, official)
-        known = {KNOWN.get(name), PTB[1] if name == 'ptb' else SOURCES[name][1]}
-        return refuse_pages(raw, path), facts(
-            source, raw, hashlib.sha256(raw).hexdigest() in known)
-    if name == 'ptb':
-        if not (PLACE / PTB[0]).exists():
-            raise ValueError(f'the Penn Treebank is licensed by the LDC and not to be had freely: '
-                             f'put its test set, {PTB[0]} (449,945 bytes, sha256 {PTB[1]}), '
-                             f'at {PLACE / PTB[0]}')
-        return obtain(name, PLACE / PTB[0])
     url, sha256, member = SOURCES[name]
-    archive = PLACE / Path(url).name
-    if url.endswith('.tar.gz'):
-        file = unpack(name, [member])
-        raw = read_bytes(file)
-        return raw, facts(file, raw, archive.exists())
-    fetch(url, archive, sha256)
-    raw = archive.read_bytes()
-    return unzip(raw, member, archive) if member else raw, facts(archive, raw, True)
+    place = PLACE / Path(url).name
+    if name == '1bw' and not path:
+        path = unpack(name, [member])
+        raw = read_bytes(path)
+        return raw, {**facts(path, raw), 'official': place.exists()}    # of a verified archive
+    if name == 'ptb' and not path and not place.exists():
+        raise ValueError(f'the Penn Treebank is licensed by the LDC and not to be had freely: '
+                         f'put its test set, {url} (449,945 bytes, sha256 {sha256}), at {place}')
+    if name != 'ptb' and not path:
+        fetch(url, place, sha256)
+    path = path or place
+    raw = read_bytes(path)
+    found = facts(path, raw, {sha256, KNOWN.get(name)})
+    return unzip(raw, member, path) if member and raw[:2] == b'PK' else raw, found
 
 
-def facts(path, raw, official):
-    return {'path': str(path), 'sha256': hashlib.sha256(raw).hexdigest(), 'official': official}
+def facts(path, raw, known=()):
+    digest = hashlib.sha256(raw).hexdigest()
+    return {'path': str(path), 'sha256': digest, 'official': digest in known}
 
 
 def read_bytes(path):
+    """The bytes of a file, which is refused where something else was downloaded in its place."""
     try:
-        return Path(path).expanduser().read_bytes()
+        raw = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise ValueError(f'{path}: cannot read this file ({error.strerror})') from None
-
-
-def refuse_pages(raw, path):
     if raw[:2] == b'\x1f\x8b':
         raise ValueError(f'{path}: is packed (gzip): unpack it, and name the file in it')
     head = raw[:200].lstrip(b'\xef\xbb\xbf \r\n').lower()
-    if head.startswith((b'<!doctype', b'<html', b'version https://git-lfs')):
-        what = 'a Git LFS pointer' if head.startswith(b'version') else 'a web page'
-        raise ValueError(f'{path}: is {what}, not the data: download the file itself')
+    for start, what in ((b'<!doctype', 'a web page'), (b'<html', 'a web page'),
+                        (b'version https://git-lfs', 'a Git LFS pointer')):
+        if head.startswith(start):
+            raise ValueError(f'{path}: is {what}, not the data: download the file itself')
     return raw
 
 
@@ -145,11 +136,15 @@ def unpack(name, members):
 def lines_of(raw, path):
     """(file:line, text) of every line, whatever ends it; a byte order mark is passed over."""
     for number, line in enumerate(raw.removeprefix(b'\xef\xbb\xbf').split(b'\n'), start=1):
-        try:
-            yield f'{path}:{number}', line.decode('utf-8').removesuffix('\r')
-        except UnicodeDecodeError as error:
-            raise ValueError(f'{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})'
-                             ) from None
+        where = f'{path}:{number}'
+        yield where, decode(line, where).removesuffix('\r')
+
+
+def decode(raw, where):
+    try:
+        return raw.decode('utf-8')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{where}: not UTF-8 ({error.reason} at byte {error.start})') from None
 
 
 def json_lines(raw, path):
@@ -176,11 +171,10 @@ def hellaswag(path=''):
         if not (isinstance(endings, list) and len(endings) == 4
                 and all(isinstance(ending, str) and ending.strip() for ending in endings)):
             raise ValueError(f"{where}: expected four texts 'endings', given {endings!r}")
-        label = int(label) if str(label) in '0123' and str(label) else label
-        if type(label) is not int or not 0 <= label <= 3:
+        if str(label) not in ('0', '1', '2', '3'):
             raise ValueError(f'{where}: label: given {label!r}, expected 0 to 3 '
                              f'(the test set comes without labels)')
-        rows.append({**row, 'label': label})
+        rows.append({**row, 'label': int(label)})
     return some(rows, found)
 
 
@@ -195,9 +189,9 @@ def lambada(path=''):
     raw, found = obtain('lambada', path)
     texts = []
     for where, row in json_lines(raw, found['path']):
-        if not isinstance(row.get('text'), str) or len(row['text'].split()) < 2:
-            raise ValueError(f"{where}: expected a 'text' of two words or more, "
-                             f"given {row.get('text')!r}")
+        if not isinstance(row.get('text'), str) or ' ' not in row['text'].strip():
+            raise ValueError(f"{where}: expected a 'text' of two words or more with a blank "
+                             f"between, given {row.get('text')!r}")
         texts.append(row['text'])
     return some(texts, found)
 
@@ -207,17 +201,15 @@ def cbt(subset, split, path='', skip_bad=False):
 
     path: the file, or a folder in which it lies under its own name.
     """
-    names = {key: f'cbtest_{key[0]}_{key[1]}_{CBT_SIZES[key[1]]}.txt' for key in CBT_BLOBS}
-    name = names[subset, split]
+    name = f"cbtest_{subset}_{split}_{2000 if split == 'valid' else 2500}ex.txt"
     if path:
         path = Path(path).expanduser()
         path = path / name if path.is_dir() else path
     else:
-        files = [name, *names.values(), 'cbt_valid.txt', 'cbt_test.txt']
+        files = [name, *CBT_BLOBS, 'cbt_valid.txt', 'cbt_test.txt']
         path = unpack('cbt', [SOURCES['cbt'][2] + file for file in files])
-    raw = refuse_pages(read_bytes(path), path)
+    raw = read_bytes(path)
     blob = hashlib.sha1(b'blob %d\0' % len(raw) + raw).hexdigest()
-    found = facts(path, raw, blob.startswith(CBT_BLOBS[subset, split]))
     questions, block, skipped = [], [], 0
     for where, line in [*lines_of(raw, path), (f'{path}: end', '')]:
         if line.strip():
@@ -230,7 +222,8 @@ def cbt(subset, split, path='', skip_bad=False):
                     raise
                 skipped += 1
             block = []
-    return some(questions, {**found, 'skipped': skipped})
+    return some(questions, {**facts(path, raw), 'skipped': skipped,
+                            'official': blob.startswith(CBT_BLOBS[name])})
 
 
 def question(block):
@@ -245,7 +238,7 @@ def question(block):
     where = block[-1][0]
     if len(block) < 21:
         raise ValueError(f'{where}: this question has {len(block)} lines, expected 21')
-    query, answer, _, candidates, *_ = (*re.split('\t', texts[20]), '', '', '')
+    query, answer, _, candidates, *_ = (*texts[20].split('\t'), '', '', '')
     candidates = candidates.split('|')
     if query.count('XXXXX') != 1 or 'XXXXX' not in query.split(' '):
         raise ValueError(f'{where}: expected one XXXXX, given {query!r}')

@@ -56,7 +56,8 @@ def test_hellaswag_refuses_by_file_and_line(tmp_path, content, words):
         benchmarks.hellaswag(write(tmp_path / 'a', content))
 
 
-@pytest.mark.parametrize('content', ['{"text": "one"}', '{"text": 3}', '{"ctx": "a b"}'])
+@pytest.mark.parametrize('content', ['{"text": "one"}', '{"text": "one\\ntwo"}', '{"text": 3}',
+                                     '{"ctx": "a b"}'])
 def test_lambada_refuses_what_has_no_last_word(tmp_path, content):
     with pytest.raises(ValueError, match="a:1: expected a 'text' of two words"):
         benchmarks.lambada(write(tmp_path / 'a', content))
@@ -150,7 +151,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
     monkeypatch.setattr(benchmarks, 'PLACE', tmp_path / 'benchmarks')
     Server.files, Server.ranges, Server.break_after = {}, [], None
@@ -204,21 +205,25 @@ def test_test_sets_are_downloaded_once_checked_and_unpacked(server, monkeypatch,
           'wikitext-2/wiki.test.tokens')
     tarred = io.BytesIO()
     with tarfile.open(fileobj=tarred, mode='w:gz') as archive:
-        for name in ('CN_valid_2000ex', 'NE_valid_2000ex'):
-            entry = tarfile.TarInfo(f'./CBTest/data/cbtest_{name}.txt')
+        for name in ('CBTest/data/cbtest_CN_valid_2000ex.txt',
+                     'CBTest/data/cbtest_NE_valid_2000ex.txt', 'words/news.en'):
+            entry = tarfile.TarInfo(f'./{name}')
             entry.size = len(question().encode())
             archive.addfile(entry, io.BytesIO(question().encode()))
     serve(monkeypatch, server, 'cbt', '/CBTest.tgz', tarred.getvalue(), 'CBTest/data/')
+    serve(monkeypatch, server, '1bw', '/1bw.tar.gz', tarred.getvalue(), 'words/news.en')
     for _ in range(2):
         rows, facts = benchmarks.hellaswag()
         assert rows == [ROW] and facts['official']
         assert benchmarks.obtain('wikitext2')[0] == b' = A = \n'
+        raw, facts = benchmarks.obtain('1bw')
+        assert raw == question().encode() and facts['official']
         for subset in ('CN', 'NE'):
             assert len(benchmarks.cbt(subset, 'valid')[0]) == 1
-    assert len(Server.ranges) == 3
+    assert len(Server.ranges) == 4
     found = {path.name for path in benchmarks.PLACE.iterdir()}
     assert found == {'hellaswag_val.jsonl', 'wt2.zip', 'CBTest.tgz', 'cbtest_CN_valid_2000ex.txt',
-                     'cbtest_NE_valid_2000ex.txt'}
+                     'cbtest_NE_valid_2000ex.txt', '1bw.tar.gz', 'news.en'}
     # the same archive, given by hand
     raw, facts = benchmarks.obtain('wikitext2', benchmarks.PLACE / 'wt2.zip')
     assert raw == b' = A = \n' and facts['official']

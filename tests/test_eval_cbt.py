@@ -20,6 +20,10 @@ from model import GPT, GPTConfig
 BYTES = tokenizer.byte_pairs('bytes', [])
 
 
+def detokenize(text):
+    return ''.join(eval_cbt.attach(text.split())[0])
+
+
 @pytest.mark.parametrize('tokens, text', [
     ('He came , saw , and won .', 'He came, saw, and won.'),
     ("I do n't know .", "I don't know."),
@@ -57,15 +61,15 @@ BYTES = tokenizer.byte_pairs('bytes', [])
     ('one', 'one'),
     ('', '')])
 def test_tokens_become_text_as_people_write_it(tokens, text):
-    assert eval_cbt.detokenize(tokens) == text
-    assert eval_cbt.detokenize(text) == text
+    assert detokenize(tokens) == text
+    assert detokenize(text) == text
 
 
 def test_nothing_of_the_tokens_is_left_in_the_real_books(real):
     """No blank before a comma, no ``, no bracket's code; of single quotes CoreNLP itself confuses
     a few, and where a passage begins within a quotation nobody can know."""
     lines = real('cbt/raw/cbt_valid.txt').read_text().splitlines()
-    texts = [eval_cbt.detokenize(' '.join(lines[i:i + 21])) for i in range(0, len(lines), 21)]
+    texts = [detokenize(' '.join(lines[i:i + 21])) for i in range(0, len(lines), 21)]
     left = re.compile(r" [,.;:!?%)\]]| n't\b| '(s|ll|re|ve|d|m)\b|`|-[LRSC]{1,2}B-|\( |\[ | -- |"
                       r"\bcan not\b")
     assert [text[m.start() - 20:m.end() + 20] for text in texts for m in left.finditer(text)] == []
@@ -92,7 +96,7 @@ def test_context_and_endings_are_the_ten_texts(text, preset):
         mark = '<|endoftext|>' if eot else ''
         for candidate, ending in zip(q.candidates, endings):
             whole = ' '.join(q.sentences) + gap + q.query.replace('XXXXX', candidate)
-            whole = eval_cbt.detokenize(whole) if text == 'detok' else whole
+            whole = detokenize(whole) if text == 'detok' else whole
             assert BYTES.decode([*context, *ending]) == mark + whole + mark
         assert len({tuple(ending[:1]) for ending in endings}) > 1       # cut where they part
 
@@ -107,7 +111,7 @@ def test_parts_encoded_alone_are_the_whole_encoded(real, gpt2, subset):
             context, endings = eval_cbt.render(q, encoding, text)
             for candidate, ending in zip(q.candidates, endings):
                 whole = ' '.join([*q.sentences, q.query.replace('XXXXX', candidate)])
-                whole = eval_cbt.detokenize(whole) if text == 'detok' else whole
+                whole = detokenize(whole) if text == 'detok' else whole
                 assert tokenizer.encode(encoding, whole).tolist() == context + ending
 
 
@@ -198,9 +202,8 @@ def test_the_script_from_end_to_end(folder, capsys):
     command(eval_cbt, f'--compare={folder}/a.json,{folder}/b.json')
     assert capsys.readouterr().out.count('within noise') == 2
     (folder / 'cbtest_CN_valid_2000ex.txt').write_text(question(0, answer='yak') + question(1))
-    done = script('eval_cbt.py', '-m', folder / 'model', f'--data={folder}', '--subset=CN',
-                  check=False)
-    assert done.returncode == 2 and "the answer 'yak' is not one of" in done.stderr
+    with pytest.raises(ValueError, match="the answer 'yak' is not one of"):
+        command(eval_cbt, '-m', folder / 'model', f'--data={folder}', '--subset=CN')
     command(eval_cbt, '-m', folder / 'model', f'--data={folder}', '--subset=CN', '--skip_bad',
             f'--out={folder}/c.json')
     assert '1 malformed questions were skipped' in capsys.readouterr().out
@@ -222,7 +225,7 @@ def test_published_numbers_are_printed_for_official_weights_and_data(folder, mon
     """As if this model and these questions were the official ones."""
     monkeypatch.setattr(checkpoints, 'official_name', lambda name: 'gpt2')
     for subset in ('CN', 'NE'):
-        monkeypatch.setitem(benchmarks.CBT_BLOBS, (subset, 'valid'), '')
+        monkeypatch.setitem(benchmarks.CBT_BLOBS, f'cbtest_{subset}_valid_2000ex.txt', '')
     flags = ['-m', folder / 'model', f'--data={folder}', f'--out={folder}/a.json']
     for more, shown in (([], 2), (['--limit=3'], 0), (['--text=raw'], 0), (['--subset=NE'], 1)):
         command(eval_cbt, *flags, *more)
@@ -234,6 +237,7 @@ def test_published_numbers_are_printed_for_official_weights_and_data(folder, mon
 
 
 def test_the_presets():
-    assert eval_cbt.chosen(eval_cbt.Config())[:3] == ('valid', ('CN', 'NE'), 'detok')
-    cfg = eval_cbt.Config(preset='seed', subset=('P', 'V'), text='detok')
-    assert eval_cbt.chosen(cfg) == ('test', ('P', 'V'), 'detok', '', False)
+    cfg = eval_cbt.resolved(eval_cbt.Config())
+    assert (cfg.split, cfg.subset, cfg.text) == ('valid', ('CN', 'NE'), 'detok')
+    cfg = eval_cbt.resolved(eval_cbt.Config(preset='seed', subset=('P', 'V'), text='detok'))
+    assert (cfg.split, cfg.subset, cfg.text) == ('test', ('P', 'V'), 'detok')

@@ -15,7 +15,7 @@ import eval_lm
 import likelihood
 import results
 import tokenizer
-from data import benchmarks
+from data import benchmarks, fetch
 from model import GPT, GPTConfig
 
 BYTES = tokenizer.byte_pairs('bytes', [])
@@ -45,8 +45,9 @@ def config(**changed):
 def test_a_uniform_model_has_known_perplexities():
     """ln V nats a token, over whatever units the text has: one byte is one token here."""
     text = 'Héllo, wörld. ' * 40
-    corpus = eval_lm.as_corpus(text, config(file='x'))
-    measures, tokens, notes = eval_lm.rolling(config(file='x'), UNIFORM, BYTES, corpus, HOW)
+    cfg = eval_lm.checked(config(file='x'))
+    corpus = eval_lm.as_corpus(text, cfg)
+    measures, tokens, notes = eval_lm.rolling(cfg, UNIFORM, BYTES, corpus, HOW)
     n = len(text.encode())
     assert list(measures)[0] == 'token' and measures['token']['count'] == n
     assert measures['token']['value'] == pytest.approx(V, rel=1e-5)
@@ -61,6 +62,7 @@ def test_a_uniform_model_has_known_perplexities():
     (config(file='x', stride=5), 5), (config(task='enwik8'), 32), (config(), 32),
     (config(protocol='harness'), 32), (config(stride=7, protocol='harness'), 7)])
 def test_the_stride_is_the_protocols_unless_it_is_set(cfg, count):
+    cfg = eval_lm.checked(cfg)
     corpus = eval_lm.as_corpus('= A = \n some words \n' * 20, cfg)
     _, _, notes = eval_lm.rolling(cfg, UNIFORM, BYTES, corpus, HOW)
     assert f'windows of 32 tokens, stride {count}' in notes[0]
@@ -73,7 +75,7 @@ def test_pieces_are_of_bytes_whatever_the_tokenizer():
     for encoding in (BYTES, other):
         ids = tokenizer.encode(encoding, text)
         logprobs = np.array([-len(encoding.decode_single_token_bytes(i)) for i in ids], np.float32)
-        score = likelihood.Score(0.0, len(ids), logprobs, ids)
+        score = likelihood.Score(logprobs, ids)
         nats, shares = eval_lm.in_pieces(encoding, [ids], [score])
         assert len(nats) == 20 and sum(nats) == len(text) and sum(shares) == pytest.approx(1)
         assert nats / len(text) == pytest.approx(shares)        # a nat a byte, wherever it is
@@ -112,7 +114,7 @@ def test_enwik8_is_the_last_five_million_bytes(tmp_path):
     """Where the cut falls within a character, from the next one on."""
     for before, text in (('x' * 9, 'y' * 5_000_000), ('ä' * 9, 'ä' + 'y' * 4_999_999)):
         (tmp_path / 'enwik8').write_text(before + text)
-        corpus, found, first = eval_lm.corpus(config(task='enwik8', data=str(tmp_path / 'enwik8')))
+        corpus, found, first = eval_lm.read(config(task='enwik8', data=str(tmp_path / 'enwik8')))
         assert corpus.documents == [text.lstrip('ä')] and first == 0
         assert corpus.units['byte'] in (5_000_000, 4_999_999)
 
@@ -202,7 +204,7 @@ def test_lambada_by_a_model_that_answers(protocol, says, right):
 def test_a_passage_longer_than_the_block_is_cut_and_counted():
     _, tokens, notes = eval_lm.lambada(config(task='lambada', protocol='harness'), UNIFORM, BYTES,
                                        ['so ' * 30 + 'end', 'short end'], HOW)
-    assert notes == ['1 passages are longer than the block of 32 and lost their beginning']
+    assert notes == ['1 of 2 are longer than the block of 32 and lost their beginning']
 
 
 def test_lambada_perplexity_is_of_words_not_of_tokens():
@@ -289,7 +291,7 @@ def test_every_task_runs_on_a_file_of_its_kind(model, tmp_path):
             eval_lm.main(cfg)
     table = eval_lm.table(str(model))
     for line in ('LAMBADA (accuracy)', 'PTB (perplexity)', '/5', 'enwik8 (bits per byte)',
-                 '1BW (perplexity)', 'is not known to be the official file', 'CBT common nouns',
+                 '1BW (perplexity)', 'CBT common nouns',
                  f'python eval_cbt.py --model={model}'):
         assert line in table, table
     assert '--task=ptb' not in table                    # it is there
@@ -298,11 +300,22 @@ def test_every_task_runs_on_a_file_of_its_kind(model, tmp_path):
     results.folder(str(model)).rmdir()
 
 
+def test_the_table_without_a_model_is_of_the_newest_run(model, tmp_path, monkeypatch):
+    """Whose results lie under the name of its step, as --model='' has them written."""
+    monkeypatch.setattr(checkpoints, 'newest_of_all', lambda: model)
+    monkeypatch.setattr(results, 'OUT', tmp_path)
+    (tmp_path / 'lambada').write_text('{"text": "He said so"}')
+    command(eval_lm, f'--data={tmp_path}/lambada')
+    found, = tmp_path.glob('*/*.json')
+    found.rename(found.with_name('lambada-paper.json'))
+    assert 'of the last word, stop words excluded' in eval_lm.table('')
+
+
 def test_the_table_of_a_model_without_results():
     """Every column of the paper, its published figures, and the command for each result."""
     table = eval_lm.table('gpt2-large')
     for words in ('10.87', '60.12', '93.45', '88', '19.93', '40.31', '0.97', '1.02', '22.05',
-                  '44.575', '--task=ptb (first put its test set at', 'eval_cbt.py'):
+                  '44.575', '--task=ptb --protocol=paper', 'eval_cbt.py'):
         assert words in table, words
 
 
@@ -326,16 +339,25 @@ def test_bad_input_is_refused(model, flags, words):
         command(eval_lm, '-m', model, *(flag.replace('{model}', str(model)) for flag in flags))
 
 
-def test_published_numbers_stand_beside_the_same_measurement_only():
-    measures = {'word': results.per_unit([1.0, 1.0], [1, 1], 'word')}
-    for changed, many in (({}, 1), ({'limit': 9}, 0), ({'stride': 64}, 0),
-                          ({'detok': False}, 0), ({'model': 'out/x'}, 0),
-                          ({'protocol': 'harness'}, 1)):
-        measures['word']['published'] = []
-        cfg = config(**{'model': 'gpt2', **changed})
-        eval_lm.published(cfg, measures, {'official': True}, first=cfg.limit)
-        assert len(measures['word']['published']) == many
-    measures['word']['published'] = []
-    eval_lm.published(config(model='gpt2'), measures, {'official': False}, 0)
-    assert not measures['word']['published']
-    assert benchmarks.SOURCES.keys() >= eval_lm.TASKS.keys() - {'ptb'}
+def test_published_numbers_stand_beside_the_same_measurement_only(model, tmp_path, monkeypatch):
+    """As if this model and this file were the official ones."""
+    monkeypatch.setattr(checkpoints, 'official_name', lambda name: 'gpt2')
+    path = tmp_path / 'wt.tokens'
+    path.write_text(' = A = \n \n some words , and more of them \n' * 9)
+    for official, flags, many in ((False, [], 0), (True, [], 1), (True, ['--protocol=harness'], 1),
+                                  (True, ['--limit=99'], 0), (True, ['--stride=64'], 0),
+                                  (True, ['--detok=False'], 0)):
+        for name in ('wikitext2', 'wikitext2-raw'):
+            monkeypatch.setitem(benchmarks.KNOWN, name, fetch.digest(path) if official else '')
+        command(eval_lm, '-m', model, '--task=wikitext2', f'--data={path}',
+                f'--out={tmp_path}/a.json', *flags)
+        found = json.loads((tmp_path / 'a.json').read_text())['measures']
+        assert sum(len(measure['published']) for measure in found.values()) == many, flags
+        assert len(found['word']['published']) == many
+
+
+def test_every_task_has_a_source_and_every_line_of_the_table_its_measure():
+    assert benchmarks.SOURCES.keys() >= eval_lm.TASKS.keys() - {'file'}
+    for name, measure in eval_lm.LINES:
+        task, _, protocol = name.partition('-')
+        assert task == 'cbt' or protocol in eval_lm.TASKS[task][1], name

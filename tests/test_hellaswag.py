@@ -169,14 +169,12 @@ def test_any_number_of_processes_gives_the_same_scores(data, tmp_path):
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=BYTES.n_vocab))
     checkpoints.save(tmp_path / 'model', 0, model, BYTES, {})
-    found = []
-    for n in (0, 2, 3):
-        script('hellaswag.py', '--model', tmp_path / 'model', f'--data={data}',
-               f'--out={tmp_path}/{n}.json', f'--dump={tmp_path}/{n}.rows',
-               '--batch_tokens=300', '-d', 'cpu', torchrun=n)
-        found.append((tmp_path / f'{n}.rows').read_text())
-        assert json.loads((tmp_path / f'{n}.json').read_text())['processes'] == max(1, n)
-    assert found[0] == found[1] == found[2]
+    flags = ['--model', tmp_path / 'model', f'--data={data}', '--batch_tokens=300', '-d', 'cpu']
+    command(hellaswag, *flags, f'--out={tmp_path}/1.json', f'--dump={tmp_path}/1.rows')
+    script('hellaswag.py', *flags, f'--out={tmp_path}/3.json', f'--dump={tmp_path}/3.rows',
+           torchrun=3)
+    assert [json.loads((tmp_path / f'{n}.json').read_text())['processes'] for n in (1, 3)] == [1, 3]
+    assert (tmp_path / '1.rows').read_text() == (tmp_path / '3.rows').read_text()
 
 
 def test_training_is_the_same_with_and_without_the_live_curve(data, stories, tmp_path):

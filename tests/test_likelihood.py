@@ -173,8 +173,11 @@ def test_what_is_read(gpt):
     for share in (True, False):
         rows = [row for context, endings in items for row in likelihood.rows_of(
             context[likelihood.excess((context, endings), BLOCK):], endings, share)]
-        tokens, cut = likelihood.reading(items, BLOCK, share)
-        assert tokens == sum(len(row.ids) for row in rows) and 0 < cut < 20
+        tokens, notes = likelihood.reading(items, BLOCK, share)
+        assert tokens == sum(len(row.ids) for row in rows)
+        cut = sum(likelihood.excess(item, BLOCK) > 0 for item in items)
+        assert 0 < cut < 20 and notes[0].startswith(f'{cut} of 20 are longer than the block of 48')
+    assert likelihood.reading([([1], [[2]])], BLOCK) == (1, [])
 
 
 def test_a_shared_row_may_be_longer_than_the_block(gpt):
