@@ -206,6 +206,19 @@ def test_a_line_end_may_be_the_separator(tmp_path):
     assert len(found) == 1 and counts['without the separator'] == [1, f'{tmp_path}/a.txt']
 
 
+@pytest.mark.parametrize('size', [*range(1, 12), 2 ** 20])
+def test_a_separator_within_a_longer_row_of_it_parts_the_same_in_any_batch(tmp_path, monkeypatch,
+                                                                           size):
+    monkeypatch.setattr(documents, 'BATCH_BYTES', size)
+    (tmp_path / 'a.txt').write_text('one\n----\ntwo---three\n-------four')
+    options = Options(separator='---')
+    batches = list(batches_of([tmp_path / 'a.txt'], options))
+    assert texts_of(batches, options) == ['one', '-\ntwo', 'three', '-four']
+    for i, batch in enumerate(batches):
+        rest = batches_of([tmp_path / 'a.txt'], options, batch.after)
+        assert texts_of(rest, options) == texts_of(batches[i + 1:], options)
+
+
 @pytest.mark.parametrize('line', ['{"text": "a", "n": ' + '1' * 5000 + '}',
                                   '{"text": ' + '[' * 100_000, '"text"', '[{"text": "a"}]', '{}'])
 def test_whatever_a_line_of_json_holds_it_is_named_or_skipped(tmp_path, line):

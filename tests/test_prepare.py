@@ -340,6 +340,16 @@ def test_strict_stops_and_a_more_lenient_command_goes_on(tmp_path, monkeypatch, 
     assert run(tmp_path, source, errors='skip', name='e')['splits'] == manifest['splits']
 
 
+def test_what_was_begun_of_another_kind_of_source_is_begun_anew(tmp_path):
+    """Shards that are ready have fewer settings."""
+    plan = {'name': 'd', 'source': {}, 'settings': {'tokenizer': 'gpt2', 'errors': 'strict'}}
+    for settings in (plan['settings'], {'tokenizer': 'gpt2', 'shards': 1}):
+        prepare.begun(tmp_path / '.d.partial', {**plan, 'settings': settings})
+        (tmp_path / '.d.partial/x').write_text('')
+    prepare.begun(tmp_path / '.d.partial', plan)
+    assert not (tmp_path / '.d.partial/x').exists()
+
+
 def test_one_name_is_prepared_by_one_process(tmp_path):
     source = write_jsonl(tmp_path / 'a.jsonl')
     with prepare.locked(tmp_path / '.locks/d', 'd'):
@@ -560,7 +570,7 @@ def test_verify_knows_the_tokenizer(tmp_path):
     run(tmp_path, write_jsonl(tmp_path / 'a.jsonl'))
     other = tokenizer.build('bpe:300', lambda: TEXTS)
     (tmp_path / 'd/tokenizer.json').write_text(tokenizer.to_json(other))
-    with pytest.raises(ValueError, match='tokenizer.json is not the one that made the tokens'):
+    with pytest.raises(ValueError, match='tokenizer.json is not the one that made it'):
         prepare.report('d', tmp_path)
 
 
