@@ -159,7 +159,7 @@ def test_replace_mends_bytes_and_refuses_the_rest(tmp_path):
 @pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.jsonl.zst', 'a.parquet'])
 def test_a_file_that_is_cut_off_is_named(tmp_path, name):
     path = tmp_path / name
-    raw = as_lines(random.Random(1).randbytes(99_000).hex())
+    raw = as_lines([random.Random(1).randbytes(99_000).hex()])
     if name.endswith('parquet'):
         parquet.write_table(pyarrow.table({'text': TEXTS}), path)
     else:
