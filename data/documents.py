@@ -3,8 +3,8 @@ Files of text, read as documents, in batches of about a megabyte: their order de
 alone, and memory is bounded by the longest document that is allowed.
 
 A document is a .txt or .md file (or what lies between two separators in it), a line of .jsonl, a
-row of .parquet; .gz and .zst are unpacked on the way. Batches hold bytes: to take them apart, parse
-and decode them is left to texts(), for other processes to do.
+row of .parquet; .gz and .zst are unpacked on the way. Batches hold bytes: to parse and decode them
+is left to texts(), for other processes to do.
 """
 
 import ast
@@ -32,8 +32,7 @@ class Options(NamedTuple):
     text_key: str = 'text'          # the field or column that holds the text
     separator: str = ''             # ends a document within .txt and .md; '': a file is a document
     max_bytes: int = 64 * 2 ** 20   # a longer document (or line of .jsonl) is left out
-    errors: str = 'strict'          # what is no text: 'strict' refuses, 'skip' leaves the document
-                                    # out, 'replace' puts U+FFFD for bytes that are not UTF-8
+    errors: str = 'strict'          # 'strict', 'skip' or 'replace', see prepare.py
     begins: str = ''                # a row of .parquet that matches begins a document; '': any
     unwrap: bool = False            # one paragraph a line, see unwrapped()
 
@@ -175,7 +174,7 @@ def parquet_batches(name, path, options, i, first):
             columns = {field.name: str(field.type) for field in table.schema_arrow}
             if re.match('(dictionary<values=)?(large_)?string', columns.get(key, '')):
                 found = column_batches(table, name, key, i, first)
-                yield from regrouped(found, options.begins, i) if options.begins else found
+                yield from regrouped(found, options.begins, i, first) if options.begins else found
                 return
     except (ArrowException, OSError) as error:
         raise ValueError(f'{name}: not a parquet file, or a damaged one ({error})') from None
@@ -209,21 +208,21 @@ def column_batches(table, name, key, i, first):
                         (i, row, row) if row < rows else (i + 1, 0, 0))
 
 
-def regrouped(found, begins, i):
+def regrouped(found, begins, i, first):
     """Rows joined to documents, each from a row that matches `begins` to before the next one."""
-    pattern, rows, documents, size, name = re.compile(begins.encode()), [], [], 0, ''
+    pattern, rows, row, name = re.compile(begins.encode()), [], first, ''
     for batch in found:
+        raws, names = [], []
         for k, raw in enumerate(batch.raws):
             if rows and pattern.match(raw):
-                documents.append(b''.join(rows))
-                rows, size = [], size + len(documents[-1])
-                if size >= BATCH_BYTES:
-                    row = batch.first + k
-                    yield Batch(documents, [name] * len(documents), 0, (i, row, row))
-                    documents, size = [], 0
-            name = batch.name(k)
+                raws.append(b''.join(rows))
+                names.append(name)
+                rows = []
+            if not rows:
+                row, name = batch.first + k, batch.name(k)
             rows.append(raw)
-    yield Batch([*documents, b''.join(rows)], [name] * (len(documents) + 1), 0, (i + 1, 0, 0))
+        yield Batch(raws, names, 0, (i, row, row))
+    yield Batch([b''.join(rows)], [name], 0, (i + 1, 0, 0))
 
 
 def python_documents(file):

@@ -104,22 +104,25 @@ def make_plan(cfg, source):
         raise ValueError(f"errors: given {cfg.errors!r}, expected 'strict', 'replace' or 'skip'")
     if cfg.max_document_mb <= 0:
         raise ValueError(f'max_document_mb: given {cfg.max_document_mb}, expected more than 0')
-    for key, least in (('shard_tokens', 1), ('workers', 0), ('shards', 0)):
-        if getattr(cfg, key) < least:
-            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected {least} or more')
+    if not 0 < cfg.shard_tokens < 2 ** 31:                          # an int32 in the header
+        raise ValueError(f'shard_tokens: given {cfg.shard_tokens}, expected 1 to {2 ** 31 - 1:,}')
+    for key in ('workers', 'shards'):
+        if getattr(cfg, key) < 0:
+            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
     if cfg.shards and not source.ready:
         raise ValueError(f"shards: given {cfg.shards}, expected none but for "
                          f"{' and '.join(sources.READY)}, which are shards already")
-    name = cfg.name or source.name + ('_char' if (source.name, kind) == ('shakespeare', 'chars')
-                                      else '')
+    as_nanogpt = (source.name, kind) == ('shakespeare', 'chars')
+    name = cfg.name or ('shakespeare_char' if as_nanogpt else source.name)
     if Path(name).name != name or name.startswith('.'):
         raise ValueError(f'name: given {name!r}, expected the name of a folder to be made in data/')
     if source.ready:
         if kind != 'gpt2':
             raise ValueError(f"{cfg.dataset} is tokens of gpt2 already, given --tokenizer={kind}; "
                              f"the text itself: {', '.join(sources.HUB)}")
-        wanted = min(cfg.shards or 2 ** 30, sum('_train_' in file.name for file in source.files))
-        return {'name': name, 'source': facts, 'settings': {'tokenizer': kind, 'shards': wanted}}
+        there = sum('_train_' in file.name for file in source.files)
+        return {'name': name, 'source': facts, 'settings': {
+            'tokenizer': kind, 'shards': min(cfg.shards or there, there)}}
     return {'name': name, 'source': facts, 'settings': {
         'tokenizer': kind, 'val_fraction': fraction, 'seed': cfg.seed, 'text_key': cfg.text_key,
         'separator': cfg.separator, 'errors': cfg.errors, 'max_document_mb': cfg.max_document_mb,
@@ -192,6 +195,7 @@ def begun(partial, plan):
 @contextmanager
 def kept(partial):
     """Whatever happens, what was done is left for the next time."""
+    words = f'what is done is kept in {partial}, the same command goes on from there'
     try:
         yield
     except ValueError:
@@ -199,10 +203,9 @@ def kept(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     except OSError as error:
-        raise OSError(f'{error}; what is done is kept in {partial}, '
-                      f'the same command goes on from there') from None
+        raise OSError(f'{error}; {words}') from None
     except KeyboardInterrupt:
-        print(f'stopped; what is done is kept in {partial}, the same command goes on from there')
+        print(f'stopped; {words}')
         raise
 
 
@@ -341,10 +344,8 @@ def write_manifest(folder, plan, enc, splits, counts):
 def xz_size(folder, enc):
     """The bytes that `xz -9e` makes of the validation text."""
     tokens, eot = Tokens(folder.name, 'val', enc.n_vocab, folder.parent), eot_id(enc)
-    xz, size = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME), 0
-    for ids in tokens.chunks(2 ** 16):
-        size += len(xz.compress(enc.decode_bytes(ids[ids != eot].tolist())))
-    return size + len(xz.flush())
+    text = b''.join(enc.decode_bytes(ids[ids != eot].tolist()) for ids in tokens.chunks(2 ** 16))
+    return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
 
 
 # Shards that others made of GPT-2's tokens.

@@ -86,7 +86,7 @@ def find(dataset, inputs, split, downloads):
                  'files': listing(files)}
         name = dataset if dataset in HUB else what.rpartition('/')[2].replace(':', '-')
         return Source(name, files, facts, BEGINS.get(dataset, ''))
-    if not Path(dataset).exists() and not glob.has_magic(dataset):
+    if not Path(dataset).expanduser().exists() and not glob.has_magic(dataset):
         close = difflib.get_close_matches(dataset, NAMES, n=1)
         hint = f', did you mean {close[0]!r}' if close else ''
         raise ValueError(f"dataset: given {dataset!r}{hint}. Expected one of "
@@ -112,7 +112,8 @@ def of_files(inputs):
                      disable=not sys.stderr.isatty()):
         about = path.stat()
         files.append(File(str(path), path, about.st_size, digest(path), about.st_mtime_ns))
-    first = (Path(inputs[0]) if Path(inputs[0]).exists() else paths[0].parent).resolve()
+    first = Path(inputs[0]).expanduser()
+    first = (first if first.exists() else paths[0].parent).resolve()
     endings = [end for end in sorted(READ, key=len) if first.name.lower().endswith(end)]
     name = first.name if first.is_dir() else first.name[:-len(endings[-1])]
     return Source(name, files, {'files': listing(files)})

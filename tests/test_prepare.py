@@ -422,6 +422,7 @@ def test_bad_files_are_refused_by_name_and_place(tmp_path, name, content, words)
 
 @pytest.mark.parametrize('options, words', [
     ({'shard_tokens': 0}, 'shard_tokens: given 0'),
+    ({'shard_tokens': 2 ** 31}, 'expected 1 to 2,147,483,647'),
     ({'shards': 3}, 'expected none but for fineweb'),
     ({'workers': -1}, 'workers: given -1'), ({'max_document_mb': 0.0}, 'expected more than 0'),
     ({'errors': 'ignore'}, "'strict', 'replace' or 'skip'"),

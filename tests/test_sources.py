@@ -201,7 +201,7 @@ def test_a_shard_that_stays_wrong_is_refused_and_the_right_ones_kept(hub, tmp_pa
     assert done.returncode == 2 and 'tokens of gpt2 already' in done.stderr
 
 
-def test_files_folders_and_patterns(tmp_path):
+def test_files_folders_and_patterns(tmp_path, monkeypatch):
     for name in ('b.txt', 'a.jsonl.zst', 'deep/c.md', 'settings.json', 'deep/.hidden/d.txt'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('x')
@@ -214,6 +214,9 @@ def test_files_folders_and_patterns(tmp_path):
     assert names(f'{tmp_path}/settings.json') == ['settings.json']
     assert sources.of_files([f'{tmp_path}/a.jsonl.zst']).name == 'a'
     assert sources.of_files([f'{tmp_path}/*.txt']).name == tmp_path.name
+    monkeypatch.setenv('HOME', str(tmp_path))               # --input=~/… is left to us by a shell
+    assert sources.of_files(['~/deep']).name == 'deep'
+    assert sources.find('~/b.txt', (), '', tmp_path).name == 'b'
     shutil.rmtree(tmp_path / 'deep')
     with pytest.raises(ValueError, match='no such file'):
         names(f'{tmp_path}/*.md')
