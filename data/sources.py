@@ -73,8 +73,12 @@ def find(dataset, inputs, split, downloads):
         files = [File(str(path), path, path.stat().st_size, '') for path in python_files()]
         return Source(dataset, files, {'pydocs': f'Python {sys.version.split()[0]}'})
     if dataset in READY:
-        files = hub_shards(READY[dataset])
-        facts = {'hub': READY[dataset], 'revision': files[0].revision, 'files': listing(files)}
+        repo = READY[dataset]
+        revision, names = listed(repo, 'main')
+        names = sorted((name for name in names if name.endswith('.bin')),
+                       key=lambda name: ('_val_' not in name, name))
+        files = described(repo, revision, names)
+        facts = {'hub': repo, 'revision': revision, 'files': listing(files)}
         return Source(dataset, files, facts, ready=True)
     if dataset in HUB or dataset.startswith('hub:'):
         what = HUB.get(dataset, dataset.removeprefix('hub:'))
@@ -184,13 +188,6 @@ def hub_files(repo, config, split):
         raise ValueError(f'hub:{repo}: holds no {EXPECTED}, and the hub has not converted it to '
                          f'parquet; download it and give its files')
     return described(repo, revision, names)
-
-
-def hub_shards(repo):
-    """The Files of a repository of ready shards, validation first."""
-    revision, names = listed(repo, 'main')
-    return described(repo, revision, sorted((name for name in names if name.endswith('.bin')),
-                                            key=lambda name: ('_val_' not in name, name)))
 
 
 def listed(repo, revision):
