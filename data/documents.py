@@ -3,8 +3,8 @@ Files of text, read as documents, in batches of about a megabyte: their order de
 alone, and memory is bounded by the longest document that is allowed.
 
 A document is a .txt or .md file (or what lies between two separators in it), a line of .jsonl, a
-row of .parquet; .gz and .zst are unpacked on the way. Batches hold bytes: to take them apart, parse
-and decode them is left to texts(), for other processes to do.
+row of .parquet; .gz and .zst are unpacked on the way. Batches hold bytes: to parse and decode them
+is left to texts(), for other processes to do.
 """
 
 import ast
@@ -13,10 +13,9 @@ import inspect
 import json
 import re
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 PACKED = ('.gz', '.zst')
 SUFFIXES = tuple(kind + packed for packed in ('', *PACKED) for kind in ('.txt', '.md', '.jsonl')
@@ -33,39 +32,25 @@ class Options(NamedTuple):
     text_key: str = 'text'          # the field or column that holds the text
     separator: str = ''             # ends a document within .txt and .md; '': a file is a document
     max_bytes: int = 64 * 2 ** 20   # a longer document (or line of .jsonl) is left out
-    errors: str = 'strict'          # what is no text: 'strict' refuses, 'skip' leaves the document
-                                    # out, 'replace' puts U+FFFD for bytes that are not UTF-8
+    errors: str = 'strict'          # 'strict', 'skip' or 'replace', see prepare.py
     begins: str = ''                # a row of .parquet that matches begins a document; '': any
     unwrap: bool = False            # one paragraph a line, see unwrapped()
 
 
 class Batch(NamedTuple):
-    """Documents that follow one another, as bytes."""
-    raw: bytes
-    lengths: object                 # of each document (int64 array); None: parted by `separator`
-    separator: bytes
-    is_json: bool                   # each is a line of JSON that holds the text
-    names: object                   # of each document: a list, or what stands before its number
+    """Documents that follow one another, not decoded yet."""
+    raws: list                      # the bytes of each
+    names: object                   # of each: a list, or what stands before its number
     first: int                      # number of documents before these in the file
     after: tuple                    # (file, offset, number) where reading goes on behind these
+    is_json: bool = False           # each is a line of JSON that holds the text
     left_out: tuple = ()            # (what, name) of documents that were passed over before them
 
     def name(self, i):
         return self.names[i] if type(self.names) is list else f'{self.names}{self.first + i + 1}'
 
-    def parts(self):
-        """The bytes of each document."""
-        if self.lengths is None:
-            found = self.raw.split(self.separator)
-            return found if self.is_json else [part.strip(b'\r\n') for part in found]
-        ends = np.cumsum(self.lengths).tolist()
-        return [self.raw[start:end] for start, end in zip([0, *ends], ends)]
-
-
-def together(raws, names, first, after, left_out=()):
-    """The Batch of a list of documents."""
-    lengths = np.fromiter(map(len, raws), np.int64)
-    return Batch(b''.join(raws), lengths, b'', False, names, first, after, left_out)
+    def size(self):
+        return sum(map(len, self.raws))
 
 
 def batches(files, start, options, path_of):
@@ -81,7 +66,7 @@ def batches(files, start, options, path_of):
             if type(batch.names) is list:
                 small.append(batch)
             if small and (small[-1] is not batch or len(small) == 1024 or
-                          sum(len(one.raw) for one in small) >= BATCH_BYTES):
+                          sum(one.size() for one in small) >= BATCH_BYTES):
                 yield joined(small)
                 small = []
             if type(batch.names) is not list:
@@ -92,105 +77,92 @@ def batches(files, start, options, path_of):
 
 
 def joined(small):
-    return Batch(b''.join(one.raw for one in small), np.concatenate([one.lengths for one in small]),
-                 b'', False, [name for one in small for name in one.names], 0, small[-1].after,
-                 tuple(what for one in small for what in one.left_out))
+    return Batch([raw for one in small for raw in one.raws],
+                 [name for one in small for name in one.names], 0, small[-1].after,
+                 left_out=tuple(what for one in small for what in one.left_out))
 
 
 def read(name, path, options, i, offset, number):
     """Batches of file `i`, from its document `number` at `offset` (bytes, or rows) on."""
     kind = Path(name.lower().removesuffix('.gz').removesuffix('.zst')).suffix
-    end = (i + 1, 0, 0)
+    is_json, end = kind in ('.jsonl', '.json'), (i + 1, 0, 0)
     if kind == '.parquet':
-        return parquet_batches(name, path, options, i, offset)
-    if kind in ('.jsonl', '.json'):
-        return parted_batches(name, path, b'\n', True, options, i, offset, number)
-    if options.separator:
-        return parted_batches(name, path, options.separator.encode(), False, options, i, offset,
-                              number)
-    if kind == '.py':
-        found = [text.encode() for text in python_documents(path) if text]
-        return iter([together(found, [name] * len(found), 0, end)])
-    with opened(name, path) as file:
-        raw = file.read(options.max_bytes + len(BOM) + 1).removeprefix(BOM)
-    if len(raw) > options.max_bytes:
-        return iter([together([], [], 0, end, ((TOO_LONG, name),))])
-    return iter([together([raw], [name], 0, end)])
-
-
-class opened:
-    """The bytes of a file, unpacked if need be; damage in it is a ValueError that names it."""
-
-    def __init__(self, name, path):
-        self.name, self.path, self.packed = name, path, name.lower().endswith(PACKED)
-
-    def __enter__(self):
-        if self.name.lower().endswith('.gz'):
-            self.file = gzip.open(self.path)
-        elif self.packed:
-            import pyarrow
-            self.file = pyarrow.input_stream(str(self.path), compression='zstd')
+        yield from parquet_batches(name, path, options, i, offset)
+    elif kind == '.py':
+        raws = [text.encode() for text in python_documents(path) if text]
+        yield Batch(raws, [name] * len(raws), 0, end)
+    elif is_json or options.separator:
+        yield from parted_batches(name, path, is_json, options, i, offset, number)
+    else:
+        with opened(name, path) as file:
+            raw = file.read(options.max_bytes + len(BOM) + 1).removeprefix(BOM)
+        if len(raw) > options.max_bytes:
+            yield Batch([], [], 0, end, left_out=((TOO_LONG, name),))
         else:
-            self.file = open(self.path, 'rb')
-        return self
+            yield Batch([raw], [name], 0, end)
 
-    def read(self, size):
-        try:
-            return self.file.read(size)
-        except (EOFError, zlib.error, OSError) as error:
-            if self.packed:
-                raise ValueError(f'{self.name}: cannot be unpacked, damaged or cut off: {error}'
-                                 ) from None
+
+@contextmanager
+def opened(name, path):
+    """The bytes of a file, unpacked if need be; damage in it is a ValueError that names it."""
+    packed = Path(name.lower()).suffix
+    if packed == '.gz':
+        file = gzip.open(path)
+    elif packed == '.zst':
+        import pyarrow
+        file = pyarrow.input_stream(str(path), compression='zstd')
+    else:
+        file = open(path, 'rb')
+    try:
+        with file:
+            yield file
+    except (EOFError, zlib.error, OSError) as error:
+        if packed not in PACKED:
             raise
-
-    def go_to(self, offset):
-        """Behind the first `offset` bytes (of what is unpacked)."""
-        if not self.packed:
-            self.file.seek(offset)
-            return
-        while offset and (chunk := self.read(min(offset, BATCH_BYTES))):
-            offset -= len(chunk)
-
-    def __exit__(self, *_):
-        self.file.close()
+        raise ValueError(f'{name}: cannot be unpacked, damaged or cut off: {error}') from None
 
 
-def parted_batches(name, path, separator, is_json, options, i, offset, number):
-    """Batches of what `separator` parts. A document over max_bytes is dropped as it comes."""
-    width, label = len(separator), f'{name}:' if is_json else f'{name}: document '
+def parted_batches(name, path, is_json, options, i, offset, number):
+    """Batches of the lines of a .jsonl, or of what options.separator parts."""
+    separator = b'\n' if is_json else options.separator.encode()
+    label, width = f'{name}:' if is_json else f'{name}: document ', len(separator)
     with opened(name, path) as file:
-        file.go_to(offset)
-        held, dropped = bytearray(), 0          # read and not yet given; of a document too long
+        skip(file, offset)
+        held, too_long = bytearray(), False     # what was read from `offset` on, of which document
         while chunk := file.read(BATCH_BYTES):
-            if not (offset or held or dropped) and chunk.startswith(BOM):
+            if not offset and not held and chunk.startswith(BOM):
                 chunk, offset = chunk[len(BOM):], len(BOM)
             held += chunk
-            if dropped:
-                at = held.find(separator)
-                if at < 0:
-                    dropped += len(held) - (width - 1)
-                    del held[:len(held) - (width - 1)]
-                    continue
-                offset, number = offset + dropped + at + width, number + 1
-                yield together([], label, number, (i, offset, number),
-                               ((TOO_LONG, f'{label}{number}'),))
-                del held[:at + width]
-                dropped = 0
-            at = held.rfind(separator, max(0, len(held) - len(chunk) - width))
-            if at >= 0:
-                raw, first = bytes(held[:at]), number
-                del held[:at + width]
-                offset, number = offset + at + width, number + raw.count(separator) + 1
-                yield Batch(raw, None, separator, is_json, label, first, (i, offset, number))
-            elif len(held) > options.max_bytes + width:
-                dropped = len(held) - (width - 1)
-                del held[:dropped]
-    end = (i + 1, 0, 0)
-    if dropped:
-        yield together([], label, number, end, ((TOO_LONG, f'{label}{number + 1}'),))
-    elif held:
+            if held.find(separator, max(0, len(held) - len(chunk) - width + 1)) < 0:
+                too_long = too_long or len(held) > options.max_bytes + width
+                if too_long:                    # dropped, but for what may begin a separator
+                    cut = len(held) - width + 1
+                    del held[:cut]
+                    offset += cut
+                continue
+            raws = bytes(held).split(separator)
+            offset += len(held) - len(raws[-1])
+            held, first, number = bytearray(raws.pop()), number, number + len(raws)
+            yield batch_of_parts(raws, label, first, (i, offset, number), is_json, too_long)
+            too_long = False
+    if held or too_long:
         alone = () if number or is_json else (('without the separator', name),)
-        yield Batch(bytes(held), None, separator, is_json, label, number, end, alone)
+        yield batch_of_parts([bytes(held)], label, number, (i + 1, 0, 0), is_json, too_long, alone)
+
+
+def batch_of_parts(raws, label, first, after, is_json, too_long, left_out=()):
+    if too_long:                                # only the end of it is there
+        raws, first, left_out = raws[1:], first + 1, ((TOO_LONG, f'{label}{first + 1}'),)
+    return Batch([raw.strip(b'\r\n') for raw in raws], label, first, after, is_json, left_out)
+
+
+def skip(file, offset):
+    """Go on behind the first `offset` bytes."""
+    if file.seekable():
+        file.seek(offset)
+        return
+    while offset and (chunk := file.read(min(offset, BATCH_BYTES))):
+        offset -= len(chunk)
 
 
 def parquet_batches(name, path, options, i, first):
@@ -202,7 +174,7 @@ def parquet_batches(name, path, options, i, first):
             columns = {field.name: str(field.type) for field in table.schema_arrow}
             if re.match('(dictionary<values=)?(large_)?string', columns.get(key, '')):
                 found = column_batches(table, name, key, i, first)
-                yield from regrouped(found, options.begins, i) if options.begins else found
+                yield from regrouped(found, options.begins, i, first) if options.begins else found
                 return
     except (ArrowException, OSError) as error:
         raise ValueError(f'{name}: not a parquet file, or a damaged one ({error})') from None
@@ -211,12 +183,11 @@ def parquet_batches(name, path, options, i, first):
                f"no column {key!r} among {', '.join(columns)}")
         raise ValueError(f'{name}: {why}; --text_key names another, --errors=skip leaves such '
                          f'files out')
-    yield together([], f'{name}: row ', 0, end, ((f'files without {key}', name),))
+    yield Batch([], f'{name}: row ', 0, end, left_out=((f'files without {key}', name),))
 
 
 def column_batches(table, name, key, i, first):
     import pyarrow
-    from pyarrow import compute
     row, rows = 0, table.metadata.num_rows
     for group in range(table.num_row_groups):
         about = table.metadata.row_group(group)
@@ -232,29 +203,26 @@ def column_batches(table, name, key, i, first):
                 continue
             if pyarrow.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
-            column = compute.fill_null(column.cast(pyarrow.large_binary()), b'')
-            _, ends, raw = column.buffers()
-            ends = np.frombuffer(ends, np.int64)[column.offset:column.offset + len(column) + 1]
-            raw = raw.slice(int(ends[0]), int(ends[-1] - ends[0])).to_pybytes() if raw else b''
-            yield Batch(raw, np.diff(ends), b'', False, f'{name}: row ', row - len(column),
+            raws = [raw or b'' for raw in column.cast(pyarrow.large_binary()).to_pylist()]
+            yield Batch(raws, f'{name}: row ', row - len(raws),
                         (i, row, row) if row < rows else (i + 1, 0, 0))
 
 
-def regrouped(found, begins, i):
+def regrouped(found, begins, i, first):
     """Rows joined to documents, each from a row that matches `begins` to before the next one."""
-    pattern, rows, documents, size, name = re.compile(begins.encode()), [], [], 0, ''
+    pattern, rows, row, name = re.compile(begins.encode()), [], first, ''
     for batch in found:
-        for k, raw in enumerate(batch.parts()):
+        raws, names = [], []
+        for k, raw in enumerate(batch.raws):
             if rows and pattern.match(raw):
-                documents.append(b''.join(rows))
-                rows, size = [], size + len(documents[-1])
-                if size >= BATCH_BYTES:
-                    row = batch.first + k
-                    yield together(documents, [name] * len(documents), 0, (i, row, row))
-                    documents, size = [], 0
-            name = batch.name(k)
+                raws.append(b''.join(rows))
+                names.append(name)
+                rows = []
+            if not rows:
+                row, name = batch.first + k, batch.name(k)
             rows.append(raw)
-    yield together([*documents, b''.join(rows)], [name] * (len(documents) + 1), 0, (i + 1, 0, 0))
+        yield Batch(raws, names, 0, (i, row, row))
+    yield Batch([b''.join(rows)], [name], 0, (i + 1, 0, 0))
 
 
 def python_documents(file):
@@ -285,7 +253,7 @@ def texts(batch, options, counts):
     """
     for what, name in batch.left_out:
         note(counts, what, name)
-    for i, raw in enumerate(batch.parts()):
+    for i, raw in enumerate(batch.raws):
         if batch.is_json and not raw.strip():
             continue                            # an empty line
         if len(raw) > options.max_bytes:

@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
 from configurator import run, settings
 from data import documents, sources
+from data.batches import load_facts
 from data.fetch import digest, lock
 from data.shards import DATA_DIR, ShardWriter, Tokens, leaked, read_manifest, read_shard
 from data.shards import verify as find_damage
@@ -99,28 +100,29 @@ def make_plan(cfg, source):
     fraction = cfg.val_fraction or (0.1 if source.name == 'shakespeare' else 0.05)
     if not 0 < fraction < 1:
         raise ValueError(f'val_fraction: given {fraction}, expected more than 0 and less than 1')
-    if cfg.shard_tokens < 1:
-        raise ValueError(f'shard_tokens: given {cfg.shard_tokens}, expected 1 or more')
     if cfg.errors not in ('strict', 'replace', 'skip'):
         raise ValueError(f"errors: given {cfg.errors!r}, expected 'strict', 'replace' or 'skip'")
     if cfg.max_document_mb <= 0:
         raise ValueError(f'max_document_mb: given {cfg.max_document_mb}, expected more than 0')
+    if not 0 < cfg.shard_tokens < 2 ** 31:                          # an int32 in the header
+        raise ValueError(f'shard_tokens: given {cfg.shard_tokens}, expected 1 to {2 ** 31 - 1:,}')
     for key in ('workers', 'shards'):
         if getattr(cfg, key) < 0:
             raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
     if cfg.shards and not source.ready:
         raise ValueError(f"shards: given {cfg.shards}, expected none but for "
                          f"{' and '.join(sources.READY)}, which are shards already")
-    name = cfg.name or source.name + ('_char' if (source.name, kind) == ('shakespeare', 'chars')
-                                      else '')
+    as_nanogpt = (source.name, kind) == ('shakespeare', 'chars')
+    name = cfg.name or ('shakespeare_char' if as_nanogpt else source.name)
     if Path(name).name != name or name.startswith('.'):
         raise ValueError(f'name: given {name!r}, expected the name of a folder to be made in data/')
     if source.ready:
         if kind != 'gpt2':
             raise ValueError(f"{cfg.dataset} is tokens of gpt2 already, given --tokenizer={kind}; "
                              f"the text itself: {', '.join(sources.HUB)}")
-        wanted = min(cfg.shards or 2 ** 30, sum('_train_' in file.name for file in source.files))
-        return {'name': name, 'source': facts, 'settings': {'tokenizer': kind, 'shards': wanted}}
+        there = sum('_train_' in file.name for file in source.files)
+        return {'name': name, 'source': facts, 'settings': {
+            'tokenizer': kind, 'shards': min(cfg.shards or there, there)}}
     return {'name': name, 'source': facts, 'settings': {
         'tokenizer': kind, 'val_fraction': fraction, 'seed': cfg.seed, 'text_key': cfg.text_key,
         'separator': cfg.separator, 'errors': cfg.errors, 'max_document_mb': cfg.max_document_mb,
@@ -143,18 +145,16 @@ def locked(path, folder):
 
 def is_made(folder, plan):
     """Whether the data set is there already; refuses a folder that was not made here."""
-    if not folder.is_dir():
-        raise ValueError(f'name: given {folder.name!r}, which is a file in {folder.parent}')
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if not re.fullmatch(OUR_FILES, name)]
     if foreign or 'manifest.json' not in names:
         raise ValueError(f"{folder} is there and was not made by this program"
                          f"{f' (it holds {foreign[0]})' if foreign else ''}; give another --name")
     made = read_manifest(folder.name, folder.parent)
-    wanted = {**plan, 'settings': dict(plan['settings'])}
-    if 0 < plan['settings'].get('shards', 0) < made['settings'].get('shards', 0):
-        wanted['settings']['shards'] = made['settings']['shards']   # it has even more of them
-    if not same(made, wanted):
+    shards = plan['settings'].get('shards', 0)
+    if 0 < shards < made['settings'].get('shards', 0):
+        made['settings']['shards'] = shards                         # it has even more of them
+    if not same(made, plan):
         print(f'{folder} is there, made from other text or with other settings: it is replaced '
               f'once this is done')
         return False
@@ -166,9 +166,8 @@ def is_made(folder, plan):
 def same(a, b):
     """Whether two plans give the same data set. The hub's revision may differ: what counts are the
     files of it that are read."""
-    a, b = ({'settings': plan['settings'], 'source': {**plan['source'], 'revision': ''}}
-            for plan in (a, b))
-    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+    a, b = ((plan['settings'], {**plan['source'], 'revision': ''}) for plan in (a, b))
+    return a == b
 
 
 def begun(partial, plan):
@@ -180,7 +179,7 @@ def begun(partial, plan):
     if noted := next((path for path in (file, partial / 'manifest.json') if path.exists()), None):
         before = json.loads(noted.read_text(encoding='utf-8'))      # the manifest: it was complete
         if before['settings'].get('errors') == 'strict':
-            before['settings']['errors'] = plan['settings']['errors']
+            before['settings']['errors'] = plan['settings'].get('errors')
     if before and same(before, plan):
         print(f'going on with what was begun in {partial}')
     else:
@@ -195,6 +194,7 @@ def begun(partial, plan):
 @contextmanager
 def kept(partial):
     """Whatever happens, what was done is left for the next time."""
+    words = f'what is done is kept in {partial}, the same command goes on from there'
     try:
         yield
     except ValueError:
@@ -202,10 +202,9 @@ def kept(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     except OSError as error:
-        raise OSError(f'{error}; what is done is kept in {partial}, '
-                      f'the same command goes on from there') from None
+        raise OSError(f'{error}; {words}') from None
     except KeyboardInterrupt:
-        print(f'stopped; what is done is kept in {partial}, the same command goes on from there')
+        print(f'stopped; {words}')
         raise
 
 
@@ -344,10 +343,8 @@ def write_manifest(folder, plan, enc, splits, counts):
 def xz_size(folder, enc):
     """The bytes that `xz -9e` makes of the validation text."""
     tokens, eot = Tokens(folder.name, 'val', enc.n_vocab, folder.parent), eot_id(enc)
-    xz, size = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME), 0
-    for ids in tokens.chunks(2 ** 16):
-        size += len(xz.compress(enc.decode_bytes(ids[ids != eot].tolist())))
-    return size + len(xz.flush())
+    text = b''.join(enc.decode_bytes(ids[ids != eot].tolist()) for ids in tokens.chunks(2 ** 16))
+    return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
 
 
 # Shards that others made of GPT-2's tokens.
@@ -361,10 +358,10 @@ def take_shards(cfg, source, plan, folder):
     files = [file for file in source.files if '_val_' in file.name]
     files += [file for file in source.files if '_train_' in file.name][:wanted]
     earlier = folder.with_name(plan['name'])
-    missing = [file for file in files if not (folder / file.name).exists()]
-    needed = sum(file.size for file in missing if not (earlier / file.name).exists())
-    if needed > (free := shutil.disk_usage(folder).free):
-        raise OSError(f'{len(missing)} shards are {needed / 1e9:.1f} GB, there are '
+    missing = [file.size for file in files
+               if not (folder / file.name).exists() and not (earlier / file.name).exists()]
+    if sum(missing) > (free := shutil.disk_usage(folder).free):
+        raise OSError(f'{len(missing)} shards are {sum(missing) / 1e9:.1f} GB, there are '
                       f'{free / 1e9:.1f} GB free; --shards=N takes the first N')
     sizes = np.zeros(2 ** 16, np.int64)             # of tokens in bytes, 0 for <|endoftext|>
     sizes[:enc.n_vocab - 1] = [len(token) for token in token_bytes(enc)]
@@ -372,22 +369,12 @@ def take_shards(cfg, source, plan, folder):
               for split in ('train', 'val')}
     for file in tqdm(files, unit='shard', disable=not sys.stderr.isatty()):
         path = folder / file.name
-        if not path.exists() and (earlier / file.name).exists():
-            try:
-                os.link(earlier / file.name, path)
-            except OSError:                                         # no such links on this disk
-                shutil.copy2(earlier / file.name, path)
-        if path.exists() and digest(path) != file.hash:
-            path.unlink()
         if not path.exists():
-            came = sources.download(file, folder / 'downloads')
-            if folder not in came.parents:                          # it was in the hub's cache
-                came = Path(shutil.copy(came, folder / 'copy.aside'))
-            os.replace(came, path)
-        facts, largest = read_shard(path, eot_id(enc), sizes)
-        if facts['sha256'] != file.hash or largest >= enc.n_vocab:
-            raise ValueError(f"{path}: sha256 {facts['sha256']}, largest id {largest:,}: this is "
-                             f"not what the hub has; clear its cache of {file.repo}")
+            with suppress(OSError):                 # not there, or a disk without such links
+                os.link(earlier / file.name, path)
+        if not path.exists() or digest(path) != file.hash:
+            os.replace(sources.download(file, folder / 'downloads'), path)
+        facts, _ = read_shard(path, eot_id(enc), sizes)
         part = splits['val' if '_val_' in file.name else 'train']
         part['shards'].append({'file': file.name, **facts})
         for key in ('tokens', 'documents', 'bytes'):
@@ -418,19 +405,13 @@ def print_summary(folder, manifest):
 
 def report(name, root):
     """Print that data set `name` is whole, or raise ValueError naming what is wrong with it."""
-    folder = root / name
-    if not folder.is_dir():
-        raise ValueError(f'verify: there is no data set in {folder}')
-    wrong, manifest = find_damage(name, root), read_manifest(name, root)
-    vocabulary = folder / 'tokenizer.json'
-    if manifest and not vocabulary.exists():
-        wrong.append(f'{vocabulary} is missing')
-    elif manifest and fingerprint(load(vocabulary)) != manifest['tokenizer']['fingerprint']:
-        wrong.append(f'{vocabulary} is not the one that made the tokens')
-    both = 0 if wrong else leaked(name, root)
-    words = f'{both:,} documents of train stand in val too'
-    if both and 'shards' not in manifest['settings']:
-        wrong.append(f'{folder}: {words}')
+    wrong, both = find_damage(name, root), 0
+    if not wrong:
+        manifest, _ = load_facts(name, root)                        # or the tokenizer is refused
+        both = leaked(name, root)
+        words = f'{both:,} documents of train stand in val too'
+        if both and 'shards' not in manifest['settings']:
+            wrong.append(f'{root / name}: {words}')
     if wrong:
         raise ValueError('\n'.join([f'{name} is not whole:', *wrong]))
     print(f'{name} is whole: ' + ', '.join(

@@ -7,7 +7,6 @@ Downloads brings those when their turn comes, one on the disk and the next on it
 
 import difflib
 import glob
-import os
 import sys
 import sysconfig
 from collections import Counter
@@ -64,30 +63,34 @@ def find(dataset, inputs, split, downloads):
     if inputs and dataset not in ('pydocs', 'shakespeare'):
         raise ValueError(f'dataset: given {dataset!r} and {inputs[0]!r}, expected one of them; '
                          f'--name={Path(dataset).name} names what is made')
+    if dataset == 'shakespeare':
+        url, sha256 = SHAKESPEARE
+        inputs = inputs or [fetch(url, downloads / 'shakespeare.txt', sha256)]
+        return of_files(inputs)._replace(name=dataset)
     if inputs:
-        found = of_files([str(path) for path in inputs])
-        return found._replace(name=dataset) if dataset == 'shakespeare' else found
+        return of_files(inputs)
     if dataset == 'pydocs':
         files = [File(str(path), path, path.stat().st_size, '') for path in python_files()]
         return Source(dataset, files, {'pydocs': f'Python {sys.version.split()[0]}'})
-    if dataset == 'shakespeare':
-        found = of_files([str(fetch(SHAKESPEARE[0], downloads / 'shakespeare.txt',
-                                    SHAKESPEARE[1]))])
-        return found._replace(name=dataset)
     if dataset in READY:
-        revision, files = hub_shards(READY[dataset])
-        facts = {'hub': READY[dataset], 'revision': revision, 'files': listing(files)}
+        repo = READY[dataset]
+        revision, names = listed(repo, 'main')
+        names = sorted((name for name in names if name.endswith('.bin')),
+                       key=lambda name: ('_val_' not in name, name))
+        files = described(repo, revision, names)
+        facts = {'hub': repo, 'revision': revision, 'files': listing(files)}
         return Source(dataset, files, facts, ready=True)
     if dataset in HUB or dataset.startswith('hub:'):
         what = HUB.get(dataset, dataset.removeprefix('hub:'))
         repo, _, config = what.partition(':')
         if repo.count('/') > 1 or not all(repo.split('/')):
             raise ValueError(f'dataset: given {dataset!r}, expected hub:OWNER/NAME[:CONFIG]')
-        revision, files = hub_files(repo, config, split)
-        facts = {'hub': what, 'split': split, 'revision': revision, 'files': listing(files)}
+        files = hub_files(repo, config, split)
+        facts = {'hub': what, 'split': split, 'revision': files[0].revision,
+                 'files': listing(files)}
         name = dataset if dataset in HUB else what.rpartition('/')[2].replace(':', '-')
         return Source(name, files, facts, BEGINS.get(dataset, ''))
-    if not Path(dataset).exists() and not glob.has_magic(dataset):
+    if not Path(dataset).expanduser().exists() and not glob.has_magic(dataset):
         close = difflib.get_close_matches(dataset, NAMES, n=1)
         hint = f', did you mean {close[0]!r}' if close else ''
         raise ValueError(f"dataset: given {dataset!r}{hint}. Expected one of "
@@ -113,7 +116,8 @@ def of_files(inputs):
                      disable=not sys.stderr.isatty()):
         about = path.stat()
         files.append(File(str(path), path, about.st_size, digest(path), about.st_mtime_ns))
-    first = (Path(inputs[0]) if Path(inputs[0]).exists() else paths[0].parent).resolve()
+    first = Path(inputs[0]).expanduser()
+    first = (first if first.exists() else paths[0].parent).resolve()
     endings = [end for end in sorted(READ, key=len) if first.name.lower().endswith(end)]
     name = first.name if first.is_dir() else first.name[:-len(endings[-1])]
     return Source(name, files, {'files': listing(files)})
@@ -156,7 +160,7 @@ def python_files():
 # The hub, by its own client: its cache, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE do what they do.
 
 def hub_files(repo, config, split):
-    """(revision, Files) with the text of a data set on the hub, found by `datasets`.
+    """The Files with the text of a data set on the hub, found by `datasets`.
 
     Where these are of a kind not read here, or made by a script (which nobody runs any more),
     they are the parquet files that the hub converts every public data set to.
@@ -173,10 +177,9 @@ def hub_files(repo, config, split):
                          f'--split names another')
     urls = [str(url) for url in found[split]] if found else []
     if urls and all(url.endswith(READ) for url in urls):
-        start = urls[0].partition('@')[0] + '@'         # hf://datasets/OWNER/NAME@revision/path
-        revision = urls[0].removeprefix(start).partition('/')[0]
-        return revision, described(repo, revision, [url.partition('@')[2].partition('/')[2]
-                                                    for url in urls])
+        places = [url.partition('@')[2] for url in urls]    # hf://datasets/OWNER/NAME@revision/path
+        return described(repo, places[0].partition('/')[0],
+                         [place.partition('/')[2] for place in places])
     revision, names = listed(repo, 'refs/convert/parquet')
     folder = config or next((name.partition('/')[0] for name in names if '/' in name), '')
     names = [name for name in names
@@ -184,15 +187,7 @@ def hub_files(repo, config, split):
     if not names:
         raise ValueError(f'hub:{repo}: holds no {EXPECTED}, and the hub has not converted it to '
                          f'parquet; download it and give its files')
-    return revision, described(repo, revision, names)
-
-
-def hub_shards(repo):
-    """(revision, Files) of a repository of ready shards, validation first."""
-    revision, names = listed(repo, 'main')
-    names = sorted((name for name in names if name.endswith('.bin')),
-                   key=lambda name: ('_val_' not in name, name))
-    return revision, described(repo, revision, names)
+    return described(repo, revision, names)
 
 
 def listed(repo, revision):
@@ -240,8 +235,8 @@ def refused(what, error):
 
 
 class Downloads:
-    """The Path of file i: local, in the hub's cache, or downloaded into `folder`, where it stays
-    until a later file is asked for."""
+    """The Path of file i: local, or downloaded into `folder`, where it stays until a later file is
+    asked for."""
 
     def __init__(self, files, folder):
         self.files, self.folder, self.coming = files, folder, {}
@@ -251,9 +246,7 @@ class Downloads:
         if self.files[i].path:
             return self.files[i].path
         for earlier in [k for k in self.coming if k < i]:
-            path = self.coming.pop(earlier).result()
-            if self.folder in path.parents:
-                path.unlink(missing_ok=True)
+            self.coming.pop(earlier).result().unlink(missing_ok=True)
         for k in range(i, min(i + 2, len(self.files))):
             if k not in self.coming:
                 self.coming[k] = self.pool.submit(download, self.files[k], self.folder)
@@ -261,20 +254,19 @@ class Downloads:
 
 
 def download(file, folder, tries=2):
-    """The Path of a file of the hub, of the size and sha256 that the hub promises."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    where = dict(repo_id=file.repo, filename=file.name, repo_type='dataset', revision=file.revision)
-    cached = try_to_load_from_cache(**where)
-    if isinstance(cached, str):
-        return Path(cached)
+    """The Path in `folder` of a file of the hub, or of its cache, of the size and sha256 that the
+    hub promises."""
+    from huggingface_hub import hf_hub_download
     for _ in range(tries):
         try:
-            path = Path(hf_hub_download(**where, local_dir=folder))
+            path = Path(hf_hub_download(file.repo, file.name, repo_type='dataset',
+                                        revision=file.revision, local_dir=folder))
         except Exception as error:
             raise refused(f'{file.repo}: {file.name}', error) from None
         found = digest(path)
         if path.stat().st_size == file.size and (found == file.hash or len(file.hash) < 64):
             return path
-        os.unlink(path)
+        path.unlink()
     raise ConnectionError(f'{file.repo}: {file.name} came with sha256 {found}, the hub promises '
-                          f'{file.hash}: it was damaged on its way')
+                          f'{file.hash}: it was damaged on its way, or lies damaged in the cache '
+                          f'of the hub')

@@ -33,16 +33,16 @@ def tokenized(batches, workers, *setup):
         try:
             for batch in batches:
                 while waiting and (len(waiting) > 3 * workers or
-                                   in_flight + len(batch.raw) > IN_FLIGHT_BYTES):
+                                   in_flight + batch.size() > IN_FLIGHT_BYTES):
                     size, future = waiting.popleft()
                     yield result_of(future, pool)
                     in_flight -= size
                 before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # for processes that begin
                 try:
-                    waiting.append((len(batch.raw), pool.submit(tokenize, batch)))
+                    waiting.append((batch.size(), pool.submit(tokenize, batch)))
                 finally:
                     signal.signal(signal.SIGINT, before)
-                in_flight += len(batch.raw)
+                in_flight += batch.size()
             while waiting:
                 yield result_of(waiting.popleft()[1], pool)
         except BrokenProcessPool:

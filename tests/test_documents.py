@@ -159,7 +159,7 @@ def test_replace_mends_bytes_and_refuses_the_rest(tmp_path):
 @pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.jsonl.zst', 'a.parquet'])
 def test_a_file_that_is_cut_off_is_named(tmp_path, name):
     path = tmp_path / name
-    raw = as_lines(random.Random(1).randbytes(99_000).hex())
+    raw = as_lines([random.Random(1).randbytes(99_000).hex()])
     if name.endswith('parquet'):
         parquet.write_table(pyarrow.table({'text': TEXTS}), path)
     else:
@@ -204,6 +204,19 @@ def test_a_line_end_may_be_the_separator(tmp_path):
     assert found == ['one', '{"text": "two"}', 'three'] and counts['empty'][0] == 1
     found = texts_of(batches_of([tmp_path / 'a.txt'], Options(separator='%%')), counts=counts)
     assert len(found) == 1 and counts['without the separator'] == [1, f'{tmp_path}/a.txt']
+
+
+@pytest.mark.parametrize('size', [*range(1, 12), 2 ** 20])
+def test_a_separator_within_a_longer_row_of_it_parts_the_same_in_any_batch(tmp_path, monkeypatch,
+                                                                           size):
+    monkeypatch.setattr(documents, 'BATCH_BYTES', size)
+    (tmp_path / 'a.txt').write_text('one\n----\ntwo---three\n-------four')
+    options = Options(separator='---')
+    batches = list(batches_of([tmp_path / 'a.txt'], options))
+    assert texts_of(batches, options) == ['one', '-\ntwo', 'three', '-four']
+    for i, batch in enumerate(batches):
+        rest = batches_of([tmp_path / 'a.txt'], options, batch.after)
+        assert texts_of(rest, options) == texts_of(batches[i + 1:], options)
 
 
 @pytest.mark.parametrize('line', ['{"text": "a", "n": ' + '1' * 5000 + '}',

@@ -50,10 +50,10 @@ def write_jsonl(path, texts=TEXTS, opener=open):
     return path
 
 
-def write_parquet(path, texts=TEXTS, column='text'):
+def write_parquet(path, texts=TEXTS):
     pyarrow = pytest.importorskip('pyarrow')
     from pyarrow import parquet
-    parquet.write_table(pyarrow.table({column: texts}), path, row_group_size=7)
+    parquet.write_table(pyarrow.table({'text': texts}), path, row_group_size=7)
     return path
 
 
@@ -178,7 +178,7 @@ LONG = [f'{i} ' + 'lorem ipsum dolor ' * 50 for i in range(3000)]
 
 
 @pytest.mark.parametrize('delay', [0.15, *(pytest.param(delay, marks=pytest.mark.slow)
-                                           for delay in (0.0, 0.4, 0.8))])
+                                           for delay in (0.0, 0.8))])
 def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, delay):
     """With two processes, one, and two again; those of the killed one end as well."""
     source = write_jsonl(tmp_path / 'a.jsonl', LONG)
@@ -204,7 +204,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, delay):
                 Tokens('d', 'train', 257, tmp_path / 'x')
     done = script('-c', code, *flags, '--workers=2')
     assert 'going on with' in done.stdout or 'is there already' in done.stdout
-    script('data/prepare.py', f'--data_dir={tmp_path}/y', *flags[1:])
+    run(tmp_path / 'y', source, shard_tokens=100000)
     assert files_in(tmp_path / 'x/d') == files_in(tmp_path / 'y/d')
     assert len(files_in(tmp_path / 'x/d')) > 20 and not list((tmp_path / 'x').glob('.d*'))
     assert not any(is_running(pid) for pid in processes)
@@ -234,7 +234,6 @@ def test_what_is_stopped_says_so_and_leaves_no_process(tmp_path, victim):
     while any(map(is_running, processes)) and time.time() < deadline:
         time.sleep(0.05)
     assert not any(map(is_running, processes))
-    assert 'going on with' in script('data/prepare.py', *flags).stdout
 
 
 def is_running(pid):
@@ -312,9 +311,9 @@ def test_killed_while_it_is_put_in_its_place_nothing_is_done_again(tmp_path, mon
 
 def test_the_number_of_processes_changes_nothing(tmp_path):
     source = write_jsonl(tmp_path / 'a.jsonl', LONG + ['', 'nul \0'])
-    for workers in (1, 3):
-        script('data/prepare.py', f'--data_dir={tmp_path}/{workers}', '--name=d', source,
-               '--tokenizer=bpe:300', f'--workers={workers}')
+    run(tmp_path / '1', source, tokenizer='bpe:300', workers=1)
+    script('data/prepare.py', f'--data_dir={tmp_path}/3', '--name=d', source,
+           '--tokenizer=bpe:300', '--workers=3')
     assert files_in(tmp_path / '1/d') == files_in(tmp_path / '3/d')
     source.write_text(source.read_text() + '{"text": 3}')
     done = script('data/prepare.py', f'--data_dir={tmp_path}', source, '--tokenizer=bytes',
@@ -340,6 +339,16 @@ def test_strict_stops_and_a_more_lenient_command_goes_on(tmp_path, monkeypatch, 
     assert run(tmp_path, source, errors='skip', name='e')['splits'] == manifest['splits']
 
 
+def test_what_was_begun_of_another_kind_of_source_is_begun_anew(tmp_path):
+    """Shards that are ready have fewer settings."""
+    plan = {'name': 'd', 'source': {}, 'settings': {'tokenizer': 'gpt2', 'errors': 'strict'}}
+    for settings in (plan['settings'], {'tokenizer': 'gpt2', 'shards': 1}):
+        prepare.begun(tmp_path / '.d.partial', {**plan, 'settings': settings})
+        (tmp_path / '.d.partial/x').write_text('')
+    prepare.begun(tmp_path / '.d.partial', plan)
+    assert not (tmp_path / '.d.partial/x').exists()
+
+
 def test_one_name_is_prepared_by_one_process(tmp_path):
     source = write_jsonl(tmp_path / 'a.jsonl')
     with prepare.locked(tmp_path / '.locks/d', 'd'):
@@ -362,7 +371,7 @@ def test_a_full_disk_leaves_what_was_there_and_what_was_done(tmp_path):
             and 'Traceback' not in done.stderr)
     assert (tmp_path / 'd/train_000000.bin').read_bytes() == before
     assert 'going on with' in script('data/prepare.py', *flags).stdout
-    script('data/prepare.py', f'--data_dir={tmp_path}/y', *flags[1:])
+    run(tmp_path / 'y', source)
     assert files_in(tmp_path / 'd') == files_in(tmp_path / 'y/d')
 
 
@@ -413,6 +422,7 @@ def test_bad_files_are_refused_by_name_and_place(tmp_path, name, content, words)
 
 @pytest.mark.parametrize('options, words', [
     ({'shard_tokens': 0}, 'shard_tokens: given 0'),
+    ({'shard_tokens': 2 ** 31}, 'expected 1 to 2,147,483,647'),
     ({'shards': 3}, 'expected none but for fineweb'),
     ({'workers': -1}, 'workers: given -1'), ({'max_document_mb': 0.0}, 'expected more than 0'),
     ({'errors': 'ignore'}, "'strict', 'replace' or 'skip'"),
@@ -428,27 +438,16 @@ def test_missing_inputs_are_refused(tmp_path):
         run(tmp_path, dataset='shakespear')
     with pytest.raises(ValueError, match='no such file'):
         run(tmp_path, tmp_path / 'nowhere.txt')
-    with pytest.raises(ValueError, match="no column 'text' among body"):
-        run(tmp_path, write_parquet(tmp_path / 'c.parquet', column='body'))
 
 
-def test_lone_surrogates_and_nulls_in_json_are_met(tmp_path):
-    (tmp_path / 'a.jsonl').write_text(
-        '{"text": "a\\ud800b"}\n{"text": null}\n{"text": "c\\u0000d"}\n')
-    run(tmp_path, tmp_path / 'a.jsonl')
-    found = decoded(tmp_path)
-    assert sorted(found['train'] + found['val']) == ['a\ufffdb', 'c\0d']
-
-
-def test_pydocs_is_read_without_importing_and_is_the_same_again(tmp_path):
+def test_pydocs_is_read_without_importing(tmp_path):
     (tmp_path / 'm.py').write_text(
         '"""Top."""\nraise SystemExit\nclass A:\n    """Of A."""\n'
         '    def f(self):\n        """Of f.\n\n        More.\n        """\n')
     found = list(documents.python_documents(tmp_path / 'm.py'))
     assert found == ['Top.\n\nOf A.\n\nOf f.\n\nMore.']
     files = sources.python_files()
-    assert (files == sources.python_files()
-            and not any('site-packages' in str(file) for file in files))
+    assert not any('site-packages' in str(file) for file in files)
     topics = [file for file in files
               if file.parent.name == 'pydoc_data' and file.name == 'topics.py']
     assert topics and len(list(documents.python_documents(topics[0]))) > 50
@@ -507,10 +506,10 @@ def peak_of(*flags):
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 2])
 def test_memory_does_not_grow_with_the_corpus(tmp_path, workers):
-    """Peak memory of preparing 5 and 50 MB of documents of the same size; few of them validate,
+    """Peak memory of preparing 5 and 30 MB of documents of the same size; few of them validate,
     because xz needs ten times the text that it compresses (at most 16 MB)."""
     peaks = []
-    for n in (500, 5000):
+    for n in (500, 3000):
         texts = (f'{i} ' + 'lorem ipsum dolor ' * 600 for i in range(n))
         source = write_jsonl(tmp_path / f'{n}.jsonl', texts)
         peaks.append(peak_of(f'--data_dir={tmp_path}', '--tokenizer=bytes', source,
@@ -520,18 +519,17 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, workers):
 
 @pytest.mark.slow
 def test_a_line_of_any_length_costs_no_memory(tmp_path):
-    """A gigabyte in one line of JSON, among others, with a limit of a megabyte."""
+    """300 MB in one line of JSON, among others, with a limit of a megabyte."""
     path = tmp_path / 'a.jsonl'
     with open(path, 'wb') as file:
         file.write(b'{"text": "first"}\n{"text": "')
-        for _ in range(1000):
+        for _ in range(300):
             file.write(b'x' * 1_000_000)
         file.write(b'"}\n' + b'{"text": "last"}\n' * 2)
     assert peak_of(f'--data_dir={tmp_path}', '--tokenizer=bytes', '--max_document_mb=1',
                    path) < 160
     left_out = json.loads((tmp_path / 'a/manifest.json').read_text())['remarks']
     assert left_out == {documents.TOO_LONG: [1, f'{path}:2']}
-    path.unlink()
 
 
 def test_verify_from_the_command_line(stories):
@@ -560,7 +558,7 @@ def test_verify_knows_the_tokenizer(tmp_path):
     run(tmp_path, write_jsonl(tmp_path / 'a.jsonl'))
     other = tokenizer.build('bpe:300', lambda: TEXTS)
     (tmp_path / 'd/tokenizer.json').write_text(tokenizer.to_json(other))
-    with pytest.raises(ValueError, match='tokenizer.json is not the one that made the tokens'):
+    with pytest.raises(ValueError, match='tokenizer.json is not the one that made it'):
         prepare.report('d', tmp_path)
 
 
