@@ -1,7 +1,7 @@
 """
 A look into prepared data: what is in it, how it reads, and whether test sets stand in it.
 
-    python data/explore.py pydocs                           # a page of figures, and lengths.png
+    python data/explore.py pydocs                           # a page of figures
     python data/explore.py pydocs --decode=train_000000:0   # the text that lies at a place
     python data/explore.py pydocs --contamination=hellaswag,cbt,lambada,wikitext2
 
@@ -37,7 +37,7 @@ contamination = ()      # of hellaswag, cbt, lambada, wikitext2: look for these,
                         # page; SET=PATH reads a file of one's own, cbt=PATH also a folder
 seed = 1337             # of the documents whose beginning the page shows
 width = 100             # columns of what is printed
-out = ''                # '': lengths.png or contamination.json in the folder of the data set
+out = ''                # of --contamination; '': contamination.json in the data set's folder
 data_dir = ''           # where prepared data lies; '': data/ beside this script
 # -----------------------------------------------------------------------------
 Config = settings(globals())
@@ -122,7 +122,6 @@ def survey(data, split):
 
 
 def page(cfg, data):
-    """Print the page and draw the lengths."""
     found = {split: survey(data, split) for split in data.splits}
     print(f'{data.folder.name}: {source(data.manifest)}\n\n{"":22}' + ''.join(
         f'{split:>18}' for split in found))
@@ -135,10 +134,6 @@ def page(cfg, data):
     print(f'\nmost frequent in train\n{most_frequent(data.enc, found["train"].counts)}')
     print('\nread at random in train, by', 'place' if data.eot is None else 'length in tokens')
     print(*beginnings(cfg, data, found['train'].lengths), sep='\n')
-    if data.eot is not None:
-        path = Path(cfg.out) if cfg.out else data.folder / 'lengths.png'
-        draw(path, data.folder.name, found)
-        print(f'\n{path}')
 
 
 def source(manifest):
@@ -168,7 +163,7 @@ def figures(data, found):
     if data.eot is None:
         return
     yield 'documents', [f'{len(part.lengths):,}' for part in parts]
-    again = [len(part.hashes) - len(np.unique(part.hashes)) for part in parts]
+    again = [len(part.hashes) - len(overlap.distinct(part.hashes)) for part in parts]
     yield '  exact duplicates', [f'{n:,} ({n / len(part.hashes):.2%})'
                                  for n, part in zip(again, parts)]
     if 'val' in found:
@@ -183,19 +178,19 @@ def figures(data, found):
 
 def histogram(found, width):
     """Documents by length, a line for each power of two, the splits side by side."""
-    bins = {split: np.bincount(np.log2(np.maximum(part.lengths, 1)).astype(int))
-            for split, part in found.items()}
+    powers = {split: np.log2(np.maximum(part.lengths, 1)).astype(int)
+              for split, part in found.items()}
+    low, high = min(map(np.min, powers.values())), max(map(np.max, powers.values()))
+    bins = {split: np.bincount(part, minlength=high + 1) for split, part in powers.items()}
     room = (width - 25) // len(bins) - 10                           # columns of the longest bar
     largest = max((part / part.sum()).max() for part in bins.values())
     lines = ['tokens of a document'.ljust(25) + ''.join(
         f'{split:>7}{"":{room + 3}}' for split in bins)]
-    for i in range(min(np.flatnonzero(part)[0] for part in bins.values()),
-                   max(map(len, bins.values()))):
+    for i in range(int(low), int(high) + 1):
         line = f'{2 ** i if i else 0:>10,} to {2 ** (i + 1) - 1:>9,}  '
         for part in bins.values():
-            n = int(part[i]) if i < len(part) else 0
-            bar = '█' * round(room * n / part.sum() / largest) or '▏' * bool(n)
-            line += f'{n:>7,} {bar:<{room + 2}}' if n else ' ' * (room + 10)
+            bar = '█' * round(room * part[i] / part.sum() / largest) or '▏'
+            line += f'{part[i]:>7,} {bar:<{room + 2}}' if part[i] else ' ' * (room + 10)
         lines.append(line)
     return '\n'.join(line.rstrip() for line in lines)
 
@@ -229,30 +224,6 @@ def beginnings(cfg, data, lengths):
         line = re.sub(r'\s*\n\s*', ' ↵ ', raw.decode('utf-8', 'replace').strip())
         line = ''.join(char if char.isprintable() else ' ' for char in line)
         yield f'{label:>12,}  {line}'[:cfg.width]
-
-
-def draw(path, name, found):
-    """Write a picture of the lengths, two bars for each power of two."""
-    from matplotlib.figure import Figure
-    figure = Figure((8, 4.5), layout='constrained')
-    axes = figure.subplots()
-    lengths = {split: np.maximum(part.lengths, 1) for split, part in found.items()}
-    low, high = np.log2([min(map(np.min, lengths.values())), max(map(np.max, lengths.values()))])
-    edges = 2 ** np.arange(np.floor(low), np.floor(high) + 1.5, 0.5)
-    for (split, values), color, kind in zip(lengths.items(), ('C0', 'C1'), ('bar', 'step')):
-        axes.hist(values, edges, weights=np.full(len(values), 100 / len(values)), histtype=kind,
-                  color=color, alpha=0.5 if kind == 'bar' else 1, linewidth=2,
-                  label=f'{split}: {len(values):,}, median {np.median(values):,.0f} tokens')
-        axes.axvline(np.median(values), color=color, linestyle='--', linewidth=1)
-    axes.set_xscale('log', base=2)
-    axes.xaxis.set_major_formatter('{x:,.0f}')
-    axes.set(xlabel='tokens of a document', ylabel='% of the documents', title=name)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:                                     # a format it does not know
-        raise ValueError(f'out: given {path}: {error}') from None
 
 
 # Text at a place.
