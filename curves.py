@@ -52,7 +52,7 @@ def points(records, key):
 def smoothed(curve, width):
     """The curve as the mean of `width` points around each, fewer near its ends; it never lags."""
     tokens, values = curve
-    half = (width or max(1, len(values) // 100)) // 2
+    half = max(0, width or len(values) // 100) // 2
     around = (values[max(0, i - half):i + half + 1] for i in range(len(values)))
     return tokens, [sum(part) / len(part) for part in around]
 

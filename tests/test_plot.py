@@ -150,7 +150,7 @@ def test_a_mixture_has_no_reference(run):
 def test_smoothing_is_the_mean_around_each_point():
     curve = ([1, 2, 3, 4], [4.0, 2.0, 3.0, 1.0])
     assert curves.smoothed(curve, 3) == ([1, 2, 3, 4], [3.0, 3.0, 2.0, 2.0])
-    assert curves.smoothed(curve, 0) == curve
+    assert curves.smoothed(curve, 0) == curves.smoothed(curve, -9) == curve
 
 
 @pytest.mark.parametrize('runs, words', [
