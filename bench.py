@@ -29,7 +29,8 @@ import replicas
 import tokenizer
 import train
 from configurator import run, settings
-from data import prepare
+from data import prepare, sources
+from data.shards import read_manifest
 from journal import machine
 from model import GPT, SIZES, GPTConfig, pack
 
@@ -73,8 +74,9 @@ def shown(rate):
 
 # Time, operations, bytes.
 
-def clock(step, device, seconds, least=5):
-    """Median seconds of one step, of as many as `seconds` allow, after one that is not counted."""
+def clock(step, device, seconds, least=5, pick=statistics.median):
+    """Seconds of one step, the median of as many as `seconds` allow, after one that is not counted.
+    """
     step()
     times, ends = [], time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < ends:
@@ -83,7 +85,7 @@ def clock(step, device, seconds, least=5):
         step()
         wait(device)
         times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return pick(times)
 
 
 def wait(device):
@@ -100,14 +102,8 @@ def between(measure, work):
 
 def bandwidth(device):
     """Bytes per second at which a tensor that fits no cache is read, the best of several."""
-    x, times = torch.ones(2 ** 26, device=device), []
-    for _ in range(10):
-        wait(device)
-        began = time.perf_counter()
-        x.sum()
-        wait(device)
-        times.append(time.perf_counter() - began)
-    return 4 * x.numel() / min(times)
+    x = torch.ones(2 ** 26, device=device)
+    return 4 * x.numel() / clock(x.sum, device, 0, least=10, pick=min)
 
 
 # The parts: (what, what was reached, the floor's figure, their unit) of each line.
@@ -183,23 +179,22 @@ def evaluate_lines(cfg, world):
 
 def prepare_lines(cfg, world):
     """Python's own library as text, by prepare.py with one process, and by tiktoken alone."""
-    texts = library_texts(12_000_000)
+    texts = list({path.read_text(encoding='utf-8', errors='ignore'): None
+                  for path in sources.python_files()})              # each once
     try:
         encoding = tokenizer.gpt2()
-    except (OSError, ValueError):       # neither here nor to be had
+    except ValueError:                  # neither here nor to be had
         encoding = tokenizer.build('bpe:4096', lambda: texts[:200])
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, 'vocabulary').mkdir()
-        Path(folder, 'vocabulary/tokenizer.json').write_text(tokenizer.to_json(encoding))
+        Path(folder, 'tokenizer.json').write_text(tokenizer.to_json(encoding))
         source = Path(folder, 'library.jsonl')
         source.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
         prepared = prepare.Config(input=(str(source),), name='bench', data_dir=folder, workers=1,
-                                  tokenizer=f'{folder}/vocabulary')
+                                  tokenizer=folder)
 
         def once():
-            began = time.perf_counter()
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(
-                    io.StringIO()):
+            began, unseen = time.perf_counter(), io.StringIO()
+            with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
                 prepare.main(prepared)
             return time.perf_counter() - began
 
@@ -209,21 +204,9 @@ def prepare_lines(cfg, world):
             return tokens / (time.perf_counter() - began)
 
         took, floor = between(alone, once)
-        facts = json.loads(Path(folder, 'bench/manifest.json').read_text())['splits']
-    tokens = sum(split['tokens'] for split in facts.values())
+        splits = read_manifest('bench', folder)['splits'].values()
+    tokens = sum(split['tokens'] for split in splits)
     yield f'prepare {sum(map(len, texts)) / 1e6:.0f} MB, one process', tokens / took, floor, 'tok/s'
-
-
-def library_texts(size):
-    """The sources of Python's standard library, distinct, of about so many characters in all."""
-    texts = {}
-    for path in sorted(Path(contextlib.__file__).parent.rglob('*.py')):
-        if 'site-packages' not in path.parts:
-            text = path.read_text(encoding='utf-8', errors='ignore')
-            texts[text] = len(text)
-        if sum(texts.values()) > size:
-            break
-    return list(texts)
 
 
 if __name__ == '__main__':

@@ -4,10 +4,10 @@ What runs leave, read and reckoned with: their logs, curves and settings, and wh
 
 import ast
 import json
+from contextlib import suppress
 from itertools import pairwise
 from math import sqrt
-from pathlib import Path
-from statistics import mean, median, variance
+from statistics import mean, median, stdev, variance
 
 MOST_POINTS = 400           # of a curve in a picture: more would not be seen
 
@@ -21,10 +21,8 @@ def read_lines(path):
     """The records of a .jsonl file as they stand there, [] without one."""
     records = []
     for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
-        try:
+        with suppress(json.JSONDecodeError):                    # the line at which a run was killed
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue                                            # the line at which a run was killed
     return records
 
 
@@ -32,7 +30,10 @@ def read_log(path):
     """The records of a log.jsonl in order of their steps;
     what a later one says of a step counts."""
     if not path.exists():
-        raise ValueError(f'{path}: there is no log here; expected the folder of a run of train.py')
+        others = [str(log.parent) for log in sorted(path.parent.parent.glob('*/log.jsonl'))]
+        raise ValueError(f'given {path.parent}, expected the folder of a run, with a log.jsonl in '
+                         f'it; ' + (f"there are {', '.join(others[:4])}" if others else
+                                    'train.py makes one under out/'))
     steps = {}
     for record in read_lines(path):
         if 'event' not in record:                               # what went wrong has no curve
@@ -51,7 +52,7 @@ def points(records, key):
 def smoothed(curve, width):
     """The curve as the mean of `width` points around each, fewer near its ends; it never lags."""
     tokens, values = curve
-    half = (width or max(1, len(values) // 100)) // 2
+    half = max(0, width or len(values) // 100) // 2
     around = (values[max(0, i - half):i + half + 1] for i in range(len(values)))
     return tokens, [sum(part) / len(part) for part in around]
 
@@ -90,6 +91,7 @@ def settings_of(folder):
 
 
 def summary(records):
+    """How far a run came, and its best validation, in a line."""
     best = min((record for record in records if record.get('val_loss') is not None),
                key=lambda record: record['val_loss'], default=None)
     words = f"{records[-1]['step']:,} updates, {records[-1]['tokens']:,} tokens"
@@ -129,23 +131,19 @@ class Curve:
                        if key not in NOT_THE_RECIPE}
         self.seed = self.settings.get('seed')
         self.xz = self.validations[0].get('xz_bits_per_byte')       # a mark of its validation text
-        rates = [record['tokens_per_second'] for record in self.records
-                 if 'tokens_per_second' in record]
-        self.rate = median(rates) if rates else None
 
     def losses(self, key):
-        """[(tokens, value)] of its validations."""
-        return [(record['tokens'], record[key]) for record in self.validations]
+        return [record[key] for record in self.validations]
 
     def tokens_to(self, target, key):
         """Tokens until `key` is `target` or less, on straight lines between validations; None if
         it never is."""
-        losses = self.losses(key)
-        if losses[0][1] <= target:
-            return losses[0][0]
-        for (before, high), (after, low) in pairwise(losses):
-            if low <= target:
-                return before + (high - target) / (high - low) * (after - before)
+        if self.validations[0][key] <= target:
+            return self.validations[0]['tokens']
+        for one, two in pairwise(self.validations):
+            if two[key] <= target:
+                share = (one[key] - target) / (one[key] - two[key])
+                return one['tokens'] + share * (two['tokens'] - one['tokens'])
         return None
 
     def seconds_to(self, tokens):
@@ -154,18 +152,17 @@ class Curve:
 
 def compared(folders, target=0.0):
     """The lines of a comparison: a table, then for all but the first what is better or worse."""
-    groups = grouped([Curve(Path(folder)) for folder in folders])
-    curves = [curve for group in groups for curve in group]
-    key = measure(curves)
-    target = target or max(min(loss for _, loss in curve.losses(key)) for curve in curves)
+    curves = [Curve(folder) for folder in folders]
+    groups, key = grouped(curves), measure(curves)
+    target = target or max(min(curve.losses(key)) for curve in curves)
     lines = [f'{"":32}{key:>22}{"best":>10}{f"tokens to {target:.4f}":>20}{"seconds":>10}'
              f'{"tokens/s":>12}']
     for group in groups:
-        finals = [curve.losses(key)[-1][1] for curve in group]
-        best = mean(min(loss for _, loss in curve.losses(key)) for curve in group)
+        finals = [curve.losses(key)[-1] for curve in group]
         tokens, seconds, rate = facts(group, target, key)
-        spread = f' ± {sqrt(variance(finals)):.4f}' if len(group) > 1 else ''
-        lines.append(f'{named(group):32}{f"{mean(finals):.4f}{spread}":>22}{best:10.4f}'
+        spread = f' ± {stdev(finals):.4f}' if len(group) > 1 else ''
+        lines.append(f'{named(group):32}{f"{mean(finals):.4f}{spread}":>22}'
+                     f'{mean(min(curve.losses(key)) for curve in group):10.4f}'
                      f'{shown(tokens):>20}{shown(seconds):>10}{shown(rate):>12}')
     return lines + [line for group in groups[1:] for line in verdict(groups, group, target, key)]
 
@@ -174,11 +171,10 @@ def grouped(curves):
     """Lists of curves that differ in nothing but the seed, in the order of their first."""
     groups = []
     for curve in curves:
-        for group in groups:
-            if group[0].recipe == curve.recipe and all(other.seed != curve.seed
-                                                       for other in group):
-                group.append(curve)
-                break
+        fitting = [group for group in groups if group[0].recipe == curve.recipe
+                   and curve.seed not in [other.seed for other in group]]
+        if fitting:
+            fitting[0].append(curve)
         else:
             groups.append([curve])
     return groups
@@ -187,14 +183,15 @@ def grouped(curves):
 def measure(curves):
     """The key of the log by which they can be compared; ValueError if by none."""
     first = curves[0]
+    text = ['dataset', 'eval_tokens', 'eval_iters']
+    text += ['batch_size', 'block_size'] if first.settings.get('eval_iters') else []
     for other in curves[1:]:
-        a, b = ({key: curve.settings.get(key) for key in (
-                    'dataset', 'eval_tokens', 'eval_iters', *(
-                        ('batch_size', 'block_size') if curve.settings.get('eval_iters') else ()))}
-                for curve in (first, other))
+        a, b = ({key: curve.settings.get(key) for key in text} for curve in (first, other))
         if first.xz != other.xz or (a != b and not first.xz):
+            words = '; '.join(', '.join(f'{key} {value!r}' for key, value in settings.items()
+                                        if value) for settings in (a, b))
             raise ValueError(f'{first.name} and {other.name} were validated on different texts '
-                             f'({words_of(a)}; {words_of(b)}): nothing says which is better')
+                             f'({words}): nothing says which is better')
     same = len({curve.settings.get('dataset') for curve in curves}) == 1
     return 'val_loss' if same else 'val_bits_per_byte'              # of other tokens
 
@@ -202,41 +199,42 @@ def measure(curves):
 def facts(group, target, key):
     """Means of (tokens to the target, seconds to it, tokens per second), None where not known."""
     tokens = [curve.tokens_to(target, key) for curve in group]
-    reached = None not in tokens
-    seconds = [curve.seconds_to(t) for curve, t in zip(group, tokens)] if reached else []
-    rates = [curve.rate for curve in group if curve.rate]
-    return (mean(tokens) if reached else None, mean(seconds) if reached else None,
-            mean(rates) if rates else None)
+    rates = [median(rates) for curve in group
+             if (rates := points(curve.records, 'tokens_per_second')[1])]
+    rate = mean(rates) if rates else None
+    if None in tokens:
+        return None, None, rate
+    return mean(tokens), mean(curve.seconds_to(t) for curve, t in zip(group, tokens)), rate
 
 
 def verdict(groups, group, target, key):
     """The lines that say how `group` compares with the first of `groups`. The noise is what runs of
     one recipe differ by, over all recipes with several seeds; Student's t at 95 % (two-sided)."""
     first = groups[0]
-    finals = [[curve.losses(key)[-1][1] for curve in runs] for runs in groups]
-    a, b = (mean(curve.losses(key)[-1][1] for curve in runs) for runs in (first, group))
-    freedom = sum(len(values) - 1 for values in finals)
+    a, b = (mean(curve.losses(key)[-1] for curve in runs) for runs in (first, group))
+    several = [[curve.losses(key)[-1] for curve in runs] for runs in groups if len(runs) > 1]
+    freedom = sum(len(finals) - 1 for finals in several)
     how = f'{key} {abs(b - a):.4f} {"lower" if b < a else "higher"}'
-    if not freedom:
+    if not several:
         words = f'{how}; how much of it is noise is not known: give runs with other seeds as well'
     else:
-        spread = sqrt(sum((len(values) - 1) * variance(values)
-                          for values in finals if len(values) > 1) / freedom)
+        spread = sqrt(sum((len(finals) - 1) * variance(finals) for finals in several) / freedom)
         noise = t95(freedom) * spread * sqrt(1 / len(first) + 1 / len(group))
         words = (f'{"within noise" if abs(b - a) <= noise else "better" if b < a else "worse"}: '
                  f'{how}; seeds alone make differences up to {noise:.4f} (95 %, standard deviation '
-                 f'{spread:.4f} from {freedom + sum(len(v) > 1 for v in finals)} runs)')
+                 f'{spread:.4f} from {freedom + len(several)} runs)')
     lines = ['', f'{named(group)} against {named(first)}: {words}']
-    ends = {curve.records[-1]['tokens'] for curve in (*first, *group)}
+    ends = sorted({curve.records[-1]['tokens'] for curve in (*first, *group)})
     if len(ends) > 1:
-        lines.append(f'  beware, they ended at {", ".join(f"{end:,}" for end in sorted(ends))} '
+        lines.append(f'  beware, they ended at {", ".join(f"{end:,}" for end in ends)} '
                      f'tokens; --target compares at a loss')
     for what, one, two in zip((f'tokens to {target:.4f}', 'seconds to it', 'tokens/s'),
                               facts(first, target, key), facts(group, target, key)):
         if one and two:
             lines.append(f'  {what}: {two / one:.2f} times')
-    changed = [f'{name} {first[0].recipe.get(name)!r} -> {value!r}'
-               for name, value in group[0].recipe.items() if first[0].recipe.get(name) != value]
+    before, after = first[0].recipe, group[0].recipe
+    changed = [f'{name} {before.get(name)!r} -> {value!r}'
+               for name, value in after.items() if before.get(name) != value]
     lines.append(f'  {", ".join(changed) or "the settings are the same"}')
     return lines
 
@@ -253,7 +251,3 @@ def named(group):
 
 def shown(value):
     return '-' if value is None else f'{value:,.0f}'
-
-
-def words_of(settings):
-    return ', '.join(f'{key} {value!r}' for key, value in settings.items() if value)

@@ -59,10 +59,10 @@ def main(cfg):
         raise ValueError('runs: expected the folder of a run, as in: python plot.py out/quickstart')
     if cfg.theme not in THEMES:
         raise ValueError(f"theme: given {cfg.theme!r}, expected 'light' or 'dark'")
+    folders = list({path.resolve(): path for path in map(Path, cfg.runs)}.values())     # each once
     if cfg.compare:
-        print('\n'.join(compared(cfg.runs, cfg.target)))
+        print('\n'.join(compared(folders, cfg.target)))
         return
-    folders = list(map(Path, cfg.runs))
     logs = [read_log(folder / 'log.jsonl') for folder in folders]
     for folder, records in zip(folders, logs):
         print(f'{folder}: {summary(records)}')

@@ -9,6 +9,7 @@ import ast
 import html
 import re
 from base64 import b64encode
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 
@@ -155,13 +156,9 @@ def plain(value):
 def defaults():
     """{setting: default} of train.py, read off its header: scripts are not imported here."""
     tree = ast.parse((HERE / 'train.py').read_text(encoding='utf-8'))
-    found = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == 'Config':
-            break
-        if isinstance(node, ast.Assign):
-            found[node.targets[0].id] = ast.literal_eval(node.value)
-    return found
+    lines = [node for node in tree.body if isinstance(node, ast.Assign)]
+    header = takewhile(lambda node: node.targets[0].id != 'Config', lines)
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in header}
 
 
 def data(found):
@@ -187,11 +184,12 @@ def data(found):
 def manifest(facts):
     """A data set: where it comes from, how it was made, and the checksums of all its files."""
     source, kind = dict(facts['source']), facts['tokenizer']
-    files = source.pop('files', [])
-    size = sum(file[1] for file in files)
-    rows = [*source.items(), ('files', f'{len(files):,}, together {size / 1e6:,.1f} MB')]
-    rows += [('tokenizer', f"{kind['name']}, {kind['vocab_size']:,} tokens"),
-             ('fingerprint', kind['fingerprint'])]
+    files = source.pop('files', [])                     # of Python's own library none are listed
+    if files:
+        size = sum(file[1] for file in files)
+        source['files'] = f'{len(files):,}, together {size / 1e6:,.1f} MB'
+    rows = [*source.items(), ('tokenizer', f"{kind['name']}, {kind['vocab_size']:,} tokens"),
+            ('fingerprint', kind['fingerprint'])]
     rows += [(what, f'{count:,}, the first: {where}')
              for what, (count, where) in facts.get('remarks', {}).items()]
     splits = [(name, split['tokens'], split['documents'], split['bytes'])
@@ -204,8 +202,8 @@ def manifest(facts):
             + folded('How it was prepared', table(None, how, 'mm'))
             + folded('Checksums of the shards', table(
                 ('shard', 'tokens', 'sha256'), shards, 'mrm', 'manifest.json'))
-            + folded('The files it was made from', table(
-                ('file', 'bytes', 'sha256'), files, 'mrm', 'manifest.json')))
+            + (folded('The files it was made from', table(
+                ('file', 'bytes', 'sha256'), files, 'mrm', 'manifest.json')) if files else ''))
 
 
 def samples(records):

@@ -51,15 +51,13 @@ def load_data(text, data_dir=''):
 
 def load_facts(name, data_dir):
     """(manifest, encoding) of a data set; without a manifest it is taken to hold GPT-2's."""
-    manifest = read_manifest(name, data_dir)
-    folder = Path(data_dir or DATA_DIR) / name
-    if not manifest and (folder / 'tokenizer.json').exists():
-        raise ValueError(f'{folder}: its manifest.json is missing; prepare the data set again')
-    if not manifest:
+    manifest, folder = read_manifest(name, data_dir), Path(data_dir or DATA_DIR) / name
+    if not manifest and not (folder / 'tokenizer.json').exists():
         Tokens(name, 'train', 2 ** 16, data_dir)                    # refuses one that is not there
         return {}, tokenizer.gpt2()
-    if not (folder / 'tokenizer.json').exists():
-        raise ValueError(f'{folder}: its tokenizer.json is missing; prepare the data set again')
+    for file in ('manifest.json', 'tokenizer.json'):
+        if not (folder / file).exists():
+            raise ValueError(f'{folder}: its {file} is missing; prepare the data set again')
     encoding = tokenizer.load(folder / 'tokenizer.json')
     if tokenizer.fingerprint(encoding) != manifest['tokenizer']['fingerprint']:
         raise ValueError(f'data set {name}: its tokenizer.json is not the one that made it; '
@@ -75,8 +73,8 @@ def make_batches(sets, encoding, block_size, seed, doc_start=False):
                          f'({encoding.name}) have no {tokenizer.EOT} that says where a document '
                          f'begins; prepare it with another --tokenizer, such as bpe:4096')
     batches = [TokenBatches(data.train, block_size, seed, eot) for data in sets]
-    shares = [round(data.share * CYCLE) for data in sets]
-    return batches[0] if len(sets) == 1 else Mixture(batches, shares, seed)
+    return batches[0] if len(sets) == 1 else Mixture(
+        batches, [round(data.share * CYCLE) for data in sets], seed)
 
 
 def describe_epochs(sets, block_size, sequences):
@@ -127,9 +125,7 @@ class TokenBatches:
     block, or at the block's own place when no document begins there. What this costs: the tokens
     between the block's place and that document are skipped, unless the sequence of the block
     before reaches over them; and that reach is seen twice where the next sequence begins earlier.
-    Measured for an epoch of web pages, mean 1,150 tokens: in blocks of 256, 22 % of the sequences
-    begin with a document (else 0.1 %), 9 % of the tokens are skipped and as many seen twice; in
-    blocks of 1,024, 61 % begin so, for 14 %. The next epoch, on a shifted grid, skips others.
+    The next epoch, on a shifted grid, skips others; docs/benchmarks.md says how many.
     """
 
     def __init__(self, tokens, block_size, seed, eot_id=None):

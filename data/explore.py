@@ -1,7 +1,7 @@
 """
 A look into prepared data: what is in it, how it reads, and whether test sets stand in it.
 
-    python data/explore.py pydocs                           # a page of figures, and lengths.png
+    python data/explore.py pydocs                           # a page of figures
     python data/explore.py pydocs --decode=train_000000:0   # the text that lies at a place
     python data/explore.py pydocs --contamination=hellaswag,cbt,lambada,wikitext2
 
@@ -15,7 +15,7 @@ import os
 import random
 import re
 import sys
-from dataclasses import asdict
+from array import array
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ contamination = ()      # of hellaswag, cbt, lambada, wikitext2: look for these,
                         # page; SET=PATH reads a file of one's own, cbt=PATH also a folder
 seed = 1337             # of the documents whose beginning the page shows
 width = 100             # columns of what is printed
-out = ''                # '': lengths.png or contamination.json in the folder of the data set
+out = ''                # of --contamination; '': contamination.json in the data set's folder
 data_dir = ''           # where prepared data lies; '': data/ beside this script
 # -----------------------------------------------------------------------------
 Config = settings(globals())
@@ -94,7 +94,7 @@ def progress(tokens, what):
                 disable=not sys.stderr.isatty())
 
 
-# The page: one pass over the shards; memory for each document is 16 bytes, once more to sort them.
+# The page. Memory for each document is 16 bytes, once more to sort them.
 
 class Survey(NamedTuple):
     lengths: np.ndarray     # tokens of each document, in order
@@ -103,27 +103,25 @@ class Survey(NamedTuple):
 
 
 def survey(data, split):
-    lengths, hashes, length, digest = bytearray(), bytearray(), 0, blake2b(digest_size=8)
-    counts, waiting, size = np.zeros(data.enc.n_vocab, np.int64), [np.empty(0, np.uint16)], 0
-    with progress(data.splits[split], split) as bar:
-        for ids, ends in shards.documents(data.splits[split], data.eot):
-            waiting.append(ids)                     # counted together: documents may be short
+    tokens, counts = data.splits[split], np.zeros(data.enc.n_vocab, np.int64)
+    for ids in tokens.chunks():
+        counts += np.bincount(ids, minlength=len(counts))
+    if data.eot is not None:
+        counts[data.eot] = 0
+    lengths, hashes, length, digest = array('q'), bytearray(), 0, blake2b(digest_size=8)
+    with progress(tokens, split) as bar:
+        for ids, ends in shards.documents(tokens, data.eot):
             digest.update(ids)
-            length, size = length + len(ids), size + len(ids) + 1
+            length += len(ids)
+            bar.update(len(ids) + ends)
             if ends:
-                lengths += length.to_bytes(8, 'little')
+                lengths.append(length)
                 hashes += digest.digest()
                 length, digest = 0, blake2b(digest_size=8)
-            if size > 2 ** 20:
-                counts += np.bincount(np.concatenate(waiting), minlength=len(counts))
-                bar.update(size)
-                waiting, size = waiting[:1], 0
-    counts += np.bincount(np.concatenate(waiting), minlength=len(counts))
-    return Survey(np.frombuffer(lengths, '<i8'), np.frombuffer(hashes, '<u8'), counts)
+    return Survey(np.asarray(lengths), np.frombuffer(hashes, '<u8'), counts)
 
 
 def page(cfg, data):
-    """Print the page and draw the lengths."""
     found = {split: survey(data, split) for split in data.splits}
     print(f'{data.folder.name}: {source(data.manifest)}\n\n{"":22}' + ''.join(
         f'{split:>18}' for split in found))
@@ -136,10 +134,6 @@ def page(cfg, data):
     print(f'\nmost frequent in train\n{most_frequent(data.enc, found["train"].counts)}')
     print('\nread at random in train, by', 'place' if data.eot is None else 'length in tokens')
     print(*beginnings(cfg, data, found['train'].lengths), sep='\n')
-    if data.eot is not None:
-        path = Path(cfg.out) if cfg.out else data.folder / 'lengths.png'
-        draw(path, data.folder.name, found)
-        print(f'\n{path}')
 
 
 def source(manifest):
@@ -169,7 +163,7 @@ def figures(data, found):
     if data.eot is None:
         return
     yield 'documents', [f'{len(part.lengths):,}' for part in parts]
-    again = [len(part.hashes) - len(np.unique(part.hashes)) for part in parts]
+    again = [len(part.hashes) - len(overlap.distinct(part.hashes)) for part in parts]
     yield '  exact duplicates', [f'{n:,} ({n / len(part.hashes):.2%})'
                                  for n, part in zip(again, parts)]
     if 'val' in found:
@@ -184,19 +178,19 @@ def figures(data, found):
 
 def histogram(found, width):
     """Documents by length, a line for each power of two, the splits side by side."""
-    bins = {split: np.bincount(np.log2(np.maximum(part.lengths, 1)).astype(int))
-            for split, part in found.items()}
+    powers = {split: np.log2(np.maximum(part.lengths, 1)).astype(int)
+              for split, part in found.items()}
+    low, high = min(map(np.min, powers.values())), max(map(np.max, powers.values()))
+    bins = {split: np.bincount(part, minlength=high + 1) for split, part in powers.items()}
     room = (width - 25) // len(bins) - 10                           # columns of the longest bar
     largest = max((part / part.sum()).max() for part in bins.values())
     lines = ['tokens of a document'.ljust(25) + ''.join(
         f'{split:>7}{"":{room + 3}}' for split in bins)]
-    for i in range(min(np.flatnonzero(part)[0] for part in bins.values()),
-                   max(map(len, bins.values()))):
+    for i in range(int(low), int(high) + 1):
         line = f'{2 ** i if i else 0:>10,} to {2 ** (i + 1) - 1:>9,}  '
         for part in bins.values():
-            n = int(part[i]) if i < len(part) else 0
-            bar = '█' * round(room * n / part.sum() / largest) or '▏' * bool(n)
-            line += f'{n:>7,} {bar:<{room + 2}}' if n else ' ' * (room + 10)
+            bar = '█' * round(room * part[i] / part.sum() / largest) or '▏'
+            line += f'{part[i]:>7,} {bar:<{room + 2}}' if part[i] else ' ' * (room + 10)
         lines.append(line)
     return '\n'.join(line.rstrip() for line in lines)
 
@@ -230,31 +224,6 @@ def beginnings(cfg, data, lengths):
         line = re.sub(r'\s*\n\s*', ' ↵ ', raw.decode('utf-8', 'replace').strip())
         line = ''.join(char if char.isprintable() else ' ' for char in line)
         yield f'{label:>12,}  {line}'[:cfg.width]
-
-
-def draw(path, name, found):
-    """Write a picture of the lengths, two bars for each power of two."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
-    lengths = {split: np.maximum(part.lengths, 1) for split, part in found.items()}
-    low, high = min(map(np.min, lengths.values())), max(map(np.max, lengths.values()))
-    edges = 2 ** np.arange(np.floor(np.log2(low)), np.floor(np.log2(high)) + 1.5, 0.5)
-    for (split, values), color, kind in zip(lengths.items(), ('C0', 'C1'), ('bar', 'step')):
-        axes.hist(values, edges, weights=np.full(len(values), 100 / len(values)), histtype=kind,
-                  color=color, alpha=0.5 if kind == 'bar' else 1, linewidth=2,
-                  label=f'{split}: {len(values):,}, median {np.median(values):,.0f} tokens')
-        axes.axvline(np.median(values), color=color, linestyle='--', linewidth=1)
-    axes.set_xscale('log', base=2)
-    axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter('{x:,.0f}'))
-    axes.set(xlabel='tokens of a document', ylabel='% of the documents', title=name)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:                                     # a format it does not know
-        raise ValueError(f'out: given {path}: {error}') from None
 
 
 # Text at a place.
@@ -306,7 +275,7 @@ def report(cfg, data):
     print(shown(data, result, cfg.width))
     path = Path(cfg.out) if cfg.out else data.folder / 'contamination.json'
     aside = path.with_name(f'.{path.name}.partial')
-    aside.write_text(json.dumps({'dataset': data.folder.name, 'settings': asdict(cfg),
+    aside.write_text(json.dumps({'dataset': data.folder.name, 'settings': vars(cfg),
                                  'tokens': len(data.splits['train']), 'sets': result}, indent=1))
     os.replace(aside, path)
     print(f'\n{path}')
@@ -332,12 +301,9 @@ def read_set(entry):
 
 def read_cbt(path):
     """(texts, facts) of the questions with their answers, common nouns and named entities."""
-    if path:
-        files = sorted(Path(path).expanduser().glob('cbtest_[CN][NE]_valid*.txt')) or [Path(path)]
-        sets = [benchmarks.cbt('NE' if '_NE_' in file.name else 'CN', 'valid', file)
-                for file in files]
-    else:
-        sets = [benchmarks.cbt(subset, 'valid') for subset in ('CN', 'NE')]
+    file = Path(path).expanduser()
+    subsets = ['NE' if '_NE_' in file.name else 'CN'] if file.is_file() else ['CN', 'NE']
+    sets = [benchmarks.cbt(subset, 'valid', path) for subset in subsets]
     texts = [' '.join([*asked.sentences, asked.query.replace('XXXXX', asked.answer)])
              for questions, _ in sets for asked in questions]
     facts = [found for _, found in sets]
@@ -372,15 +338,16 @@ def judge(items, facts, grams, known, found):
     for n, (hashes, of) in grams.items():
         hits = found[n][np.searchsorted(known[n], hashes)]
         total, hit = np.bincount(of), np.bincount(of, hits)
-        long, distinct = total > 0, np.unique(hashes, return_index=True)[1]
+        long = total > 0
         result['ngrams'][n] = {
-            'items': int(long.sum()), 'distinct': len(distinct), 'found': int(hits[distinct].sum()),
-            'touched': int((hit > 0).sum()), 'half': int((2 * hit >= total)[long].sum())}
-        if n == min(grams):
+            'items': int(long.sum()), 'distinct': len(overlap.distinct(hashes)),
+            'found': len(overlap.distinct(hashes[hits])), 'touched': int((hit > 0).sum()),
+            'half': int((2 * hit >= total)[long].sum())}
+        if n == NGRAMS[0]:
             for item, first, count in overlap.longest(hits, hashes, of, WORST):
-                words = overlap.normalize(items[item].encode()).decode().split()
-                result['longest'].append({'item': item, 'words': count + n - 1, 'text': ' '.join(
-                    words[first:first + count + n - 1])})
+                words = overlap.normalize(items[item].encode()).split()[first:first + count + n - 1]
+                result['longest'].append({'item': item, 'words': len(words),
+                                          'text': b' '.join(words).decode()})
     return result
 
 

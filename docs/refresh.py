@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                                       # this file runs from docs/
@@ -30,22 +32,15 @@ BLUE, ORANGE = '#3a6ea5', '#c8702a'
 
 def main():
     for path in WALKS:
-        if path.exists():
-            text = path.read_text(encoding='utf-8')
-            printed = iter(run_blocks(text))
-            path.write_text(BLOCK.sub(lambda found: f'```python\n{found[1]}```\n\n```text\n'
-                                                    f'{next(printed)}```', text), encoding='utf-8')
-    PICTURES.mkdir(exist_ok=True)
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    pyplot.rcParams.update({'font.size': 11, 'axes.spines.top': False, 'axes.spines.right': False,
-                            'figure.facecolor': 'white', 'savefig.dpi': 120})
+        text = path.read_text(encoding='utf-8')
+        printed = iter(run_blocks(text))
+        path.write_text(BLOCK.sub(lambda found: f'```python\n{found[1]}```\n\n```text\n'
+                                                f'{next(printed)}```', text), encoding='utf-8')
     gpt, encoding = load_model('checkpoint')
-    for draw in attention, schedules, sampling:
-        figure = draw(pyplot, gpt, encoding)
-        figure.savefig(PICTURES / f'{draw.__name__}.png')
-        pyplot.close(figure)
+    with rc_context({'font.size': 11, 'axes.spines.top': False, 'axes.spines.right': False,
+                     'figure.facecolor': 'white', 'savefig.dpi': 120}):
+        for draw in attention, schedules, sampling:
+            draw(gpt, encoding).savefig(PICTURES / f'{draw.__name__}.png')
     for theme, name in ('light', 'curve.png'), ('dark', 'curve_dark.png'):
         plot.main(plot.Config(runs=('checkpoint',), theme=theme, out=str(PICTURES / name)))
     notebook(ROOT / 'play.ipynb')
@@ -85,31 +80,25 @@ def weights_of(gpt, ids):
         gpt.hidden(ids[None])
     for hook in hooks:
         hook.remove()
+    q, k, _ = (part.view(gpt.config.n_layer, len(ids), gpt.config.n_head, -1).transpose(1, 2)
+               for part in torch.stack(caught).chunk(3, dim=2))     # (n_layer, n_head, T, hs)
     later = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
-    found = []
-    for qkv in caught:
-        q, k, _ = (part.view(len(ids), gpt.config.n_head, -1).transpose(0, 1)
-                   for part in qkv.chunk(3, dim=1))
-        scores = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(later, -torch.inf)
-        found.append(scores.softmax(dim=-1))
-    return torch.stack(found)
+    return (q @ k.mT / q.size(-1) ** 0.5).masked_fill(later, -torch.inf).softmax(dim=-1)
 
 
-def attention(pyplot, gpt, encoding):
+def attention(gpt, encoding):
     """Three heads on one sentence: the one that most attends to the token before, to the first
     token, and to what followed the same token earlier."""
     ids = torch.tensor(encoding.encode_ordinary(SENTENCE))
     weights, T = weights_of(gpt, ids), len(ids)
-    followed = torch.zeros(T, T)
-    for i in range(T):
-        for j in range(1, i + 1):
-            followed[i, j] = ids[j - 1] == ids[i] and j - 1 < i
+    followed = torch.zeros(T, T)                        # 1 where the token before j is i's own
+    followed[:, 1:] = (ids[:, None] == ids[None, :-1]).tril(-1).float()
     marks = {'the token before': weights.diagonal(offset=-1, dim1=2, dim2=3).mean(dim=2),
              'the first token': weights[..., 1:, 0].mean(dim=2),
              'what followed this token': (weights * followed).sum(dim=(2, 3))}
-    figure, axes = pyplot.subplots(3, 1, figsize=(5.2, 14.2), layout='constrained')
+    figure = Figure((5.2, 14.2), layout='constrained')
     tokens = [encoding.decode([i]) for i in ids.tolist()]
-    for axis, (name, mark) in zip(axes, marks.items()):
+    for axis, (name, mark) in zip(figure.subplots(3), marks.items()):
         layer, head = divmod(mark.argmax().item(), gpt.config.n_head)
         axis.imshow(weights[layer, head], cmap='Blues', vmin=0, vmax=1)
         axis.set_xticks(range(T), tokens, rotation=90)
@@ -119,8 +108,9 @@ def attention(pyplot, gpt, encoding):
     return figure
 
 
-def schedules(pyplot, gpt, encoding):
-    figure, axis = pyplot.subplots(figsize=(5.2, 3), layout='constrained')
+def schedules(gpt, encoding):
+    figure = Figure((5.2, 3), layout='constrained')
+    axis = figure.subplots()
     for schedule, colour in ('cosine', BLUE), ('wsd', ORANGE):
         cfg = train.Config(schedule=schedule, max_iters=1000, warmup_iters=50, cooldown_iters=500,
                            min_lr=0.0)
@@ -131,13 +121,14 @@ def schedules(pyplot, gpt, encoding):
     return figure
 
 
-def sampling(pyplot, gpt, encoding, prompt='She opened the door and'):
+def sampling(gpt, encoding, prompt='She opened the door and'):
     """The 20 likeliest next tokens at three temperatures; where top-k = 5 and top-p = 0.4 cut."""
     ids = torch.tensor([encoding.encode_ordinary(prompt)])
     with torch.no_grad():
         logits = gpt(ids)[0, -1]
     order = logits.sort(descending=True).indices[:20]
-    figure, axes = pyplot.subplots(3, 1, figsize=(5.2, 8), layout='constrained', sharex=True)
+    figure = Figure((5.2, 8), layout='constrained')
+    axes = figure.subplots(3, sharex=True)
     for axis, temperature in zip(axes, (0.5, 1.0, 1.5)):
         probs = (logits / temperature).softmax(dim=-1)[order]
         kept = int((probs.cumsum(0) < 0.4).sum()) + 1

@@ -14,12 +14,11 @@ TINY = GPTConfig(block_size=256, vocab_size=400, n_layer=1, n_head=2, n_embd=32)
 def small(monkeypatch):
     monkeypatch.setattr(bench, 'SMALL', TINY)
     monkeypatch.setitem(bench.SIZES, 'gpt2', TINY)
-    library = bench.library_texts(200_000)
-    assert sum(map(len, library)) > 200_000 and len(set(library)) == len(library)
-    monkeypatch.setattr(bench, 'library_texts', lambda size: library)
+    files = bench.sources.python_files()[:20]
+    monkeypatch.setattr(bench.sources, 'python_files', lambda: [*files, *files])
 
     def none_here():
-        raise OSError
+        raise ValueError
     monkeypatch.setattr(bench.tokenizer, 'gpt2', none_here)
 
 

@@ -3,10 +3,11 @@ The pictures of runs, how a log with torn and repeated lines is read, and which 
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import command
+from conftest import ROOT, command
 
 import curves
 import plot
@@ -38,11 +39,22 @@ def test_the_last_record_of_a_step_counts(run):
 
 
 def test_a_picture_of_several_runs(run, tmp_path, capsys):
-    plot.main(plot.Config(runs=(str(run), str(run))))
+    other = shutil.copytree(run, tmp_path / 'other')
+    plot.main(plot.Config(runs=(str(run), str(other))))
     assert (run / 'loss.png').read_bytes()[:4] == b'\x89PNG'
     assert 'best val_loss 3.5000 at update 20, 1.500 bits per byte' in capsys.readouterr().out
     plot.main(plot.Config(runs=(str(run),), out=str(tmp_path / 'b.png')))
     assert (tmp_path / 'b.png').stat().st_size > 10_000
+
+
+def test_a_run_that_is_given_twice_is_drawn_and_compared_once(run, tmp_path, capsys):
+    drawn = []
+    for runs in ((run,), (run, run / '../a', f'{run}/')):
+        plot.main(plot.Config(runs=tuple(map(str, runs)), out=str(tmp_path / 'a.png')))
+        drawn.append(((tmp_path / 'a.png').read_bytes(), capsys.readouterr().out))
+    assert drawn[0][0] == drawn[1][0] and drawn[1][1].count('best val_loss') == 1
+    plot.main(plot.Config(runs=(str(run), str(run)), compare=True))
+    assert 'against' not in capsys.readouterr().out
 
 
 def drawn(folders, *records, **more):
@@ -138,12 +150,15 @@ def test_a_mixture_has_no_reference(run):
 def test_smoothing_is_the_mean_around_each_point():
     curve = ([1, 2, 3, 4], [4.0, 2.0, 3.0, 1.0])
     assert curves.smoothed(curve, 3) == ([1, 2, 3, 4], [3.0, 3.0, 2.0, 2.0])
-    assert curves.smoothed(curve, 0) == curve
+    assert curves.smoothed(curve, 0) == curves.smoothed(curve, -9) == curve
 
 
 @pytest.mark.parametrize('runs, words', [
-    ((), 'expected the folder of a run'), (('nowhere',), 'there is no log here')])
-def test_refusals(runs, words):
+    ((), 'expected the folder of a run'),
+    (('nowhere/at/all',), '^given nowhere/at/all, expected the folder of a run, with a log.jsonl '
+     'in it; train.py makes one under out/$'), (('config',), 'given config, .*; there are .*')])
+def test_refusals(runs, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=words):
         plot.main(plot.Config(runs=runs))
     with pytest.raises(ValueError, match="theme: given 'blue', expected 'light' or 'dark'"):

@@ -18,6 +18,7 @@ import plot
 import report
 import results
 import train
+from data.shards import read_manifest
 from journal import machine
 
 EVIL = '<script>alert("&")</script>'
@@ -56,12 +57,16 @@ def made(*folders):
     return (folders[0] / 'report.html').read_text(encoding='utf-8')
 
 
+@pytest.fixture(scope='module')
+def html(run):
+    return made(run)
+
+
 def section(html, title):
     return re.search(f'<h2>{title}</h2>(.*?)</section>', html, re.DOTALL)[1]
 
 
-def test_a_page_tells_what_the_files_tell(run, stories, capsys):
-    html = made(run)
+def test_a_page_tells_what_the_files_tell(html, stories):
     assert html.startswith('<!doctype html>\n<html lang="en">') and len(html) < 700_000
     assert '<title>run, a run of GPT-2</title>' in html and '12 updates, 3,072 tokens' in html
     assert '2 layers of 32, 2 heads, 16 tokens at a time' in html
@@ -82,23 +87,22 @@ def test_a_page_tells_what_the_files_tell(run, stories, capsys):
     assert '1 spike' in section(html, 'Events')
 
 
-def test_texts_are_escaped_and_nothing_comes_from_elsewhere(run):
-    html = made(run, run)
+def test_texts_are_escaped_and_nothing_comes_from_elsewhere(run, html):
     assert html.count('&lt;script&gt;alert(&quot;&amp;&quot;)&lt;/script&gt;') == 2
     assert '/script&gt;\ufffd\ufffd\ufffd<' in html
     assert '<script' not in html and 'alert("' not in html
     assert not re.findall(r'(?:src|href|srcset)="(?!data:)|url\(|@import|https?://', html)
     assert html.count('data:image/svg+xml;base64,') == 4 and 'alt="Curves over tokens' in html
-    assert html == made(run, run)
+    assert html == made(run)
 
 
-def test_a_run_notes_what_it_ran_on_at_each_start(run):
+def test_a_run_notes_what_it_ran_on_at_each_start(run, html):
     starts = [json.loads(line) for line in (run / 'starts.jsonl').read_text().splitlines()]
     assert [record['step'] for record in starts] == [0, 4]
     assert starts[0]['device'] == 'cpu' and starts[0]['dtype'] == 'float32'
     assert starts[0]['machine'] == machine(train.torch.device('cpu'))
     assert starts[0]['torch'] == train.torch.__version__ and starts[0]['processes'] == 1
-    found = section(made(run), 'Environment')
+    found = section(html, 'Environment')
     assert found.count('<tr>') == 3 and starts[1]['time'] in found
 
 
@@ -116,6 +120,14 @@ def test_what_is_not_there_is_said_in_a_line(tmp_path, monkeypatch):
     assert re.search('later</td><td class="mono">1</td><td class="mono">none<', html)
     command(plot, tmp_path, '--report', '--out', tmp_path / 'page.html')
     assert (tmp_path / 'page.html').read_text(encoding='utf-8') == html
+
+
+def test_a_data_set_without_a_list_of_files_shows_none(stories):
+    """As that of Python's own library, the default: its manifest names the version alone."""
+    facts = read_manifest('tiny', stories)
+    assert 'files' in report.manifest(facts) and 'made from' in report.manifest(facts)
+    html = report.manifest({**facts, 'source': {'pydocs': 'Python 3.12.1'}})
+    assert 'files' not in html and 'Python 3.12.1' in html
 
 
 def test_long_tables_are_cut_and_say_so():
@@ -163,8 +175,7 @@ LOOK = '''
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason='NO BROWSER: no chromium and no chrome here, so that '
                                          'nobody looked at the page (apt-get install chromium)')
-def test_a_browser_shows_it_in_both_themes_on_a_phone_and_a_screen(run, tmp_path):
-    made(run)
+def test_a_browser_shows_it_in_both_themes_on_a_phone_and_a_screen(run, html, tmp_path):
     pages, shown = set(), set()
     with browser(tmp_path) as tell:
         for domain in ('Page', 'Network', 'Log', 'Runtime'):
