@@ -92,7 +92,7 @@ def from_text(text, default):
         return {'True': True, 'False': False}.get(text, text) if default == 'auto' else text
     try:
         return evaluate(ast.parse(text.strip(), mode='eval').body, {})
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, ArithmeticError):
         return text                                                 # typed() refuses it by name
 
 
