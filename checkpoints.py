@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import tokenizer
+from data import fetch
 from distributed import like, on_main, pick_dtype, whole
 from model import GPT, SIZES, GPTConfig, pack
 
@@ -166,9 +167,9 @@ def load_encoding(folder, vocab_size):
     return encoding
 
 
-def load_model(name, device='cpu', dropout=0.0, dtype=torch.float32):
+def load_model(name, device='cpu', dtype=torch.float32):
     """(model, encoding) of the model called `name` (see find), on `device`, in eval mode."""
-    return load_folder(find(name), device, dropout, dtype)
+    return load_folder(find(name), device, dtype=dtype)
 
 
 def load_folder(folder, device='cpu', dropout=0.0, dtype=torch.float32):
@@ -278,18 +279,18 @@ def hub_files(repo, **how):
     folder = Path(hf_hub_download(repo, 'config.json', **how)).parent
     read_config(folder)                                 # refused before its weights are downloaded
 
-    def fetch(name):
+    def bring(name):
         """Whether the hub has this file, which is in the cache then."""
         if try_to_load_from_cache(repo, name, revision=folder.name) is None:
             with suppress(errors.RemoteEntryNotFoundError):     # the cache notes that too
                 hf_hub_download(repo, name, revision=folder.name, **how)
         return (folder / name).exists()
-    if not fetch('tokenizer.json') and fetch('vocab.json'):     # load_encoding says what is missing
-        fetch('merges.txt')
-    if not fetch(WEIGHTS):
-        fetch(INDEX)
+    if not bring('tokenizer.json') and bring('vocab.json'):     # load_encoding says what is missing
+        bring('merges.txt')
+    if not bring(WEIGHTS):
+        bring(INDEX)
         for file in weight_files(folder):
-            fetch(file.name)
+            bring(file.name)
     return folder
 
 
@@ -385,7 +386,7 @@ def write_model(partial, model, encoding):
 def write_manifest(partial):
     """Sizes and sha256 of the files, then all is synced to the disk."""
     write_json(partial / MANIFEST, {
-        file.name: {'bytes': file.stat().st_size, 'sha256': sha256(file)}
+        file.name: {'bytes': file.stat().st_size, 'sha256': fetch.digest(file)}
         for file in sorted(partial.iterdir())})
     for path in [*partial.iterdir(), partial]:
         sync(path)
@@ -487,7 +488,7 @@ def problem(folder):
         for name, facts in manifest.items():
             if (folder / name).stat().st_size != facts['bytes']:
                 return f'{name} is truncated'
-            if sha256(folder / name) != facts['sha256']:
+            if fetch.digest(folder / name) != facts['sha256']:
                 return f'{name} is damaged'
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f'it is incomplete ({error})'
@@ -521,10 +522,7 @@ def lock(out_dir):
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     file = open(Path(out_dir) / '.lock', 'a')
     try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass                                                        # Windows: no lock
+        fetch.lock(file, wait=False)
     except OSError:
         raise ValueError(f'{out_dir}: another process is training in this folder; '
                          f'give another --out_dir, or end that process') from None
@@ -535,11 +533,6 @@ def lock(out_dir):
 
 def write_json(path, data):
     path.write_text(json.dumps(data, indent=1), encoding='utf-8')
-
-
-def sha256(path):
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def sync(path):

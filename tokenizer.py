@@ -146,7 +146,8 @@ def encode_documents(enc, texts):
     if eot is not None and max(map(len, texts), default=0) <= PIECE:
         joined = ''.join(EOT + text for text in texts)
         if joined.count(EOT) == len(texts):
-            return enc.encode_to_numpy(joined, allowed_special={EOT}).astype(np.uint16)
+            return enc.encode_to_numpy(joined, allowed_special={EOT},
+                                       disallowed_special=()).astype(np.uint16)
     mark = np.array([] if eot is None else [eot], np.uint16)
     return np.concatenate([mark[:0], *(part for text in texts
                                        for part in (mark, encode(enc, text)))])

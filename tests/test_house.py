@@ -12,7 +12,7 @@ from conftest import ROOT
 GROUND = {'model': set(), 'muon': set(), 'configurator': set(), 'tokenizer': set(),
           'distributed': set(), 'data.fetch': set()}
 MIDDLE = {'journal': set(), 'optimizers': {'muon'}, 'validation': {'distributed'},
-          'checkpoints': {'model', 'tokenizer', 'distributed'}, 'data.shards': set(),
+          'checkpoints': {'model', 'tokenizer', 'distributed', 'data.fetch'}, 'data.shards': set(),
           'likelihood': {'distributed'}, 'results': set(), 'data.benchmarks': {'data.fetch'},
           'data.documents': set(), 'data.sources': {'data.documents', 'data.fetch'},
           'data.batches': {'tokenizer', 'data.shards'}, 'data.overlap': set(),

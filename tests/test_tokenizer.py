@@ -135,6 +135,9 @@ def test_special_tokens_may_stand_anywhere():
     assert fingerprint(again) == fingerprint(enc) and eot_id(again) == 0 and again.n_vocab == 301
     plain = TEXT.replace(EOT, '')
     assert encode(again, plain).tolist() == theirs.encode(plain).ids
+    some = ['a<unk>b', 'c']
+    assert tokenizer.encode_documents(enc, some).tolist() == [
+        0, *enc.encode_ordinary(some[0]), 0, *enc.encode_ordinary(some[1])]
     widths = [len(token) for token in tokenizer.token_bytes(enc)]
     assert widths[:2] == [0, 0] and widths[300] == 0 and min(widths[2:300]) == 1
 
