@@ -153,9 +153,9 @@ def weight_files(folder):
 def load_encoding(folder, vocab_size):
     """The tiktoken.Encoding of the model in `folder`, of which it has vocab_size rows: as many as
     there are tokens, or some more for padding, which are left out."""
-    path, older, gpt2 = Path(folder, 'tokenizer.json'), Path(folder, 'vocab.json'), SIZES['gpt2']
-    if path.exists() or older.exists():
-        encoding = tokenizer.load(path if path.exists() else older)
+    gpt2 = SIZES['gpt2']
+    if file := tokenizer.stored(folder):
+        encoding = tokenizer.load(file)
     elif gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
         encoding = tokenizer.gpt2()
     else:

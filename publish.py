@@ -59,24 +59,23 @@ def main(cfg):
         about = Path(about[5:]).read_text(encoding='utf-8')
     dtype, _ = pick_dtype(cfg.dtype, torch.device('cpu'))
     gpt, encoding = checkpoints.load_folder(folder, dtype=dtype)
-    size = sum(p.numel() * p.element_size() for p in gpt.parameters())
     texts = {name: (folder.parent / name).read_text(encoding='utf-8')
              for name in FROM_THE_RUN if (folder.parent / name).exists()}
-    texts['README.md'] = card(cfg, folder, about.strip(), gpt.float(), encoding, size)
+    texts['README.md'] = card(cfg, folder, about.strip(), gpt.float(), encoding, dtype)
     checkpoints.publish(target, gpt.to(dtype), encoding, texts)     # the values that were read
     print(f'{cfg.to}: {sum(file.stat().st_size for file in target.iterdir()) / 1e6:.1f} MB; '
           f'`python sample.py --model={cfg.to}` writes with it')
 
 
-def card(cfg, folder, about, gpt, encoding, size):
-    """The model card, in Markdown; what it measures, it measures on the published weights, of
-    which the file has `size` bytes."""
+def card(cfg, folder, about, gpt, encoding, dtype):
+    """The model card, in Markdown; what it measures, it measures on the published weights, which
+    `gpt` has in float32 and the file in `dtype`."""
     curve, step = Curve(folder.parent), int(folder.name[5:])
     record = next(record for record in curve.records if record['step'] == step)
-    c = gpt.config
-    rows = [('parameters', f'{sum(p.numel() for p in gpt.parameters()):,}, {size / 1e6:.1f} MB as '
-                           f'{cfg.dtype}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, '
-                           f'a block of {c.block_size} tokens'),
+    c, parameters = gpt.config, sum(p.numel() for p in gpt.parameters())
+    rows = [('parameters', f'{parameters:,}, {parameters * dtype.itemsize / 1e6:.1f} MB as '
+                           f'{str(dtype)[6:]}: {c.n_layer} layers, {c.n_head} heads, '
+                           f'{c.n_embd} wide, a block of {c.block_size} tokens'),
             ('tokenizer', f'{encoding.name}, {encoding.n_vocab:,} tokens'),
             ('trained', f"{step:,} updates, {record['tokens']:,} tokens, "
                         f"{duration(curve.seconds_to(record['tokens']))} of updates"),

@@ -51,8 +51,9 @@ def build(name, texts):
 
 
 def stored(name):
-    """The tokenizer.json of the folder `name`, or of the newest step in it; None without one."""
-    files = [Path(name) / 'tokenizer.json', *sorted(Path(name).glob('step_*/tokenizer.json'))[::-1]]
+    """What load() reads of the folder `name`, or of the newest step in it; None without it."""
+    files = [Path(name, 'tokenizer.json'), Path(name, 'vocab.json'),
+             *sorted(Path(name).glob('step_*/tokenizer.json'))[::-1]]
     return next((file for file in files if file.is_file()), None)
 
 
@@ -242,6 +243,7 @@ def from_json(text):
               for pair in data['model']['merges']]
     if merged != sorted(merged):
         raise ValueError('the ids of this tokenizer do not follow the order of its merges')
+    check_vocab_size(1 + max([*ranks.values(), *added.values()]))
     return tiktoken.Encoding(f'bpe:{len(ranks) + len(added)}', pat_str=GPT2_PATTERN,
                              mergeable_ranks=ranks, special_tokens=added)
 

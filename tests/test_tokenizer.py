@@ -142,6 +142,14 @@ def test_special_tokens_may_stand_anywhere():
     assert widths[:2] == [0, 0] and widths[300] == 0 and min(widths[2:300]) == 1
 
 
+def test_ids_that_do_not_fit_16_bits_are_refused():
+    """They would be stored as others; some GPT-2s of many languages have 100,000 tokens."""
+    data = json.loads(to_json(build('bytes', None)))
+    data['model']['vocab']['aa'] = 2 ** 16
+    with pytest.raises(ValueError, match='65,537 tokens do not fit the 16 bits'):
+        from_json(json.dumps(data))
+
+
 def test_the_older_pair_of_files_is_the_same_tokenizer(tmp_path):
     made = tokenizer.build('bpe:300', lambda: ['the cat and the hat sat on the mat '] * 9)
     model = json.loads(tokenizer.to_json(made))['model']
@@ -149,7 +157,7 @@ def test_the_older_pair_of_files_is_the_same_tokenizer(tmp_path):
         model['vocab'] | {tokenizer.EOT: made.eot_token}))
     (tmp_path / 'merges.txt').write_text('\n'.join(
         ['#version: 0.2', *(' '.join(pair) for pair in model['merges'])]))
-    found = tokenizer.load(tmp_path / 'vocab.json')
+    found = tokenizer.build(str(tmp_path), None)                    # as `--tokenizer=FOLDER` does
     assert tokenizer.fingerprint(found) == tokenizer.fingerprint(made)
     (tmp_path / 'merges.txt').unlink()
     with pytest.raises(ValueError, match='cannot be used as a tokenizer'):
