@@ -219,7 +219,8 @@ def last_pair(token, ranks):
     """The two tokens that are merged last into `token`: its bytes merged by all lower ranks."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        pairs = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:])]
+        pairs = [ranks.get(left + right, MAX_VOCAB_SIZE)
+                 for left, right in zip(parts, parts[1:])]
         i = pairs.index(min(pairs))
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts
