@@ -18,7 +18,6 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import tokenizer
+from data import fetch
 from distributed import on_main, pick_dtype
 from model import GPT, SIZES, GPTConfig, pack
 from replicas import like, whole
@@ -34,8 +34,6 @@ HERE = Path(__file__).resolve().parent
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 MANIFEST = 'manifest.json'
-NOT_READ = ('; pytorch_model.bin is not read, since a pickle can run programs: load it once with '
-            'transformers, if you trust it, whose save_pretrained() writes safetensors')
 HUB_NAMES = {**{name: f'openai-community/{name}' for name in SIZES},
              'distilgpt2': 'distilbert/distilgpt2'}
 
@@ -66,14 +64,16 @@ def from_hugging_face(model, tensors):
         if name not in missing:
             continue                                # lm_head (tied), attention masks, unused biases
         p = missing.pop(name)
-        tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
-        rows = model.config.vocab_size if name == 'wte.weight' else len(p)
-        tensor = tensor[:rows] if name == 'wte.weight' else tensor  # some pad it in the file
-        if tensor.shape != p[:rows].shape:
+        if name == 'wte.weight':                    # rows of padding: here, and in some files
+            rows = model.config.vocab_size
+            p[rows:] = 0
+            p, tensor = p[:rows], tensor[:rows]
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.t()
+        if tensor.shape != p.shape:
             raise ValueError(f'{name}: the file holds {tuple(tensor.shape)}, '
-                             f'config.json promises {tuple(p[:rows].shape)}')
-        p[:rows].copy_(tensor)
-        p[rows:] = 0                                # of the padding
+                             f'config.json promises {tuple(p.shape)}')
+        p.copy_(tensor)
     if missing:
         raise ValueError(f"these weights are missing: {', '.join(list(missing)[:4])} "
                          f"({len(missing)} in all)")
@@ -89,26 +89,24 @@ def config_json(config, eot_id):
         'vocab_size': config.vocab_size,
         'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout,
         'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True, 'bias': config.bias,
-        'bos_token_id': eot_id, 'eos_token_id': eot_id, 'dtype': 'float32'}
+        'bos_token_id': eot_id, 'eos_token_id': eot_id}
 
 
 def read_config(folder):
     """The GPTConfig in the config.json of `folder`;
     ValueError when it is not a GPT-2 as we build one."""
     try:
-        facts = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8'))
-    except ValueError as error:
+        facts = dict(json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8')))
+    except (ValueError, TypeError) as error:
         raise ValueError(f'{folder}/config.json is damaged ({error})') from None
-    if not isinstance(facts, dict):
-        raise ValueError(f'{folder}/config.json is damaged (it holds no settings)')
-    expected = {'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
-                'n_inner': [None, 4 * facts.get('n_embd', 0)], 'tie_word_embeddings': [True],
-                'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
-                'scale_attn_by_inverse_layer_idx': [False]}
     for key in ('model_type', 'n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
         if key not in facts:
             raise ValueError(f"{folder}: not a GPT-2: its config.json has no '{key}'")
-    for key, allowed in expected.items():
+    for key, allowed in {
+            'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
+            'n_inner': [None, 4 * facts['n_embd']], 'tie_word_embeddings': [True],
+            'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
+            'scale_attn_by_inverse_layer_idx': [False]}.items():
         if facts.get(key, allowed[0]) not in allowed:
             raise ValueError(f'{folder}: not a GPT-2 that this program can run: '
                              f'{key} is {facts[key]!r}, expected {allowed[-1]!r}')
@@ -118,13 +116,8 @@ def read_config(folder):
 
 
 def load_weights(model, folder):
-    """Fill `model` from the safetensors in `folder`: one file, or several and their index."""
+    """Fill `model` from the weights in `folder`."""
     files = weight_files(folder)
-    for file in files:
-        with open(file, 'rb') as opened:
-            if opened.read(23) == b'version https://git-lfs':
-                raise ValueError(f'{file}: is only a pointer to the weights; '
-                                 f'`git lfs install && git lfs pull` in that folder fetches them')
 
     def tensors():
         for file in files:
@@ -135,43 +128,35 @@ def load_weights(model, folder):
                     yield name, opened.get_tensor(name)
     try:
         from_hugging_face(model, tensors())
-    except SafetensorError as error:
-        raise ValueError(f'{folder}: its weights are damaged or only half there ({error}); '
-                         f'fetch them again') from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f'{folder}: its weights are damaged or only half there ({error}); fetch '
+                         f'them again (where git brought them, by `git lfs pull`)') from None
     except ValueError as error:
         raise ValueError(f'{folder}: {error}') from None
 
 
 def weight_files(folder):
-    """The files that hold the weights in `folder`; ValueError names what is missing."""
-    index, whole = Path(folder) / INDEX, Path(folder) / WEIGHTS
-    if whole.exists():
-        return [whole]
+    """The safetensors that hold the weights in `folder`: one file, or those that an index names."""
+    if (single := Path(folder, WEIGHTS)).exists():
+        return [single]
+    index = Path(folder, INDEX)
     if not index.exists():
-        is_pickled = any(Path(folder).glob('*.bin'))
-        raise ValueError(f'{folder}: there are no weights here ({WEIGHTS}){NOT_READ * is_pickled}')
-    files = [Path(folder) / name for name in shard_names(index)]
-    if missing := [file.name for file in files if not file.exists()]:
-        raise ValueError(f"{folder}: half of it is missing: {INDEX} names {', '.join(missing)}, "
-                         f'which {"is" if len(missing) == 1 else "are"} not there; fetch it again')
-    return files
-
-
-def shard_names(index):
+        raise ValueError(f'{folder}: there is no {WEIGHTS} here; pytorch_model.bin is not read, '
+                         f'since a pickle can run programs: load it once with transformers, if you '
+                         f'trust it, whose save_pretrained() writes safetensors')
     try:
-        return sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
+        names = json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f'{index} is damaged ({error}); fetch it again') from None
+    return [Path(folder, name) for name in sorted(set(names))]
 
 
 def load_encoding(folder, vocab_size):
     """The tiktoken.Encoding of the model in `folder`, of which it has vocab_size rows: as many as
     there are tokens, or some more for padding, which are left out."""
-    path, gpt2 = Path(folder) / 'tokenizer.json', SIZES['gpt2']
-    if path.exists():
-        encoding = tokenizer.load(path)
-    elif (path.parent / 'vocab.json').exists():                     # as older models have it
-        encoding = tokenizer.load_pair(path.parent / 'vocab.json', path.parent / 'merges.txt')
+    gpt2 = SIZES['gpt2']
+    if file := tokenizer.stored(folder):
+        encoding = tokenizer.load(file)
     elif gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
         encoding = tokenizer.gpt2()
     else:
@@ -183,9 +168,9 @@ def load_encoding(folder, vocab_size):
     return encoding
 
 
-def load_model(name, device='cpu', dropout=0.0, dtype=torch.float32):
+def load_model(name, device='cpu', dtype=torch.float32):
     """(model, encoding) of the model called `name` (see find), on `device`, in eval mode."""
-    return load_folder(find(name), device, dropout, dtype)
+    return load_folder(find(name), device, dtype=dtype)
 
 
 def load_folder(folder, device='cpu', dropout=0.0, dtype=torch.float32):
@@ -262,9 +247,9 @@ def find(name):
         return found
     if folder.is_file():
         raise ValueError(f'{name}: is a file, expected the folder of a model')
-    first, *others = folder.parts or ('',)
-    if first in ('.', '..', '/', 'out') or name.startswith(('.', '~')) or len(others) > 1 or (
-            others and Path(first).exists()):
+    owner, *repo = folder.parts
+    if owner == 'out' or name.startswith(('.', '/', '~')) or len(repo) > 1 or (
+            repo and Path(owner).exists()):
         raise ValueError(f'{name}: there is no such folder')
     return from_hub(HUB_NAMES.get(name, name))
 
@@ -277,7 +262,7 @@ def from_hub(repo):
     """
     from huggingface_hub import errors
     try:
-        with suppress(errors.LocalEntryNotFoundError):
+        with suppress(errors.LocalEntryNotFoundError, ValueError):
             return hub_files(repo, local_files_only=True)
         return hub_files(repo)
     except Exception as error:                          # each way to fail has a class of its own
@@ -290,26 +275,23 @@ def from_hub(repo):
 
 
 def hub_files(repo, **how):
+    """The folder of `repo` in the cache, when all is there that the hub has of the model."""
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
     folder = Path(hf_hub_download(repo, 'config.json', **how)).parent
     read_config(folder)                                 # refused before its weights are downloaded
-    fetch = partial(hf_hub_download, repo, revision=folder.name, **how)
-    for wanted in (['tokenizer.json'], ['vocab.json', 'merges.txt']):
-        if None in (known := [try_to_load_from_cache(repo, name, revision=folder.name)
-                              for name in wanted]):     # not there, and not known to be missing
-            with suppress(errors.RemoteEntryNotFoundError):     # load_encoding says if that matters
-                known = [fetch(name) for name in wanted]
-        if all(isinstance(path, str) for path in known):
-            break
-    try:
-        fetch(WEIGHTS)
-    except errors.EntryNotFoundError as error:
-        try:
-            index = Path(fetch(INDEX))
-        except errors.EntryNotFoundError:
-            raise error from None
-        for name in shard_names(index):
-            fetch(name)
+
+    def bring(name):
+        """Whether the hub has this file, which is in the cache then."""
+        if try_to_load_from_cache(repo, name, revision=folder.name) is None:
+            with suppress(errors.RemoteEntryNotFoundError):     # the cache notes that too
+                hf_hub_download(repo, name, revision=folder.name, **how)
+        return (folder / name).exists()
+    if not bring('tokenizer.json') and bring('vocab.json'):     # load_encoding says what is missing
+        bring('merges.txt')
+    if not bring(WEIGHTS):
+        bring(INDEX)
+        for file in weight_files(folder):
+            bring(file.name)
     return folder
 
 
@@ -319,13 +301,11 @@ def what_to_do(repo, error):
     if isinstance(error, errors.GatedRepoError):
         return (f'its owner wants to know who you are: accept the terms at {constants.ENDPOINT}/'
                 f'{repo}, and set HF_TOKEN to a token of yours')
-    if isinstance(error, errors.RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         return (f'there is no such folder here and no such model at {constants.ENDPOINT}, '
                 f'or it is private (then set HF_TOKEN)')
-    if isinstance(error, errors.HFValidationError):
-        return f'there is no such folder, and it cannot be the name of a model on the hub'
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return f'the hub has no config.json or no {WEIGHTS} of it{NOT_READ}'
+        return 'the hub has no config.json of it'
     if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
         why = ('HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else
                f'{constants.ENDPOINT} cannot be reached')
@@ -362,25 +342,18 @@ def save(out_dir, step, model, encoding, training):
     return final
 
 
-def publish(folder, target, dtype, more):
-    """Write the model in `folder` into `target`, its weights in `dtype` and without what a resume
-    needs. more(model, encoding, bytes of the weights): {name: text} of other files; the model is
-    float32, with the values that are in the file."""
-    ours = all((target / name).exists() for name in (WEIGHTS, MANIFEST, 'README.md'))
-    if target.exists() and any(target.iterdir()) and not ours:
-        raise ValueError(f'{target} is there and was not written by this program; '
-                         f'give another folder')
-    model, encoding = load_folder(folder, dtype=dtype)
-    partial = target.resolve().with_name(f'.{target.name}.partial')
+def publish(target, model, encoding, texts):
+    """Write the model into the folder `target` without what a resume needs, and texts, {name: text}
+    of other files beside it. What else is there stays."""
+    partial = target.with_name(f'.{target.name}.partial')
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write_model(partial, model, encoding)
         write_manifest(partial)                         # of the model: texts may be edited later
-        size = (partial / WEIGHTS).stat().st_size
-        for name, text in more(model.float(), encoding, size).items():
+        for name, text in texts.items():
             (partial / name).write_text(text, encoding='utf-8')
-        target.mkdir(parents=True, exist_ok=True)       # other files in it stay, as does the
-        card = target / 'README.md'                     # card before, which may have been edited
+        target.mkdir(parents=True, exist_ok=True)
+        card = target / 'README.md'                     # the one before may have been edited
         if card.exists() and card.read_bytes() != (partial / card.name).read_bytes():
             card.replace(target / 'README.md.old')
         for file in sorted(partial.iterdir()):
@@ -414,7 +387,7 @@ def write_model(partial, model, encoding):
 def write_manifest(partial):
     """Sizes and sha256 of the files, then all is synced to the disk."""
     write_json(partial / MANIFEST, {
-        file.name: {'bytes': file.stat().st_size, 'sha256': sha256(file)}
+        file.name: {'bytes': file.stat().st_size, 'sha256': fetch.digest(file)}
         for file in sorted(partial.iterdir())})
     for path in [*partial.iterdir(), partial]:
         sync(path)
@@ -463,11 +436,11 @@ def newest_step(out_dir, until=math.inf):
     that is no reason to start over.
     """
     problems = []
-    for folder in [steps(out_dir)[step] for step in reversed(steps(out_dir)) if step <= until]:
-        wrong = problem(folder)
-        if not wrong:
-            return folder, problems
-        problems.append((folder, wrong))
+    for step, folder in reversed(steps(out_dir).items()):
+        if step <= until:
+            if not (wrong := problem(folder)):
+                return folder, problems
+            problems.append((folder, wrong))
     if problems:
         words = [f'{folder}: {wrong}' for folder, wrong in problems]
         raise ValueError('\n'.join(['there are checkpoints, and none of them is whole:', *words,
@@ -480,8 +453,9 @@ def back_to(out_dir, step):
     deleted."""
     folder, _ = newest_step(out_dir, step)
     if folder:
-        for newer in [newer for number, newer in steps(out_dir).items() if number > step]:
-            remove(newer)
+        for number, newer in steps(out_dir).items():
+            if number > step:
+                remove(newer)
     return folder
 
 
@@ -515,7 +489,7 @@ def problem(folder):
         for name, facts in manifest.items():
             if (folder / name).stat().st_size != facts['bytes']:
                 return f'{name} is truncated'
-            if sha256(folder / name) != facts['sha256']:
+            if fetch.digest(folder / name) != facts['sha256']:
                 return f'{name} is damaged'
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f'it is incomplete ({error})'
@@ -549,10 +523,7 @@ def lock(out_dir):
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     file = open(Path(out_dir) / '.lock', 'a')
     try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass                                                        # Windows: no lock
+        fetch.lock(file, wait=False)
     except OSError:
         raise ValueError(f'{out_dir}: another process is training in this folder; '
                          f'give another --out_dir, or end that process') from None
@@ -563,11 +534,6 @@ def lock(out_dir):
 
 def write_json(path, data):
     path.write_text(json.dumps(data, indent=1), encoding='utf-8')
-
-
-def sha256(path):
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def sync(path):

@@ -51,27 +51,26 @@ def configure(Config, argv, short=None, collect=''):
     positional arguments which are not config files (*.py). Raises ValueError in one line.
     """
     values = {field.name: field.default for field in fields(Config)}
-    defaults, args = dict(values), list(argv)
+    defaults, args, short = dict(values), list(argv), short or {}
     while args:
         arg = args.pop(0)
         if not arg.startswith('-') or arg == '-':
-            if collect and not arg.endswith('.py'):
-                values[collect] += (arg,)
-            elif not arg.endswith('.py'):
-                raise ValueError(f'given {arg!r}, expected a config file (*.py) or --key=value')
-            else:
+            if arg.endswith('.py'):
                 values.update(read_config_file(arg, values, defaults))
+            elif collect:
+                values[collect] += (arg,)
+            else:
+                raise ValueError(f'given {arg!r}, expected a config file (*.py) or --key=value')
             continue
         flag, equals, text = arg.partition('=')
-        key = known((short or {}).get(flag, flag.lstrip('-').replace('-', '_')), defaults, flag)
-        is_switch, another_flag = type(defaults[key]) is bool, args[:1] and (
-            args[0].startswith('--') or args[0] in (short or {}))
-        if not equals and is_switch and (not args or args[0] not in ('True', 'False')):
-            text = 'True'                                           # --eval_only
-        elif not equals and (not args or another_flag):
-            raise ValueError(f'{flag}: expected a value, such as {flag}={defaults[key]!r}')
-        elif not equals:
-            text = args.pop(0)                                      # -p "Hello", --model gpt2
+        key = known(short.get(flag, flag.lstrip('-').replace('-', '_')), defaults, flag)
+        if not equals:
+            if type(defaults[key]) is bool and args[:1] not in (['True'], ['False']):
+                text = 'True'                                       # --eval_only
+            elif not args or args[0].startswith('--') or args[0] in short:
+                raise ValueError(f'{flag}: expected a value, such as {flag}={defaults[key]!r}')
+            else:
+                text = args.pop(0)                                  # -p "Hello", --model gpt2
         values[key] = typed(from_text(text, defaults[key]), defaults[key], flag)
     return Config(**values)
 
@@ -92,7 +91,7 @@ def from_text(text, default):
         return {'True': True, 'False': False}.get(text, text) if default == 'auto' else text
     try:
         return evaluate(ast.parse(text.strip(), mode='eval').body, {})
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, ArithmeticError):
         return text                                                 # typed() refuses it by name
 
 

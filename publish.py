@@ -49,29 +49,33 @@ def main(cfg):
     if not folder or not folder.name.startswith('step_'):
         raise ValueError(f'model: given {cfg.model!r}, expected the folder of a run of train.py '
                          f'that has saved a step')
-    target = Path(cfg.to)
-    curve, kind = Curve(folder.parent), pick_dtype(cfg.dtype, torch.device('cpu'))[0]
-    text, file = cfg.about, Path(cfg.about.removeprefix('FILE:'))
-    if file != Path(text):
-        if not file.is_file():
-            raise ValueError(f'about: given {text}, but there is no such file')
-        text = file.read_text('utf-8')
-    checkpoints.publish(folder, target, kind, lambda gpt, encoding, size: {
-        **{name: (folder.parent / name).read_text(encoding='utf-8')
-           for name in FROM_THE_RUN if (folder.parent / name).exists()},
-        'README.md': card(cfg, curve, folder, text.strip(), gpt, encoding, size)})
-    print(f'{target}: {sum(file.stat().st_size for file in target.iterdir()) / 1e6:.1f} MB; '
-          f'`python sample.py --model={target}` writes with it')
+    target, ours = Path(cfg.to).resolve(), ('model.safetensors', 'manifest.json', 'README.md')
+    if target.exists() and any(target.iterdir()) and not all(
+            (target / name).exists() for name in ours):
+        raise ValueError(f'{cfg.to} is there and was not written by this program; '
+                         f'give another folder')
+    about = cfg.about
+    if about.startswith('FILE:'):
+        about = Path(about[5:]).read_text(encoding='utf-8')
+    dtype, _ = pick_dtype(cfg.dtype, torch.device('cpu'))
+    gpt, encoding = checkpoints.load_folder(folder, dtype=dtype)
+    texts = {name: (folder.parent / name).read_text(encoding='utf-8')
+             for name in FROM_THE_RUN if (folder.parent / name).exists()}
+    texts['README.md'] = card(cfg, folder, about.strip(), gpt.float(), encoding, dtype)
+    checkpoints.publish(target, gpt.to(dtype), encoding, texts)     # the values that were read
+    print(f'{cfg.to}: {sum(file.stat().st_size for file in target.iterdir()) / 1e6:.1f} MB; '
+          f'`python sample.py --model={cfg.to}` writes with it')
 
 
-def card(cfg, curve, folder, text, gpt, encoding, size):
-    """The model card, in Markdown; what it measures, it measures on the published weights."""
-    step = int(folder.name[5:])
+def card(cfg, folder, about, gpt, encoding, dtype):
+    """The model card, in Markdown; what it measures, it measures on the published weights, which
+    `gpt` has in float32 and the file in `dtype`."""
+    curve, step = Curve(folder.parent), int(folder.name[5:])
     record = next(record for record in curve.records if record['step'] == step)
-    c = gpt.config
-    rows = [('parameters', f'{sum(p.numel() for p in gpt.parameters()):,}, {size / 1e6:.1f} MB as '
-                           f'{cfg.dtype}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, '
-                           f'a block of {c.block_size} tokens'),
+    c, parameters = gpt.config, sum(p.numel() for p in gpt.parameters())
+    rows = [('parameters', f'{parameters:,}, {parameters * dtype.itemsize / 1e6:.1f} MB as '
+                           f'{str(dtype)[6:]}: {c.n_layer} layers, {c.n_head} heads, '
+                           f'{c.n_embd} wide, a block of {c.block_size} tokens'),
             ('tokenizer', f'{encoding.name}, {encoding.n_vocab:,} tokens'),
             ('trained', f"{step:,} updates, {record['tokens']:,} tokens, "
                         f"{duration(curve.seconds_to(record['tokens']))} of updates"),
@@ -82,7 +86,7 @@ def card(cfg, curve, folder, text, gpt, encoding, size):
         '---', *(f'{key}: {value}' for key, value in (
             ('language', cfg.language), ('license', cfg.license)) if value),
         'pipeline_tag: text-generation', 'library_name: transformers', 'tags: [gpt2]', '---',
-        f'# {Path(cfg.to).resolve().name}', '', *([text, ''] if text else []),
+        f'# {Path(cfg.to).resolve().name}', '', *([about, ''] if about else []),
         '| | |', '|---|---|',
         *(f'| {key} | {value} |' for key, value in rows), '',
         f'`python train.py {cfg.to}/config.py --out_dir=out/again` trains it again, where that '

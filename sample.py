@@ -91,14 +91,12 @@ def load(name, device, dtype):
 
 
 def read_prompt(prompt):
-    raw = prompt.encode('utf-8', 'surrogateescape')
-    if prompt == '-':
-        raw = sys.stdin.buffer.read()
-    elif prompt.startswith('FILE:'):
-        raw = Path(prompt[5:]).read_bytes()
     try:
-        text = raw.decode('utf-8')
-        return text.removesuffix('\n') if prompt == '-' or prompt.startswith('FILE:') else text
+        if prompt == '-':
+            return sys.stdin.buffer.read().decode('utf-8').removesuffix('\n')
+        if prompt.startswith('FILE:'):
+            return Path(prompt[5:]).read_bytes().decode('utf-8').removesuffix('\n')
+        return prompt.encode('utf-8', 'surrogateescape').decode('utf-8')
     except UnicodeDecodeError as error:
         raise ValueError(f'prompt: not UTF-8 ({error.reason} at byte {error.start})') from None
 
@@ -132,10 +130,9 @@ def write(cfg, gpt, encoding, text, ids):
               f'reads the last {len(ids) - start:,}', file=sys.stderr)
     seconds, count, whole, drawn = [], 0, text, []          # seconds: of each token, or row of them
     for k, new_ids in enumerate(draw(cfg, gpt, ids, eot, seconds)):
-        if cfg.num_samples > 1 and not cfg.json:
-            print(f'--- sample {k + 1}', flush=True)
         if not cfg.json:
-            print(text, end='', flush=True)
+            title = f'--- sample {k + 1}\n' if cfg.num_samples > 1 else ''
+            print(title + text, end='', flush=True)
         whole, drawn = text, []
         try:
             for piece in as_text(new_ids, encoding, drawn):
@@ -184,13 +181,11 @@ def draw(cfg, gpt, ids, eot, seconds):
 
 def timed(stream, seconds):
     """The items of an iterator; how long each of them took is appended to `seconds`."""
-    while True:
-        began = time.perf_counter()
-        item = next(stream, None)
-        if item is None:
-            return
+    began = time.perf_counter()
+    for item in stream:
         seconds.append(time.perf_counter() - began)
         yield item
+        began = time.perf_counter()
 
 
 def as_text(new_ids, encoding, seen):

@@ -51,8 +51,9 @@ def build(name, texts):
 
 
 def stored(name):
-    """The tokenizer.json of the folder `name`, or of the newest step in it; None without one."""
-    files = [Path(name) / 'tokenizer.json', *sorted(Path(name).glob('step_*/tokenizer.json'))[::-1]]
+    """What load() reads of the folder `name`, or of the newest step in it; None without it."""
+    files = [Path(name, 'tokenizer.json'), Path(name, 'vocab.json'),
+             *sorted(Path(name).glob('step_*/tokenizer.json'))[::-1]]
     return next((file for file in files if file.is_file()), None)
 
 
@@ -118,10 +119,8 @@ def encode(enc, text):
     Raises ValueError, naming it, for a character that a 'chars' encoding does not have.
     """
     if is_chars(enc):
-        known = alphabet(enc)
-        unknown = sorted(char for char in set(text) if char not in known)
-        if unknown:
-            raise ValueError(f'the character {unknown[0]!r} is not one of '
+        if unknown := set(text) - alphabet(enc):
+            raise ValueError(f'the character {min(unknown)!r} is not one of '
                              f'the {enc.n_vocab} of this tokenizer, which has only those of the '
                              f'text that it was made for')
     pieces, start = [], 0
@@ -148,7 +147,8 @@ def encode_documents(enc, texts):
     if eot is not None and max(map(len, texts), default=0) <= PIECE:
         joined = ''.join(EOT + text for text in texts)
         if joined.count(EOT) == len(texts):
-            return enc.encode_to_numpy(joined, allowed_special={EOT}).astype(np.uint16)
+            return enc.encode_to_numpy(joined, allowed_special={EOT},
+                                       disallowed_special=()).astype(np.uint16)
     mark = np.array([] if eot is None else [eot], np.uint16)
     return np.concatenate([mark[:0], *(part for text in texts
                                        for part in (mark, encode(enc, text)))])
@@ -164,16 +164,21 @@ def eot_id(enc):
 
 
 def token_bytes(enc):
-    """The bytes of every token in order of its id, the special ones left out."""
-    return [enc.decode_single_token_bytes(i)
-            for i in range(enc.n_vocab - len(enc.special_tokens_set))]
+    """The bytes of every token in order of its id; b'' for the special ones."""
+    tokens = {enc.encode_single_token(token): token for token in enc.token_byte_values()}
+    return [tokens.get(i, b'') for i in range(enc.n_vocab)]
+
+
+def special_tokens(enc):
+    """[(id, name)] of <|endoftext|> and whatever else a text cannot hold, in order."""
+    return sorted((enc.encode_single_token(name), name) for name in enc.special_tokens_set)
 
 
 def fingerprint(enc):
     """sha256 over all tokens and the kind of splitting:
     encodings with the same one encode alike."""
-    special = sorted((enc.encode_single_token(name), name) for name in enc.special_tokens_set)
-    facts = [is_chars(enc), special, [token.hex() for token in token_bytes(enc)]]
+    facts = [is_chars(enc), special_tokens(enc),
+             [token.hex() for token in token_bytes(enc) if token]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -196,14 +201,17 @@ def to_json(enc):
         made.decoder = decoders.Fuse()
         return made.to_str(pretty=True)
     shown = byte_characters()
-    ranks = {token: i for i, token in enumerate(tokens)}
-    names = [''.join(shown[byte] for byte in token) for token in tokens]
-    merges = [tuple(names[ranks[part]] for part in last_pair(token, ranks))
-              for token in tokens if len(token) > 1]
-    made = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
+    ranks = {token: i for i, token in enumerate(tokens) if token}
+    names = {token: ''.join(shown[byte] for byte in token) for token in ranks}
+    merges = [tuple(names[part] for part in last_pair(token, ranks))
+              for token in ranks if len(token) > 1]
+    vocab = {names[token]: i for token, i in ranks.items()}
+    vocab.update((name, i) for i, name in special_tokens(enc))
+    made = Tokenizer(models.BPE(vocab, merges))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(EOT, normalized=False)])
+    made.add_special_tokens([AddedToken(name, normalized=False)
+                             for _, name in special_tokens(enc)])
     return made.to_str(pretty=True)
 
 
@@ -211,13 +219,14 @@ def last_pair(token, ranks):
     """The two tokens that are merged last into `token`: its bytes merged by all lower ranks."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        pairs = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:])]
+        pairs = [ranks.get(left + right, MAX_VOCAB_SIZE)
+                 for left, right in zip(parts, parts[1:])]
         i = pairs.index(min(pairs))
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
-def from_json(text, name=''):
+def from_json(text):
     """The Encoding in the text of a tokenizer.json: ours, or any with GPT-2's byte-level BPE."""
     data = json.loads(text)
     vocab, kind = data['model']['vocab'], data['model']['type']
@@ -235,27 +244,29 @@ def from_json(text, name=''):
               for pair in data['model']['merges']]
     if merged != sorted(merged):
         raise ValueError('the ids of this tokenizer do not follow the order of its merges')
-    return tiktoken.Encoding(name or f'bpe:{len(ranks) + len(added)}', pat_str=GPT2_PATTERN,
+    check_vocab_size(1 + max([*ranks.values(), *added.values()]))
+    return tiktoken.Encoding(f'bpe:{len(ranks) + len(added)}', pat_str=GPT2_PATTERN,
                              mergeable_ranks=ranks, special_tokens=added)
 
 
-def load_pair(vocab, merges):
-    """The Encoding of GPT-2's older pair of files, vocab.json and merges.txt."""
-    try:
-        ids = json.loads(Path(vocab).read_text(encoding='utf-8'))
-        lines = Path(merges).read_text(encoding='utf-8').splitlines()
-        return from_json(json.dumps({
-            'model': {'type': 'BPE', 'vocab': ids, 'merges': [
-                line for line in lines if line and not line.startswith('#version')]},
-            'added_tokens': [{'content': EOT, 'id': ids[EOT]}] if EOT in ids else [],
-            'pre_tokenizer': {'type': 'ByteLevel'}}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{vocab}: cannot be used as a tokenizer ({error})') from None
+def from_pair(vocab, merges):
+    """The Encoding in the texts of GPT-2's older pair of files."""
+    ids = json.loads(vocab)
+    return from_json(json.dumps({
+        'model': {'type': 'BPE', 'vocab': ids, 'merges': [
+            line for line in merges.splitlines() if line and not line.startswith('#version')]},
+        'added_tokens': [{'content': EOT, 'id': ids[EOT]}] if EOT in ids else [],
+        'pre_tokenizer': {'type': 'ByteLevel'}}))
 
 
 def load(path):
-    """The Encoding of the tokenizer.json at `path`; ValueError when it cannot be used."""
+    """The Encoding of a tokenizer.json, or of a vocab.json and the merges.txt beside it;
+    ValueError when it cannot be used."""
+    path = Path(path)
     try:
-        return from_json(Path(path).read_text(encoding='utf-8'))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = path.read_text(encoding='utf-8')
+        if path.name != 'vocab.json':
+            return from_json(text)
+        return from_pair(text, path.with_name('merges.txt').read_text(encoding='utf-8'))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path}: cannot be used as a tokenizer ({error})') from None

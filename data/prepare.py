@@ -364,7 +364,7 @@ def take_shards(cfg, source, plan, folder):
         raise OSError(f'{len(missing)} shards are {sum(missing) / 1e9:.1f} GB, there are '
                       f'{free / 1e9:.1f} GB free; --shards=N takes the first N')
     sizes = np.zeros(2 ** 16, np.int64)             # of tokens in bytes, 0 for <|endoftext|>
-    sizes[:enc.n_vocab - 1] = [len(token) for token in token_bytes(enc)]
+    sizes[:enc.n_vocab] = [len(token) for token in token_bytes(enc)]
     splits = {split: {'tokens': 0, 'documents': 0, 'bytes': 0, 'shards': []}
               for split in ('train', 'val')}
     for file in tqdm(files, unit='shard', disable=not sys.stderr.isatty()):

@@ -109,7 +109,7 @@ def test_a_missing_shard_is_named(tmp_path):
     shards = sorted(tmp_path.glob('*.safetensors'))
     assert len(shards) > 1 and checkpoints.load_model(tmp_path)
     shards[1].unlink()
-    with pytest.raises(ValueError, match=f'half of it is missing: .* names {shards[1].name}'):
+    with pytest.raises(ValueError, match=f'only half there .*{shards[1].name}'):
         checkpoints.load_model(tmp_path)
     (tmp_path / 'model.safetensors.index.json').write_text('{"weight_map"')
     with pytest.raises(ValueError, match='index.json is damaged'):
@@ -118,8 +118,8 @@ def test_a_missing_shard_is_named(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs /proc')
 def test_the_weights_are_never_twice_in_memory(tmp_path):
-    """A new process loads 300 MB, the largest tensor of 17 MB; its peak is read off."""
-    config = GPTConfig(block_size=16, vocab_size=257, n_layer=6, n_head=2, n_embd=1024)
+    """A new process loads 150 MB, the largest tensor of 17 MB; its peak is read off."""
+    config = GPTConfig(block_size=16, vocab_size=257, n_layer=3, n_head=2, n_embd=1024)
     _, folder = save(tmp_path, config=replace(config, n_layer=1))
     code = """
 import re, sys, checkpoints
@@ -135,7 +135,7 @@ print(weights, peak() - before)
     done = subprocess.run([sys.executable, '-c', code, folder, large], cwd=ROOT, check=True,
                           capture_output=True, text=True)
     weights, grown = map(float, done.stdout.split())
-    assert weights > 300 and grown < weights + 40, (weights, grown)
+    assert weights > 150 and grown < weights + 40, (weights, grown)
 
 
 @pytest.mark.parametrize('change, words', [

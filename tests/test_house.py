@@ -13,7 +13,8 @@ GROUND = {'model': set(), 'muon': set(), 'configurator': set(), 'tokenizer': set
           'distributed': set(), 'data.fetch': set()}
 MIDDLE = {'journal': set(), 'optimizers': {'muon'}, 'replicas': {'distributed'},
           'validation': {'distributed', 'replicas'},
-          'checkpoints': {'model', 'tokenizer', 'distributed', 'replicas'}, 'data.shards': set(),
+          'checkpoints': {'model', 'tokenizer', 'distributed', 'replicas', 'data.fetch'},
+          'data.shards': set(),
           'likelihood': {'distributed'}, 'results': set(), 'data.benchmarks': {'data.fetch'},
           'data.documents': set(), 'data.sources': {'data.documents', 'data.fetch'},
           'data.batches': {'tokenizer', 'data.shards'}, 'data.overlap': set(),

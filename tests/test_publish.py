@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import command, script
+from conftest import TINY, command
 
 import checkpoints
 import publish
@@ -18,16 +18,20 @@ from likelihood import rolling_loglikelihood
 PROMPTS = '--prompts=Nobody counted,The fox'
 
 
-@pytest.fixture
-def published(config, tmp_path, stories, monkeypatch):
-    train.main(config(dropout=0.0))
-    command(publish, f"--model={tmp_path / 'run'}", f"--to={tmp_path / 'given'}",
+@pytest.fixture(scope='module')
+def published(stories, tmp_path_factory):
+    """The folder `given`, published from the folder `run` beside it."""
+    folder = tmp_path_factory.mktemp('published')
+    train.main(train.Config(**{**TINY, 'data_dir': str(stories), 'out_dir': str(folder / 'run'),
+                               'dropout': 0.0}))
+    command(publish, f"--model={folder / 'run'}", f"--to={folder / 'given'}",
             '--about=A model of | apples.', PROMPTS, '--max_new_tokens=9', f'--data_dir={stories}')
-    return tmp_path / 'given'
+    return folder / 'given'
 
 
-def test_the_weights_are_those_of_the_best_step_rounded(published, tmp_path):
-    best, _ = checkpoints.load_model(tmp_path / 'run')
+def test_the_weights_are_those_of_the_best_step_rounded(published):
+    run = published.with_name('run')
+    best, _ = checkpoints.load_model(run)
     given, encoding = checkpoints.load_model(published)
     for (name, p), q in zip(best.state_dict().items(), given.state_dict().values()):
         assert torch.equal(p.bfloat16().float(), q), name
@@ -35,7 +39,7 @@ def test_the_weights_are_those_of_the_best_step_rounded(published, tmp_path):
     with open(published / 'README.md', 'a') as card:                # by hand, as one does
         card.write('More words.')
     assert checkpoints.problem(published) == ''
-    assert (published / 'log.jsonl').read_text() == (tmp_path / 'run/log.jsonl').read_text()
+    assert (published / 'log.jsonl').read_text() == (run / 'log.jsonl').read_text()
 
 
 def test_transformers_opens_it(published):
@@ -65,22 +69,23 @@ def test_the_card_says_what_was_measured(published, stories, capsys):
         assert '\n'.join(f'> {part}' for part in ('The fox' + written['text']).splitlines()) in card
 
 
-def test_it_is_replaced_and_nothing_else_is(published, tmp_path):
+def test_it_is_replaced_and_nothing_else_is(published):
     again = (published / 'README.md').read_text()
     (published / 'README.md').write_text('old')
     (published / 'notes').write_text('of the user')
-    arguments = [f"--model={tmp_path / 'run'}", PROMPTS, '--max_new_tokens=1', '--data_dir=/none']
+    run = published.with_name('run')
+    arguments = [f'--model={run}', PROMPTS, '--max_new_tokens=1', '--data_dir=/none']
     command(publish, *arguments, f'--to={published}')
     assert 'validation loss' not in (published / 'README.md').read_text() != again
     assert (published / 'README.md.old').read_text() == 'old' and (published / 'notes').exists()
     assert checkpoints.problem(published) == ''
     with pytest.raises(ValueError, match='is there and was not written by this program'):
-        command(publish, *arguments, f"--to={tmp_path / 'run'}")
+        command(publish, *arguments, f'--to={run}')
     for other in (published, 'gpt2', 'random:gpt2'):
         with pytest.raises(ValueError, match='expected the folder of a run'):
             command(publish, f'--model={other}', '--to=x')
-    done = script('publish.py', '--model=/nowhere', check=False)
-    assert done.returncode == 2 and 'expected a run and a folder' in done.stderr
+    with pytest.raises(ValueError, match='expected a run and a folder'):
+        command(publish, f'--model={run}')
 
 
 def test_the_committed_checkpoint_is_whole_small_and_speaks(capsys, monkeypatch, tmp_path):

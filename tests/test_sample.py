@@ -3,15 +3,17 @@ Sampling as a user does it:
 prompts from anywhere, whole characters, the end of a document, refusals.
 """
 
+import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, script
+from conftest import ROOT, TINY
 
 import sample
 import tokenizer
@@ -78,13 +80,13 @@ def test_json_holds_what_is_printed_and_explain_what_the_model_gave_each_token(t
     assert len(table) == 2 + len(ids) - 1 and sum(row.startswith('new') for row in table) == 6
 
 
-def test_a_conversation_goes_on_with_the_text_on_an_empty_line(trained):
-    done = subprocess.run([sys.executable, 'sample.py', '--device=cpu', f'--model={trained}', '-i',
-                           '-m', '4'], cwd=ROOT, input='The fox\n\nHe\n', capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and done.stderr.count('4 tokens in ') == 3
-    first = done.stdout[:done.stdout.index('The fox', 1)].removesuffix('\n')
-    second = done.stdout[len(first) + 1:]
+def test_a_conversation_goes_on_with_the_text_on_an_empty_line(trained, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('The fox\n\nHe\n'))
+    sample.main(sample.Config(model=str(trained), interactive=True, max_new_tokens=4, device='cpu'))
+    out, err = capsys.readouterr()
+    assert err.count('4 tokens in ') == 3
+    first = out[:out.index('The fox', 1)].removesuffix('\n')
+    second = out[len(first) + 1:]
     assert first.startswith('The fox') and second.startswith(first) and '\nHe' in second
 
 
@@ -132,14 +134,15 @@ def test_a_reader_that_has_enough_is_no_error(trained):
     assert done.stdout and 'Broken' not in done.stderr and 'Traceback' not in done.stderr
 
 
-def test_prompts_come_from_files_and_standard_input(trained, tmp_path, capsys):
+def test_prompts_come_from_files_and_standard_input(trained, tmp_path, capsys, monkeypatch):
     (tmp_path / 'p.txt').write_text('The fox\n')
     flags = [f'--model={trained}', '-m', 5]
     expected = say(capsys, *flags, '-p', 'The fox')
     assert say(capsys, *flags, '-p', f'FILE:{tmp_path}/p.txt') == expected
-    done = subprocess.run([sys.executable, 'sample.py', '--device=cpu', *map(str, flags),
-                           '-p', '-'], cwd=ROOT, input='The fox\n', capture_output=True, text=True)
-    assert done.stdout == expected and str(trained) in done.stderr
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'The fox\n')))
+    assert say(capsys, *flags, '-p', '-') == expected
+    with pytest.raises(FileNotFoundError, match='nowhere.txt'):
+        say(capsys, *flags, '-p', 'FILE:nowhere.txt')
 
 
 def test_text_comes_in_whole_characters_and_ends_at_end_of_text():
@@ -152,17 +155,21 @@ def test_text_comes_in_whole_characters_and_ends_at_end_of_text():
     assert broken == '\ufffd'
 
 
-def test_without_any_checkpoint_an_untrained_model_says_so(tmp_path):
-    done = script(ROOT / 'sample.py', '-m', 3, '--device=cpu', cwd=tmp_path)
-    assert 'untrained' in done.stderr or 'checkpoint' in done.stderr
+def test_without_any_checkpoint_an_untrained_model_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample.checkpoints, 'HERE', tmp_path)
+    sample.main(sample.Config(max_new_tokens=3, device='cpu'))
+    assert 'model: untrained' in capsys.readouterr().err
 
 
-def test_the_newest_checkpoint_under_out_is_found(trained, tmp_path):
+def test_the_newest_checkpoint_under_out_is_found(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out/run').symlink_to(trained)
-    subprocess.run(['cp', '-rL', tmp_path / 'out/run', tmp_path / 'out/copy'], check=True)
-    done = script(ROOT / 'sample.py', '-m', 3, '--device=cpu', cwd=tmp_path)
-    assert 'model: out/copy/step_0000040' in done.stderr
+    shutil.copytree(trained, tmp_path / 'out/copy')
+    (tmp_path / 'out/copy/step_0000040/manifest.json').touch()
+    sample.main(sample.Config(max_new_tokens=3, device='cpu'))
+    assert 'model: out/copy/step_0000040' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('flags, words', [
@@ -174,13 +181,8 @@ def test_refusals(trained, capsys, flags, words):
         say(capsys, f'--model={trained}', *flags)
 
 
-def test_a_file_that_is_not_there_is_one_line(tmp_path):
-    done = script('sample.py', '-p', f'FILE:{tmp_path}/nowhere.txt', '--device=cpu', check=False)
-    assert done.returncode == 2 and 'nowhere.txt' in done.stderr and 'Traceback' not in done.stderr
-
-
 @pytest.mark.parametrize('name, words', [
-    ('gpt2', 'openai-community/gpt2: there is no such folder, it is not .* HF_HUB_OFFLINE is set'),
+    ('gpt2', 'gpt2: there is no such folder, it is not .* HF_HUB_OFFLINE is set. Run this once'),
     ('gpt-2', r'Did you mean gpt2\?'), ('out/nowhere/x', 'there is no such folder')])
 def test_a_model_that_cannot_be_had(monkeypatch, name, words):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')

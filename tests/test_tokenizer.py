@@ -121,6 +121,35 @@ def test_a_tokenizer_that_encodes_otherwise_is_refused(tmp_path, change):
         tokenizer.load(tmp_path / 'tokenizer.json')
 
 
+def test_special_tokens_may_stand_anywhere():
+    """Others train a tokenizer with these at its beginning, and add some at its end."""
+    tokenizers = pytest.importorskip('tokenizers')
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain = ' electroencephalogram' * 9      # each merge needs the one before
+    theirs.train_from_iterator([plain], tokenizers.trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=[EOT, '<unk>'], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    theirs.add_special_tokens(['<pad>'])
+    enc = from_json(theirs.to_str())
+    again = from_json(to_json(enc))
+    assert fingerprint(again) == fingerprint(enc) and eot_id(again) == 0
+    assert encode(again, plain).tolist() == theirs.encode(plain).ids
+    some = ['a<unk>b', 'c']
+    assert tokenizer.encode_documents(enc, some).tolist() == [
+        0, *enc.encode_ordinary(some[0]), 0, *enc.encode_ordinary(some[1])]
+    widths = [len(token) for token in tokenizer.token_bytes(enc)]
+    assert widths[:2] == [0, 0] and widths[-1] == 0 and min(widths[2:-1]) == 1
+
+
+def test_ids_that_do_not_fit_16_bits_are_refused():
+    """They would be stored as others; some GPT-2s of many languages have 100,000 tokens."""
+    data = json.loads(to_json(build('bytes', None)))
+    data['model']['vocab']['aa'] = 2 ** 16
+    with pytest.raises(ValueError, match='65,537 tokens do not fit the 16 bits'):
+        from_json(json.dumps(data))
+
+
 def test_the_older_pair_of_files_is_the_same_tokenizer(tmp_path):
     made = tokenizer.build('bpe:300', lambda: ['the cat and the hat sat on the mat '] * 9)
     model = json.loads(tokenizer.to_json(made))['model']
@@ -128,11 +157,11 @@ def test_the_older_pair_of_files_is_the_same_tokenizer(tmp_path):
         model['vocab'] | {tokenizer.EOT: made.eot_token}))
     (tmp_path / 'merges.txt').write_text('\n'.join(
         ['#version: 0.2', *(' '.join(pair) for pair in model['merges'])]))
-    found = tokenizer.load_pair(tmp_path / 'vocab.json', tmp_path / 'merges.txt')
+    found = tokenizer.build(str(tmp_path), None)                    # as `--tokenizer=FOLDER` does
     assert tokenizer.fingerprint(found) == tokenizer.fingerprint(made)
     (tmp_path / 'merges.txt').unlink()
     with pytest.raises(ValueError, match='cannot be used as a tokenizer'):
-        tokenizer.load_pair(tmp_path / 'vocab.json', tmp_path / 'merges.txt')
+        tokenizer.load(tmp_path / 'vocab.json')
 
 
 PARTS = ['a', 'ab', 'the', ' ', '  ', '\n', '\r\n', '\t', '\u3000', '\x85', "'s", "'", '12', '世界',
