@@ -1,7 +1,7 @@
 """
 A look into prepared data: what is in it, how it reads, and whether test sets stand in it.
 
-    python data/explore.py pydocs                           # a page of figures
+    python data/explore.py pydocs                           # a page of figures, and lengths.png
     python data/explore.py pydocs --decode=train_000000:0   # the text that lies at a place
     python data/explore.py pydocs --contamination=hellaswag,cbt,lambada,wikitext2
 
@@ -37,7 +37,7 @@ contamination = ()      # of hellaswag, cbt, lambada, wikitext2: look for these,
                         # page; SET=PATH reads a file of one's own, cbt=PATH also a folder
 seed = 1337             # of the documents whose beginning the page shows
 width = 100             # columns of what is printed
-out = ''                # of --contamination; '': contamination.json in the data set's folder
+out = ''                # '': lengths.png or contamination.json in the folder of the data set
 data_dir = ''           # where prepared data lies; '': data/ beside this script
 # -----------------------------------------------------------------------------
 Config = settings(globals())
@@ -134,6 +134,10 @@ def page(cfg, data):
     print(f'\nmost frequent in train\n{most_frequent(data.enc, found["train"].counts)}')
     print('\nread at random in train, by', 'place' if data.eot is None else 'length in tokens')
     print(*beginnings(cfg, data, found['train'].lengths), sep='\n')
+    if data.eot is not None:
+        path = Path(cfg.out) if cfg.out else data.folder / 'lengths.png'
+        draw(path, data.folder.name, found)
+        print(f'\n{path}')
 
 
 def source(manifest):
@@ -224,6 +228,31 @@ def beginnings(cfg, data, lengths):
         line = re.sub(r'\s*\n\s*', ' ↵ ', raw.decode('utf-8', 'replace').strip())
         line = ''.join(char if char.isprintable() else ' ' for char in line)
         yield f'{label:>12,}  {line}'[:cfg.width]
+
+
+def draw(path, name, found):
+    """Write a picture of the lengths, two bars for each power of two."""
+    from matplotlib.figure import Figure
+    figure = Figure((8, 4.5), layout='constrained')
+    axes = figure.subplots()
+    powers = {split: np.log2(np.maximum(part.lengths, 1)) for split, part in found.items()}
+    low, high = min(map(np.min, powers.values())), max(map(np.max, powers.values()))
+    edges = 2 ** np.arange(np.floor(low), np.floor(high) + 1.5, 0.5)
+    for (split, part), look in zip(found.items(), ({'histtype': 'bar', 'alpha': 0.5},
+                                                   {'histtype': 'step', 'linewidth': 2})):
+        middle, many = np.median(part.lengths), len(part.lengths)
+        *_, bars = axes.hist(np.maximum(part.lengths, 1), edges, weights=np.full(many, 100 / many),
+                             label=f'{split}: {many:,}, median {middle:,.0f} tokens', **look)
+        axes.axvline(max(middle, 1), color=bars[0].get_edgecolor(), linestyle='--', linewidth=1)
+    axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter('{x:,.0f}')
+    axes.set(xlabel='tokens of a document', ylabel='% of the documents', title=name)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:                                     # a format it does not know
+        raise ValueError(f'out: given {path}: {error}') from None
 
 
 # Text at a place.
