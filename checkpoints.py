@@ -205,7 +205,7 @@ def open_for(world, name, dtype):
     for key, p in sorted(model.state_dict().items()):
         weights.update(key.encode() + p.cpu().contiguous().view(torch.uint8).numpy().data)
     facts = {'name': name or str(where), 'folder': str(where), 'sha256': weights.hexdigest(),
-             'parameters': sum(p.numel() for p in model.parameters()),
+             'parameters': model.num_parameters(),
              'dtype': str(model.wte.weight.dtype)[6:]}
     return pack(model), encoding, facts
 

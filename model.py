@@ -118,6 +118,11 @@ class GPT(nn.Module):
             return HeadLoss.apply(x, self.wte.weight, targets, self.config.vocab_size, dtype,
                                   torch.is_grad_enabled())
 
+    def num_parameters(self):
+        """How many numbers were learnt: the padding of the vocabulary does not count."""
+        padding = self.config.padded_vocab_size - self.config.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+
     def flops_per_token(self):
         """Floating-point operations of training on one token: 6 for each weight of a matrix
         product and 12 for each (layer, channel, position) of attention

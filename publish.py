@@ -72,7 +72,7 @@ def card(cfg, folder, about, gpt, encoding, dtype):
     `gpt` has in float32 and the file in `dtype`."""
     curve, step = Curve(folder.parent), int(folder.name[5:])
     record = next(record for record in curve.records if record['step'] == step)
-    c, parameters = gpt.config, sum(p.numel() for p in gpt.parameters())
+    c, parameters = gpt.config, gpt.num_parameters()
     rows = [('parameters', f'{parameters:,}, {parameters * dtype.itemsize / 1e6:.1f} MB as '
                            f'{str(dtype)[6:]}: {c.n_layer} layers, {c.n_head} heads, '
                            f'{c.n_embd} wide, a block of {c.block_size} tokens'),

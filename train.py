@@ -169,7 +169,7 @@ def train(cfg):
         checkpoints.restore_optimizers(model, optimizers, saved.pop('optimizer'))
         scaler.load_state_dict(saved['scaler'])
 
-    say(f'{sum(p.numel() for p in model.parameters()):,} parameters; an update is '
+    say(f'{model.num_parameters():,} parameters; an update is '
         f'{tokens_per_update:,} tokens = {world.size} processes x {micro_steps} micro-batches x '
         f'{micro_batch} x {cfg.block_size}; {describe_epochs(sets, cfg.block_size, sequences)}')
     first = [part.to(world.device) for part in train_data.read(now.position, micro_batch)]

@@ -238,12 +238,12 @@ def draw(path, name, found):
     powers = {split: np.log2(np.maximum(part.lengths, 1)) for split, part in found.items()}
     low, high = min(map(np.min, powers.values())), max(map(np.max, powers.values()))
     edges = 2 ** np.arange(np.floor(low), np.floor(high) + 1.5, 0.5)
-    for (split, part), look in zip(found.items(), ({'histtype': 'bar', 'alpha': 0.5},
-                                                   {'histtype': 'step', 'linewidth': 2})):
+    looks = ({'color': 'C0', 'alpha': 0.5}, {'color': 'C1', 'histtype': 'step', 'linewidth': 2})
+    for (split, part), look in zip(found.items(), looks):
         middle, many = np.median(part.lengths), len(part.lengths)
-        *_, bars = axes.hist(np.maximum(part.lengths, 1), edges, weights=np.full(many, 100 / many),
-                             label=f'{split}: {many:,}, median {middle:,.0f} tokens', **look)
-        axes.axvline(max(middle, 1), color=bars[0].get_edgecolor(), linestyle='--', linewidth=1)
+        axes.hist(np.maximum(part.lengths, 1), edges, weights=np.full(many, 100 / many),
+                  label=f'{split}: {many:,}, median {middle:,.0f} tokens', **look)
+        axes.axvline(max(middle, 1), color=look['color'], linestyle='--', linewidth=1)
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('{x:,.0f}')
     axes.set(xlabel='tokens of a document', ylabel='% of the documents', title=name)

@@ -23,6 +23,7 @@ import checkpoints
 import journal
 import planning
 import train
+from curves import read_lines
 
 
 def faulty(fault, args, torchrun=0, **options):
@@ -43,8 +44,8 @@ def begin(fault, args, world, *launcher):
 
 
 def events(folder, kind=None):
-    records = map(json.loads, (folder / 'log.jsonl').read_text().splitlines())
-    return [record for record in records if record.get('event') and kind in (None, record['event'])]
+    return [record for record in read_lines(folder / 'log.jsonl')
+            if record.get('event') and kind in (None, record['event'])]
 
 
 def weights(folder, step=12):
@@ -107,8 +108,7 @@ def test_rollback_goes_back_and_leaves_the_bad_data_out(flags, tmp_path, kind):
     process = begin(f'{kind} all 43 4', again, 1)
     try:
         deadline = time.time() + 60
-        while time.time() < deadline and not ((tmp_path / 'again/log.jsonl').exists()
-                                              and events(tmp_path / 'again', 'rollback')):
+        while time.time() < deadline and not events(tmp_path / 'again', 'rollback'):
             time.sleep(0.005)
     finally:
         kill_all(process, tmp_path)

@@ -144,6 +144,12 @@ def test_every_refusal_names_the_way_out(hub):
                    for method, path, _ in hub.requests), 'weights that cannot be used were fetched'
 
 
+@pytest.mark.slow
+def test_a_token_opens_a_private_model(hub, models):
+    check(models[1]['someone/private'],
+          load(hub, 'someone/private', HF_TOKEN='secret')['someone/private'])
+
+
 def test_a_hub_that_cannot_be_reached_is_named(hub):
     found = load(hub, 'gpt2', HF_ENDPOINT='http://127.0.0.1:9')
     assert ('http://127.0.0.1:9 cannot be reached. Run this once with a network, name a mirror in '
@@ -171,6 +177,8 @@ def test_a_download_that_is_killed_leaves_nothing_that_looks_whole(hub, models):
     process.send_signal(signal.SIGKILL)
     process.wait()
     hub.stall, hub.break_off = False, 0
+    found = load(hub, 'someone/one', HF_HUB_OFFLINE='1')['someone/one']
+    assert 'it is not (whole) in the cache' in found
     check(models[1]['someone/one'], load(hub, 'someone/one')['someone/one'])
 
 
