@@ -4,7 +4,6 @@ What real runs meet, done to real processes; in the end the run is the one that 
 `make faults` runs all of it, marathons included.
 """
 
-import json
 import os
 import random
 import resource
