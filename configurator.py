@@ -40,8 +40,9 @@ def settings(script):
     names = [key for key, value in script.items()
              if key.islower() and not key.startswith('_') and type(value) in TYPES]
     taken = [(key, type(script[key]), script.pop(key)) for key in names]
-    return make_dataclass('Config', taken, frozen=True,
-                          namespace={'__module__': script['__name__']})
+    Config = make_dataclass('Config', taken, frozen=True)
+    Config.__module__ = script['__name__']
+    return Config
 
 
 def configure(Config, argv, short=None, collect=''):
