@@ -7,6 +7,7 @@ with its data when a run goes back. Signals are not sent again once torchrun has
 
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -67,6 +68,9 @@ if KIND == 'blind' and HERE:                    # this rank sees no checkpoint
     checkpoints.steps = lambda out_dir: {}
 if KIND == 'no_data' and HERE:
     planning.load_data = no_data
+if KIND == 'memory':                            # 2 GB for all that is not there yet
+    there = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (there + 2 ** 31, there + 2 ** 31))
 if KIND == 'clock':                             # it jumps by weeks, back and forth
     real, jumps = time.time, iter(range(10 ** 9))
     time.time = lambda: real() + (-1) ** next(jumps) * 1e6
