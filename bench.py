@@ -11,6 +11,7 @@ both measured in the seconds around each line: machines have moods.
 import contextlib
 import io
 import json
+import math
 import platform
 import statistics
 import sys
@@ -126,7 +127,7 @@ def train_line(name, shape, batch_size, block_size, cfg, world):
     optimizers = train.make_optimizers(gpt, settings, dtype)
     ids = torch.randint(shape.vocab_size, (batch_size, block_size + 1), device=device)
     batch = ids[:, :-1], ids[:, 1:]
-    replica = replicas.make_replica(gpt, settings, world, autocast, batch, dtype, 1e9, say)
+    replica = replicas.make_replica(gpt, settings, world, autocast, batch, dtype, math.inf, say)
 
     def update():
         with autocast():

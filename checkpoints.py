@@ -18,6 +18,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -355,7 +356,8 @@ def publish(target, model, encoding, texts):
         target.mkdir(parents=True, exist_ok=True)
         card = target / 'README.md'                     # the one before may have been edited
         if card.exists() and card.read_bytes() != (partial / card.name).read_bytes():
-            card.replace(target / 'README.md.old')
+            old = (target / f'README.md.old{number or ""}' for number in count())
+            card.replace(next(path for path in old if not path.exists()))
         for file in sorted(partial.iterdir()):
             file.replace(target / file.name)
     finally:
@@ -524,7 +526,7 @@ def lock(out_dir):
     file = open(Path(out_dir) / '.lock', 'a')
     try:
         fetch.lock(file, wait=False)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f'{out_dir}: another process is training in this folder; '
                          f'give another --out_dir, or end that process') from None
     for leftover in Path(out_dir).glob('.step_*.partial'):

@@ -3,6 +3,7 @@ Ranks, devices and reductions: thin over torch.distributed, and the same calls w
 """
 
 import ctypes
+import math
 import os
 import re
 import shutil
@@ -144,6 +145,8 @@ def pick_compile(wanted, device, dtype, seconds):
         return False, 'not on this device'
     if not (compiler := shutil.which('g++') or shutil.which('clang++')):
         return False, 'no C++ compiler here'
+    if math.isinf(seconds):
+        return True, f'there is a compiler ({compiler})'
     least = COMPILE_PAYS[dtype == torch.float32]
     return seconds > least, (f'what is left takes {seconds:.0f} s at the least, compiling pays '
                              f'above {least} s ({compiler})')

@@ -18,6 +18,7 @@ import re
 import time
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import checkpoints
 import distributed
@@ -99,6 +100,9 @@ def resolved(cfg):
                                 ('subset', cfg.subset, KINDS)):
         if wrong := [value for value in given if value not in choices]:
             raise ValueError(f"{key}: given {wrong[0]!r}, expected one of {', '.join(choices)}")
+    if len(cfg.subset) > 1 and Path(cfg.data).expanduser().is_file():
+        raise ValueError(f"data: given {cfg.data}, a file, which holds one subset; --subset says "
+                         f"which, one of {', '.join(KINDS)}")
     return cfg
 
 

@@ -138,6 +138,11 @@ def checkpoint_bytes(cfg, model):
     return 4 * (moments + sum(p.numel() for p in model.parameters()))
 
 
+def newest_kept(cfg):
+    """How many checkpoints stay, besides the best."""
+    return cfg.keep if cfg.always_save_checkpoint or cfg.rollback else 1
+
+
 def check_disk(cfg, model):
     """How much room there is for the checkpoints that the run will hold: the newest, the best, and
     one that is being written. ValueError if too little."""
@@ -148,12 +153,13 @@ def check_disk(cfg, model):
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f'out_dir: {there} cannot be written; give another --out_dir')
-    need, free = (cfg.keep + 2) * one - kept, shutil.disk_usage(there).free
-    words = (f'{cfg.keep + 2} checkpoints of {amount(one)} in {cfg.out_dir}'
+    many = newest_kept(cfg) + 2
+    need, free = many * one - kept, shutil.disk_usage(there).free
+    words = (f'{many} checkpoints of {amount(one)} in {cfg.out_dir}'
              + f', {amount(kept)} of which are there' * bool(kept) + f'; {amount(free)} are free')
     if need > free:
         raise ValueError(f'disk: {words}. Make room, give another --out_dir'
-                         + ', or --keep=1' * (cfg.keep > 1 and not cfg.rollback))
+                         + ', or --keep=1' * (many > 3 and not cfg.rollback))
     return words
 
 

@@ -59,7 +59,11 @@ def main(cfg):
         raise ValueError('runs: expected the folder of a run, as in: python plot.py out/quickstart')
     if cfg.theme not in THEMES:
         raise ValueError(f"theme: given {cfg.theme!r}, expected 'light' or 'dark'")
-    folders = list({path.resolve(): path for path in map(Path, cfg.runs)}.values())     # each once
+    given = list({path.resolve(): path for path in map(Path, cfg.runs)}.values())       # each once
+    folders = [path for path in given if not path.is_dir() or (path / 'log.jsonl').exists()]
+    if len(folders) < len(given) and folders:           # of a pattern: a run that did not start
+        print('passing over', *(path for path in given if path not in folders), '(no log.jsonl)')
+    folders = folders or given
     if cfg.compare:
         print('\n'.join(compared(folders, cfg.target)))
         return

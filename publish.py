@@ -63,6 +63,8 @@ def main(cfg):
              for name in FROM_THE_RUN if (folder.parent / name).exists()}
     texts['README.md'] = card(cfg, folder, about.strip(), gpt.float(), encoding, dtype)
     checkpoints.publish(target, gpt.to(dtype), encoding, texts)     # the values that were read
+    for name in {*FROM_THE_RUN} - {*texts}:             # of a run that was published there before
+        (target / name).unlink(missing_ok=True)
     print(f'{cfg.to}: {sum(file.stat().st_size for file in target.iterdir()) / 1e6:.1f} MB; '
           f'`python sample.py --model={cfg.to}` writes with it')
 

@@ -64,7 +64,7 @@ def per_unit(nats, weights, unit, bits=False, about=''):
     squares = math.fsum((a - mean * w) ** 2 for a, w in zip(nats, weights))
     half = Z * math.sqrt(squares * k / max(1, k - 1)) / units       # of one piece: 0, unknown
     value, low, high = (x / math.log(2) if bits else math.exp(min(x, 700))
-                        for x in (mean, mean - half, mean + half))
+                        for x in (mean, max(0.0, mean - half), mean + half))
     return {'value': value, 'low': low, 'high': high, 'unit': unit, 'bits': bits, 'nats': total,
             'count': round(units), 'about': about, 'published': [],
             'items': [round(a, 4) for a in nats]}

@@ -46,7 +46,8 @@ dtype = 'auto'          # 'float32': a sample is the same alone and in a batch; 
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
-SHORT = {'-p': 'prompt', '-m': 'max_new_tokens', '-i': 'interactive'}
+SHORT = {'-p': 'prompt', '-m': 'max_new_tokens', '-i': 'interactive',
+         '--start': 'prompt', '--out_dir': 'model'}     # nanoGPT's names
 
 
 def main(cfg):

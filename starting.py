@@ -41,6 +41,8 @@ def check(cfg):
         for name in names.split():
             if not fits(getattr(cfg, name)):
                 raise ValueError(f'{name}: given {getattr(cfg, name)!r}, expected {expected}')
+    if Path(cfg.out_dir).is_file():
+        raise ValueError(f'out_dir: given {cfg.out_dir}, a file, expected the name of a folder')
     if cfg.rollback and cfg.keep < 2:
         raise ValueError(f'rollback=True with keep={cfg.keep}: expected keep=2 or more')
     if cfg.minutes and not cfg.max_iters:
@@ -127,7 +129,8 @@ def check_shape(found, given, folder):
     for key, value in asdict(given).items():
         if value != getattr(found, key):
             raise ValueError(f'{folder} has {key}={getattr(found, key)}, given {key}={value}; '
-                             f'give it so, or another --out_dir')
+                             f'give it so ({folder.parent}/config.py holds all that the run was '
+                             f'given), or another --out_dir')
 
 
 def write_config(cfg):

@@ -202,7 +202,7 @@ def train(cfg):
         # once in a while: save, and only then validate: if validating fails, nothing is lost
         finished = now.step >= cfg.max_iters
         due = finished or now.step % cfg.eval_interval == 0
-        quiz = questions and (finished or now.step % cfg.hellaswag_interval == 0)
+        quiz = questions and now.step % cfg.hellaswag_interval == 0
         calm = not now.bad                              # what may be rolled back is not kept
         if ((due or quiz or save_due) and calm or finished or asked_to_stop) and (
                 saved_at != now.step and not diverged):
@@ -229,9 +229,8 @@ def train(cfg):
                       **others)
             say(f'step {now.step}: {describe(val_loss, others)}')
         if saved_at == now.step and calm and world.is_main:
-            keep_newest = cfg.keep if cfg.always_save_checkpoint or cfg.rollback else 1
-            checkpoints.prune(cfg.out_dir, keep_newest, now.best_step)
-        if quiz and not asked_to_stop:
+            checkpoints.prune(cfg.out_dir, planning.newest_kept(cfg), now.best_step)
+        if (quiz or questions and finished) and not asked_to_stop:
             scores = score_hellaswag(model, encoding, questions, world)
             log.write(step=now.step, tokens=now.position * cfg.block_size, **scores)
             say(f"step {now.step}: hellaswag {scores['hellaswag']:.2%} of {len(questions):,}")

@@ -221,6 +221,15 @@ def test_bad_input_is_refused(folder, flags, words):
         command(eval_cbt, f'--data={folder}', '-m', folder / 'model', *flags)
 
 
+def test_a_file_is_one_subset(folder, capsys):
+    file = folder / 'cbtest_NE_valid_2000ex.txt'
+    with pytest.raises(ValueError, match='a file, which holds one subset; --subset says which'):
+        command(eval_cbt, f'--data={file}', '-m', folder / 'model')
+    command(eval_cbt, f'--data={file}', '-m', folder / 'model', '--subset=NE',
+            f'--out={folder}/ne.json')
+    assert 'common nouns' not in capsys.readouterr().out
+
+
 def test_published_numbers_are_printed_for_official_weights_and_data(folder, monkeypatch, capsys):
     """As if this model and these questions were the official ones."""
     monkeypatch.setattr(checkpoints, 'official_name', lambda name: 'gpt2')

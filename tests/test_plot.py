@@ -47,6 +47,14 @@ def test_a_picture_of_several_runs(run, tmp_path, capsys):
     assert (tmp_path / 'b.png').stat().st_size > 10_000
 
 
+def test_a_folder_of_a_pattern_where_no_run_began_is_passed_over(run, tmp_path, capsys):
+    (tmp_path / 'b').mkdir()
+    plot.main(plot.Config(runs=(str(run), str(tmp_path / 'b'))))
+    assert f"passing over {tmp_path / 'b'} (no log.jsonl)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match='expected the folder of a run, with a log.jsonl in it'):
+        plot.main(plot.Config(runs=(str(tmp_path / 'b'),)))
+
+
 def test_a_run_that_is_given_twice_is_drawn_and_compared_once(run, tmp_path, capsys):
     drawn = []
     for runs in ((run,), (run, run / '../a', f'{run}/')):

@@ -73,11 +73,16 @@ def test_it_is_replaced_and_nothing_else_is(published):
     again = (published / 'README.md').read_text()
     (published / 'README.md').write_text('old')
     (published / 'notes').write_text('of the user')
+    (published / 'samples.jsonl').write_text('of another run, published there before')
     run = published.with_name('run')
     arguments = [f'--model={run}', PROMPTS, '--max_new_tokens=1', '--data_dir=/none']
     command(publish, *arguments, f'--to={published}')
     assert 'validation loss' not in (published / 'README.md').read_text() != again
+    (published / 'README.md').write_text('edited again')
+    command(publish, *arguments, f'--to={published}')
     assert (published / 'README.md.old').read_text() == 'old' and (published / 'notes').exists()
+    assert (published / 'README.md.old1').read_text() == 'edited again'
+    assert not (published / 'samples.jsonl').exists()
     assert checkpoints.problem(published) == ''
     with pytest.raises(ValueError, match='is there and was not written by this program'):
         command(publish, *arguments, f'--to={run}')

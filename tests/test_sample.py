@@ -172,6 +172,10 @@ def test_the_newest_checkpoint_under_out_is_found(trained, tmp_path, capsys, mon
     assert 'model: out/copy/step_0000040' in capsys.readouterr().err
 
 
+def test_nanogpt_s_names_are_known(trained, capsys):
+    assert say(capsys, '--out_dir', trained, '--start', 'The fox', '-m', 5).startswith('The fox')
+
+
 @pytest.mark.parametrize('flags, words', [
     (['-i', '-p', '-'], 'not - with -i'), (['--batch_size=0'], '1 or more'),
     (['--temperature=-1'], '0 or more'), (['--top_p=0'], 'more than 0'),
