@@ -35,6 +35,8 @@ HERE = Path(__file__).resolve().parent
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 MANIFEST = 'manifest.json'
+TRAINING = 'training.pt'
+NOT_OF_THE_MODEL = TRAINING,                        # most of the bytes; only a resume reads it
 HUB_NAMES = {**{name: f'openai-community/{name}' for name in SIZES},
              'distilgpt2': 'distilbert/distilgpt2'}
 
@@ -237,11 +239,11 @@ def find(name):
         return name
     if (folder / 'config.json').exists():
         ours = re.fullmatch(r'step_\d{7,}', folder.name) or (folder / MANIFEST).exists()
-        if ours and (wrong := problem(folder)):
+        if ours and (wrong := problem(folder, NOT_OF_THE_MODEL)):
             raise ValueError(f'{folder}: {wrong}; an earlier step of the run may be whole')
         return folder
     if folder.is_dir():
-        found = best_step(folder) or newest_step(folder)[0]
+        found = best_step(folder) or newest_step(folder, unread=NOT_OF_THE_MODEL)[0]
         if found is None:
             raise ValueError(f'{folder}: there is no checkpoint in this folder, '
                              f'and no config.json of a model')
@@ -367,7 +369,7 @@ def publish(target, model, encoding, texts):
 def write(partial, model, encoding, training):
     """All files of a checkpoint, synced to the disk."""
     write_model(partial, model, encoding)
-    with open(partial / 'training.pt', 'wb') as file:
+    with open(partial / TRAINING, 'wb') as file:
         torch.save(training, file)
     write_manifest(partial)
 
@@ -397,7 +399,7 @@ def write_manifest(partial):
 
 def load_training(folder):
     """The dict given to save(), its tensors on the CPU."""
-    return torch.load(Path(folder) / 'training.pt', map_location='cpu', mmap=True,
+    return torch.load(Path(folder) / TRAINING, map_location='cpu', mmap=True,
                       weights_only=True)
 
 
@@ -430,7 +432,7 @@ def steps(out_dir):
     return dict(sorted((int(path.name[5:]), path) for path in found))
 
 
-def newest_step(out_dir, until=math.inf):
+def newest_step(out_dir, until=math.inf, unread=()):
     """(folder of the newest whole checkpoint or None if there are none at all,
     [(folder, what is wrong)] of newer ones).
 
@@ -440,7 +442,7 @@ def newest_step(out_dir, until=math.inf):
     problems = []
     for step, folder in reversed(steps(out_dir).items()):
         if step <= until:
-            if not (wrong := problem(folder)):
+            if not (wrong := problem(folder, unread)):
                 return folder, problems
             problems.append((folder, wrong))
     if problems:
@@ -473,7 +475,7 @@ def best_step(out_dir):
     with suppress(OSError, ValueError, KeyError, TypeError):
         best = json.loads((Path(out_dir) / 'best.json').read_text(encoding='utf-8'))
         folder = steps(out_dir)[best['step']]
-        return folder if not problem(folder) else None
+        return folder if not problem(folder, NOT_OF_THE_MODEL) else None
 
 
 def newest_of_all():
@@ -484,14 +486,15 @@ def newest_of_all():
             committed if (committed / 'config.json').exists() else None)
 
 
-def problem(folder):
-    """What is wrong with a checkpoint, '' when it is whole: every byte is read and compared."""
+def problem(folder, unread=()):
+    """What is wrong with a checkpoint, '' when it is whole: every byte is read and compared, of
+    the files named in `unread` the size alone."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))
         for name, facts in manifest.items():
             if (folder / name).stat().st_size != facts['bytes']:
                 return f'{name} is truncated'
-            if fetch.digest(folder / name) != facts['sha256']:
+            if name not in unread and fetch.digest(folder / name) != facts['sha256']:
                 return f'{name} is damaged'
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f'it is incomplete ({error})'

@@ -31,8 +31,9 @@ def read_log(path):
     what a later one says of a step counts."""
     if not path.exists():
         others = [str(log.parent) for log in sorted(path.parent.parent.glob('*/log.jsonl'))]
+        others[4:] = ['…'] * (len(others) > 4)
         raise ValueError(f'given {path.parent}, expected the folder of a run, with a log.jsonl in '
-                         f'it; ' + (f"there are {', '.join(others[:4])}" if others else
+                         f'it; ' + (f"there are {', '.join(others)}" if others else
                                     'train.py makes one under out/'))
     steps = {}
     for record in read_lines(path):

@@ -45,6 +45,9 @@ def check(cfg):
         raise ValueError(f'out_dir: given {cfg.out_dir}, a file, expected the name of a folder')
     if cfg.rollback and cfg.keep < 2:
         raise ValueError(f'rollback=True with keep={cfg.keep}: expected keep=2 or more')
+    if cfg.decay_lr and cfg.min_lr > cfg.learning_rate:
+        raise ValueError(f'min_lr: given {cfg.min_lr}, above learning_rate={cfg.learning_rate}; '
+                         f'give a lower one, or --decay_lr=False')
     if cfg.minutes and not cfg.max_iters:
         raise ValueError('minutes: the schedule of max_iters=0 cannot be stretched to them')
 

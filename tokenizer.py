@@ -31,6 +31,8 @@ CUT = re.compile(f'[{BLANK}](?=[^{BLANK}])')    # the pattern parts a text befor
                                             # whatever stands around it
 GPT2_FILES = ('6d1cbeee0f20b3d9449abfede4726ed8212e3aee',
               '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6')
+GPT2_TOKENS = (           # sha256 of all but <|endoftext|>
+    'f5f299f91c3753a53068cda7a6ab8e10244a9996c48fefd3862917ecd7e25cc7')
 
 
 def build(name, texts):
@@ -245,8 +247,10 @@ def from_json(text):
     if merged != sorted(merged):
         raise ValueError('the ids of this tokenizer do not follow the order of its merges')
     check_vocab_size(1 + max([*ranks.values(), *added.values()]))
-    return tiktoken.Encoding(f'bpe:{len(ranks) + len(added)}', pat_str=GPT2_PATTERN,
-                             mergeable_ranks=ranks, special_tokens=added)
+    known = hashlib.sha256(b' '.join(sorted(ranks, key=ranks.get))).hexdigest() == GPT2_TOKENS
+    name = 'gpt2' if known and added == {EOT: len(ranks)} else f'bpe:{len(ranks) + len(added)}'
+    return tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                             special_tokens=added)
 
 
 def from_pair(vocab, merges):

@@ -170,8 +170,9 @@ def train(cfg):
         scaler.load_state_dict(saved['scaler'])
 
     say(f'{model.num_parameters():,} parameters; an update is '
-        f'{tokens_per_update:,} tokens = {world.size} processes x {micro_steps} micro-batches x '
-        f'{micro_batch} x {cfg.block_size}; {describe_epochs(sets, cfg.block_size, sequences)}')
+        f'{tokens_per_update:,} tokens = {world.size} process{"es" * (world.size > 1)} x '
+        f'{micro_steps} micro-batch{"es" * (micro_steps > 1)} x {micro_batch} x {cfg.block_size}; '
+        f'{describe_epochs(sets, cfg.block_size, sequences)}')
     first = [part.to(world.device) for part in train_data.read(now.position, micro_batch)]
     ahead = Ahead(train_data, pin=world.device.type == 'cuda')
     peak = distributed.measure_peak(world.device, dtype)

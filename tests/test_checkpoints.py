@@ -180,6 +180,19 @@ def test_the_newest_whole_step_wins(tmp_path):
     assert checkpoints.newest_step(tmp_path / 'none') == (None, [])
 
 
+def test_a_reader_of_weights_does_not_read_what_a_resume_needs(tmp_path):
+    save(tmp_path, 1)
+    _, folder = save(tmp_path, 2)
+    checkpoints.mark_best(tmp_path, 2, 1.0)
+    saved = folder / 'training.pt'
+    saved.write_bytes(saved.read_bytes()[:-1] + b'?')
+    assert checkpoints.find(tmp_path) == checkpoints.find(folder) == folder
+    (tmp_path / 'best.json').unlink()
+    assert checkpoints.find(tmp_path) == folder
+    assert checkpoints.newest_step(tmp_path) == (
+        tmp_path / 'step_0000001', [(folder, 'training.pt is damaged')])
+
+
 def test_a_step_that_is_there_whole_is_left_alone_and_a_damaged_one_replaced(tmp_path):
     _, folder = save(tmp_path)
     made = (folder / 'model.safetensors').stat().st_mtime_ns

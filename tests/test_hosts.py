@@ -168,7 +168,7 @@ def test_a_host_is_lost_and_comes_back(hosts, run, whole, how, monkeypatch):
         b('link', 'set', 'veth0', 'down')               # gloo waits for timeout_minutes, then fails
     else:
         b.kill()                                        # its connections end, which is seen at once
-    wait_for(lambda: staying.words().partition('= 1 processes')[2].count('\nstep') > 2, staying,
+    wait_for(lambda: staying.words().partition('= 1 process ')[2].count('\nstep') > 2, staying,
              lost)
     [alone] = a.pids(but=staying)
     os.kill(alone, signal.SIGSTOP)

@@ -61,6 +61,7 @@ def test_gpt2_gives_the_ids_of_gpt2():
     again = from_json(to_json(enc))
     assert (fingerprint(again) == fingerprint(enc)
             and (encode(again, TEXT) == encode(enc, TEXT)).all())
+    assert again.name == 'gpt2'                         # as it is called in words
 
 
 def test_training_is_repeatable_and_vocabulary_has_the_size_asked_for():

@@ -591,6 +591,7 @@ def test_wandb_that_fails_stops_nothing(config, tmp_path, monkeypatch, capsys):
     ({'batch_size': 0}, 'batch_size: given 0, expected 1 or more'),
     ({'out_dir': __file__}, 'a file, expected the name of a folder'),
     ({'dropout': 1.0}, 'dropout: given 1.0'), ({'learning_rate': 0.0}, 'learning_rate: given 0.0'),
+    ({'min_lr': 1e-2}, 'min_lr: given 0.01, above learning_rate=0.003'),
     ({'device': 'tpu'}, "device: given 'tpu'"), ({'n_head': 5}, 'multiple of n_head=5'),
     ({'init_from': 'resume'}, 'there is no checkpoint in'),
     ({'init_from': 'nowhere'}, 'there is no such folder'),
