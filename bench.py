@@ -187,7 +187,7 @@ def prepare_lines(cfg, world):
     except ValueError:                  # neither here nor to be had
         encoding = tokenizer.build('bpe:4096', lambda: texts[:200])
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, 'tokenizer.json').write_text(tokenizer.to_json(encoding))
+        Path(folder, 'tokenizer.json').write_text(tokenizer.to_json(encoding), encoding='utf-8')
         source = Path(folder, 'library.jsonl')
         source.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
         prepared = prepare.Config(input=(str(source),), name='bench', data_dir=folder, workers=1,

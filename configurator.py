@@ -175,6 +175,8 @@ def run(main, Config, short=None, collect=''):
     ImportError, or a ValueError that our own code raised), otherwise what main returned. It leaves
     by os._exit once everything is flushed: a process that used gloo may abort in a normal shutdown.
     """
+    for stream in sys.stdout, sys.stderr:       # what a terminal or file cannot show is no failure
+        stream.reconfigure(errors='backslashreplace')
     try:
         if {'-h', '--help'} & set(sys.argv[1:]):
             status = print_help(sys.modules[Config.__module__]) or 0

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 PEAK_FLOPS = {              # dense bfloat16 (V100, T4: float16) of the makers' data sheets
     'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
-    'A100': 312e12, 'L40S': 362e12, 'RTX 6000 Ada': 364e12, 'A6000': 155e12, 'A10G': 70e12,
+    'H800': 989e12, 'A100': 312e12, 'A800': 312e12,
+    'L40S': 362e12, 'RTX 6000 Ada': 364e12, 'A6000': 155e12, 'A10G': 70e12,
     'L4': 121e12, 'RTX 5090': 209e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12,
     'T4': 65e12}
 COMPILE_PAYS = 60, 180      # on a CPU, for runs longer than so many seconds: of half precision, of
@@ -61,6 +62,9 @@ def pick_device(name, local_rank=0, size=1):
     if name == 'auto':
         name = ('cuda' if torch.cuda.is_available() else
                 'mps' if torch.backends.mps.is_available() else 'cpu')
+        if name == 'cpu' and local_rank == 0 and shutil.which('nvidia-smi'):
+            print(f'there is an NVIDIA driver here, but this torch ({torch.__version__}) sees no '
+                  f'GPU; pytorch.org/get-started has one for every driver', file=sys.stderr)
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
@@ -173,16 +177,21 @@ def measure_peak(device, dtype):
 
 
 def data_sheet_peak(gpu):
-    """PEAK_FLOPS of a card by its full name; None for others: no MFU is better than a wrong one."""
+    """PEAK_FLOPS of a card by its full name; None for others, for another kind of one that is there
+    (3090 Ti) or a part of it (MIG): no MFU is better than a wrong one."""
     found = [peak for name, peak in PEAK_FLOPS.items() if re.search(rf'\b{name}\b', gpu)]
-    return found[0] if found and 'Laptop' not in gpu else None
+    other = re.search(r'Laptop|Max-Q|MIG|\bTi\b|\bSUPER\b| D\b', gpu)
+    return found[0] if found and not other else None
 
 
 def peak_memory(device):
-    """Bytes that this process had at most: of the GPU, or of the machine."""
+    """Bytes that this process had at most: of the GPU, or of the machine; None if unknown."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
-    import resource                                     # not on Windows
+    try:
+        import resource
+    except ImportError:                                 # on Windows
+        return None
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -256,8 +256,9 @@ def describe_trial(model, world, times, tokens, peak):
     took = times[0] + times[1]
     rate = tokens / took
     mfu = f', mfu {model.flops_per_token() * rate / (peak * world.size):.0%}' if peak else ''
-    return (f'a whole update takes {took:.3g} s: {rate:,.0f} tokens/s{mfu}; '
-            f'memory of this process at its peak: {amount(distributed.peak_memory(world.device))}')
+    most = distributed.peak_memory(world.device)
+    memory = f'; memory of this process at its peak: {amount(most)}' if most else ''
+    return f'a whole update takes {took:.3g} s: {rate:,.0f} tokens/s{mfu}{memory}'
 
 
 def describe_length(cfg, step, times, tokens):

@@ -13,8 +13,10 @@ import codecs
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
+from random import randrange
 
 import torch
 
@@ -35,7 +37,8 @@ num_samples = 1
 temperature = 0.8       # 0 always takes the likeliest token, 1 samples as the model predicts
 top_k = 200             # sample among so many likeliest tokens, 0: all
 top_p = 1.0             # sample among the likeliest that together have this probability
-seed = 1337             # sample k is drawn with seed + k
+seed = 1337             # sample k is drawn with seed + k; -1: another one each time
+stop = ''               # text that ends a sample, as <|endoftext|> does, and is not shown: '\n\n'
 interactive = False     # also -i; ask for prompts, one after another
 explain = False         # under each sample: every token's probability, rank and alternatives
 json = False            # a line of JSON for each sample instead of text
@@ -56,7 +59,9 @@ def main(cfg):
     dtype, _ = pick_dtype('float32' if cfg.explain and cfg.dtype == 'auto' else cfg.dtype, device)
     text = read_prompt(cfg.prompt)
     gpt, encoding, where = load(cfg.model, device, dtype)
-    print(f'model: {where}', file=sys.stderr)
+    cfg = replace(cfg, seed=randrange(2 ** 31) if cfg.seed == -1 else cfg.seed,
+                  stop=cfg.stop.replace('\\n', '\n').replace('\\t', '\t'))
+    print(f'model: {where}; seed {cfg.seed}', file=sys.stderr)
     if dtype == torch.float32 or min(cfg.num_samples, cfg.batch_size) > 1:
         pack(gpt)                                       # one row in bfloat16 is faster as it is
     if cfg.interactive:
@@ -114,6 +119,7 @@ def converse(cfg, gpt, encoding, text):
             if line := input('> ' if is_terminal else ''):
                 text, ids = line, prompt_ids(line, encoding)
             text, ids = write(cfg, gpt, encoding, text, ids)
+            cfg = replace(cfg, seed=cfg.seed + cfg.num_samples)         # or it would repeat itself
         except EOFError:
             return print(end='\n' if is_terminal else '')
         except ValueError as error:                     # a character the model does not know
@@ -136,7 +142,7 @@ def write(cfg, gpt, encoding, text, ids):
             print(title + text, end='', flush=True)
         whole, drawn = text, []
         try:
-            for piece in as_text(new_ids, encoding, drawn):
+            for piece in until(cfg.stop, as_text(new_ids, encoding, drawn)):
                 whole += piece
                 if not cfg.json:
                     print(piece, end='', flush=True)
@@ -147,7 +153,8 @@ def write(cfg, gpt, encoding, text, ids):
         facts = explain_tokens(gpt, encoding, ids, drawn) if cfg.explain else []
         if cfg.json:
             print(dumps({'prompt': text, 'text': whole[len(text):], 'seed': cfg.seed + k,
-                         'new_tokens': len(drawn), 'ended': eot in drawn[-1:],
+                         'new_tokens': len(drawn),
+                         'ended': eot in drawn[-1:] or len(drawn) < cfg.max_new_tokens,
                          **({'tokens': facts} if cfg.explain else {})}), flush=True)
         else:
             print(flush=True)
@@ -159,8 +166,12 @@ def write(cfg, gpt, encoding, text, ids):
 
 
 def prompt_ids(text, encoding):
-    """The prompt as ids; an empty one is <|endoftext|>, after which a document begins."""
-    return tokenizer.encode(encoding, text).tolist() or [tokenizer.eot_id(encoding) or 0]
+    """The prompt as ids. <|endoftext|> at its beginning, after which a document begins, is the
+    token, and all there is of an empty one; elsewhere it is text."""
+    eot = tokenizer.eot_id(encoding)
+    if eot is not None and text.startswith(tokenizer.EOT):
+        return [eot, *tokenizer.encode(encoding, text.removeprefix(tokenizer.EOT)).tolist()]
+    return tokenizer.encode(encoding, text).tolist() or [eot or 0]
 
 
 def draw(cfg, gpt, ids, eot, seconds):
@@ -200,6 +211,21 @@ def as_text(new_ids, encoding, seen):
             break
         yield decode(encoding.decode_single_token_bytes(next_id))
     yield decode(b'', final=True)
+
+
+def until(stop, pieces):
+    """Of an iterator of pieces what stands before the text `stop`, if that is not empty. What may
+    be its beginning is held back until the next piece tells."""
+    held = ''
+    for piece in pieces:
+        held += piece
+        if stop and stop in held:
+            held = held.partition(stop)[0]
+            break
+        maybe = next((n for n in range(len(stop) - 1, 0, -1) if held.endswith(stop[:n])), 0)
+        yield held[:len(held) - maybe]
+        held = held[len(held) - maybe:]
+    yield held
 
 
 def window(start, end, gpt):

@@ -90,15 +90,22 @@ def start(cfg, world, encoding, say):
         if fine_tune:                                               # all but the block is its own
             shape = replace(model.config, block_size=cfg.block_size)
         check_shape(model.config, shape, folder)
+        for key in ('dataset', 'seed') if cfg.init_from != 'resume' else ():
+            if saved['settings'][key] != getattr(cfg, key):
+                raise ValueError(f'{cfg.out_dir} holds a run with {key}={saved["settings"][key]}, '
+                                 f'given {getattr(cfg, key)}; give another --out_dir, or '
+                                 f'--init_from=resume to go on with this one all the same')
         changed = [f'{key} {saved["settings"].get(key)!r} -> {value!r}'
                    for key, value in asdict(cfg).items() if saved['settings'].get(key) != value]
         say(f'going on from {folder}' + (f"; changed: {', '.join(changed)}" if changed else ''))
     elif fine_tune:
         source = distributed.on_main(world, checkpoints.find, cfg.init_from)
         model, saved = load_checked(source, encoding, cfg, world), {}
+        block_size = model.config.block_size
         crop_block(model, cfg.block_size)
         say(f'a new run in {cfg.out_dir}, from the weights in {source}; '
-            f'it reads {cfg.block_size} tokens at a time')
+            f'it reads {cfg.block_size} tokens at a time'
+            + f' (--block_size={block_size} is all it could)' * (cfg.block_size < block_size))
     else:
         model, saved = GPT(shape), {}
         say(f'a new run in {cfg.out_dir}')

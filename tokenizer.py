@@ -13,6 +13,7 @@ An encoding is kept as a Hugging Face tokenizer.json, so that transformers reads
 import hashlib
 import json
 import re
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -60,14 +61,24 @@ def stored(name):
 
 
 def gpt2():
+    """GPT-2's Encoding: OpenAI's files, else the hub's, if they are in its cache or HF_ENDPOINT
+    names a mirror."""
     try:
         return tiktoken.get_encoding('gpt2')
     except Exception as error:      # requests has many ways to say that there is no network
+        with suppress(Exception):   # and so has the hub
+            from huggingface_hub import constants, hf_hub_download
+            no_mirror = constants.ENDPOINT == 'https://huggingface.co'
+            found = load(hf_hub_download('openai-community/gpt2', 'tokenizer.json',
+                                         local_files_only=no_mirror))
+            if found.name == 'gpt2':                    # which its checksum says
+                return found
         raise ValueError(
             f"tokenizer 'gpt2': its two files are not cached and could not be fetched "
             f"({type(error).__name__}). Put OpenAI's vocab.bpe as {GPT2_FILES[0]} and "
-            f"encoder.json as {GPT2_FILES[1]} into a folder and set TIKTOKEN_CACHE_DIR to it; "
-            f"--tokenizer=bpe:4096 needs no network") from None
+            f"encoder.json as {GPT2_FILES[1]} into a folder and set TIKTOKEN_CACHE_DIR to it, or "
+            f"name a mirror of the hub in HF_ENDPOINT; --tokenizer=bpe:4096 needs no network"
+        ) from None
 
 
 def characters(alphabet):

@@ -158,6 +158,8 @@ def train(cfg):
     autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype != torch.float32,
                        cache_enabled=False)             # a weight is used once in a forward pass
     now, watch = Progress(**saved.get('progress', {})), Watch(saved.get('watch'))
+    if saved and saved['settings']['dataset'] != cfg.dataset:       # losses of another text
+        now.best_val_loss, now.best_step = math.inf, -1
     if cfg.eval_only:
         val_loss, others, count = validate(model, sets, cfg, world, autocast)
         say(f'step {now.step}: {describe(val_loss, others)}, over {count:,} tokens')
@@ -192,7 +194,7 @@ def train(cfg):
         if cfg.plan:
             return distributed.leave()
     distributed.on_main(world, starting.write_config, cfg)
-    log, stop, clock = Log(cfg, world, say), StopSignal(), Stopwatch()
+    log, stop, clock = Log(cfg, world, say), StopSignal(world.is_main), Stopwatch()
     log.start(now.step, world, dtype)
     saved_at, saved_time, validated = now.step if saved else 0, time.monotonic(), -1
     asked_to_stop = save_due = diverged = False
@@ -428,15 +430,17 @@ def score_hellaswag(model, encoding, rows, world):
 
 
 def draw_sample(model, encoding, seed, world):
-    """A hundred tokens from <|endoftext|> (or token 0), by the same random numbers each time; ''
-    on all ranks but 0."""
+    """A document of up to a hundred tokens (where there is no <|endoftext|>, what comes after token
+    0), by the same random numbers each time; '' on all ranks but 0."""
     gpt = replicas.unsharded(model, world.is_main)
     if not world.is_main:
         return ''
-    ids = torch.tensor([[tokenizer.eot_id(encoding) or 0]], device=world.device)
-    out = gpt.to(world.device).eval().generate(ids, 100, top_k=200, seed=seed)
+    eot = tokenizer.eot_id(encoding)
+    ids = torch.tensor([[eot or 0]], device=world.device)
+    out = gpt.to(world.device).eval().generate(ids, 100, top_k=200, seed=seed,
+                                               stop=() if eot is None else (eot,))
     model.train()
-    return encoding.decode(out[0, 1:].tolist())
+    return encoding.decode([i for i in out[0, 1:].tolist() if i != eot])
 
 
 def closing_words(cfg, now, diverged, finished):
@@ -453,6 +457,9 @@ def closing_words(cfg, now, diverged, finished):
         words = f'ended at step {now.step}, {cfg.patience} validations after the best'
     else:
         words = f'finished {now.step} updates'
+    if now.best_step == 0 < now.step:
+        words += (f'; no validation was better than the one before training '
+                  f'({now.best_val_loss:.4f}): try a lower --learning_rate')
     for count, what in ((now.skipped, 'skipped'), (now.spikes, 'spikes'),
                         (now.rollbacks, 'rolled back')):
         words += f', {count} {what}' * bool(count)

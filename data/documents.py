@@ -24,6 +24,8 @@ EXPECTED = '.txt, .md or .jsonl (these also as .gz or .zst) or .parquet'
 BATCH_BYTES = 2 ** 20
 BOM = b'\xef\xbb\xbf'
 TOO_LONG = 'over max_document_mb'
+ARRAY = 'expected one object a line, as `jq -c .[]` makes of an array'
+MARKED = 'with <|endoftext|> as text'
 WRAP_SLACK = 6                  # characters: lines were not always broken as late as possible
 
 
@@ -281,6 +283,8 @@ def texts(batch, options, counts):
             note(counts, 'mended with U+FFFD', batch.name(i))
         if b'\0' in raw:
             note(counts, 'with NUL bytes, kept', batch.name(i))
+        if b'<|endoftext|>' in raw:
+            note(counts, MARKED, batch.name(i))
         yield text, raw
 
 
@@ -319,8 +323,9 @@ def decoded(raw, errors):
     except UnicodeDecodeError as error:
         if errors == 'replace':
             return raw.decode(errors='replace'), False
+        it_may_be = 'utf-16' if raw[:2] in (b'\xff\xfe', b'\xfe\xff') else 'latin1'
         raise ValueError('not UTF-8', f'byte {raw[error.start]:#04x} at {error.start:,} is not '
-                         f'UTF-8; convert it, as in: iconv -f latin1 -t utf-8, or give '
+                         f'UTF-8; convert it, as in: iconv -f {it_may_be} -t utf-8, or give '
                          f'--errors=replace or --errors=skip') from None
 
 
@@ -329,10 +334,11 @@ def field(line, text_key):
     try:
         text = json.loads(line)[text_key]
     except (ValueError, RecursionError) as error:   # RecursionError: thousands of brackets
-        raise ValueError('not JSON', f'not JSON: {error}') from None
+        words = f'not JSON: {error}' + f'; {ARRAY}' * (line.strip() in ('[', '{'))
+        raise ValueError('not JSON', words) from None
     except (KeyError, TypeError):
-        raise ValueError(f'without {text_key}', f'no field {text_key!r} here; '
-                         f'--text_key names another') from None
+        raise ValueError(f'without {text_key}', ARRAY if line.startswith('[') else
+                         f'no field {text_key!r} here; --text_key names another') from None
     if not isinstance(text, str | None):
         raise ValueError(f'with a {text_key} that is no text',
                          f'{text_key} is {type(text).__name__}, expected a text')

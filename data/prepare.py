@@ -398,6 +398,8 @@ def print_summary(folder, manifest):
           f"{train['bytes'] / train['tokens']:.2f} bytes a token")
     if manifest['remarks']:
         print('of the documents' + describe(manifest['remarks']))
+    if documents.MARKED in manifest['remarks'] and not manifest['settings'].get('separator'):
+        print("if <|endoftext|> parts documents there: --separator='<|endoftext|>'")
     if val['bytes'] > train['bytes']:
         print('more to validate than to train on: these are few documents, and hashes decide; '
               'another --seed decides otherwise, --separator parts files, one file alone is cut')

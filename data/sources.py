@@ -187,6 +187,8 @@ def hub_files(repo, config, split):
     if not names:
         raise ValueError(f'hub:{repo}: holds no {EXPECTED}, and the hub has not converted it to '
                          f'parquet; download it and give its files')
+    if '/partial-' in names[0]:
+        print(f'hub:{repo}: the hub has converted only the first gigabytes of it, which are read')
     return described(repo, revision, names)
 
 
@@ -231,7 +233,7 @@ def refused(what, error):
     return ConnectionError(f'{what}: the hub cannot be reached or did not answer as expected '
                            f'({type(error).__name__}: {first[:200]}). Look after the network, '
                            f'name a mirror in HF_ENDPOINT, or download the files by other means '
-                           f'and give them instead')
+                           f'and give them instead (ready shards: into data/NAME/)')
 
 
 class Downloads:

@@ -109,6 +109,24 @@ def test_models_of_the_hub_are_those_of_transformers_and_stay_in_the_cache(hub, 
         assert again[name] == first[name]
 
 
+def test_the_vocabulary_of_gpt2_comes_from_a_mirror_and_is_verified(gpt2, tmp_path):
+    repo = tmp_path / 'hub/openai-community/gpt2'
+    repo.mkdir(parents=True)
+    text = tokenizer.to_json(gpt2)
+    (repo / 'tokenizer.json').write_text(text)
+    code = "import tokenizer; enc = tokenizer.gpt2(); print(enc.name, enc.encode('Hello, I am'))"
+    with serving(tmp_path / 'hub', tmp_path / 'home') as hub:
+        env = {**hub.env, 'HTTPS_PROXY': 'http://127.0.0.1:9', 'TIKTOKEN_CACHE_DIR': str(tmp_path)}
+        for words, altered in (('gpt2 [15496, 11, 314, 716]', text),
+                               ('', text.replace('Ġdark', 'Ġbark!'))):
+            (repo / 'tokenizer.json').write_text(altered)
+            done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True,
+                                  env={**env, 'HF_HOME': str(tmp_path / str(len(words)))},
+                                  capture_output=True)
+            assert done.stdout.strip() == words, done.stderr
+            assert bool(words) or 'name a mirror of the hub' in done.stderr
+
+
 @pytest.mark.slow
 def test_weights_cached_without_their_tokenizer_get_it_from_the_hub(hub, models):
     """As transformers' from_pretrained() leaves them; GPT-2's own would be a wrong guess."""

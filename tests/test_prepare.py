@@ -406,9 +406,22 @@ def test_a_document_over_the_limit_is_named(tmp_path, capsys):
         run(tmp_path, tmp_path / 'a.txt', max_document_mb=0.001)
 
 
+def test_a_separator_that_was_not_given_is_told(tmp_path, capsys):
+    (tmp_path / 'a.txt').write_text('One story.<|endoftext|>\nAnother one.' * 9)
+    run(tmp_path, tmp_path / 'a.txt')
+    words = capsys.readouterr().out
+    assert '1 with <|endoftext|> as text (the first:' in words
+    assert "if <|endoftext|> parts documents there: --separator='<|endoftext|>'" in words
+    run(tmp_path, tmp_path / 'a.txt', separator='<|endoftext|>', name='parted')
+    assert 'as text' not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('name, content, words', [
     ('a.txt', b'', 'no text to prepare'),
-    ('a.txt', b'caf\xe9', 'a.txt: byte 0xe9 at 3 is not UTF-8'),
+    ('a.txt', b'caf\xe9', 'a.txt: byte 0xe9 at 3 is not UTF-8.*latin1'),
+    ('a.txt', 'café'.encode('utf-16'), 'a.txt: byte 0xff at 0 is not UTF-8.*iconv -f utf-16'),
+    ('a.json', b'[{"text": "a"}]', 'a.json:1: expected one object a line, as `jq'),
+    ('a.json', b'[\n {"text": "a"}\n]', 'a.json:1: not JSON.*expected one object a line'),
     ('a.jsonl', b'{"text": "a"}\n{"text"', 'a.jsonl:2: not JSON'),
     ('a.jsonl', b'{"body": "a"}', "no field 'text'"),
     ('a.jsonl', b'{"text": 3}', 'text is int, expected a text'),

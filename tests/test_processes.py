@@ -185,6 +185,7 @@ def test_a_signal_ends_in_a_checkpoint(flags, undisturbed, tmp_path, world, numb
         words = process.communicate(timeout=60)[0]
     finally:
         kill_all(process, tmp_path)
+    assert words.count('ending after this update') == 1
     assert 'the same command goes on' in words and (world > 1 or process.returncode == 0), words
     step = max(checkpoints.steps(tmp_path / 'run'))
     assert 20 <= step < 60 and not checkpoints.problem(tmp_path / f'run/step_{step:07d}')

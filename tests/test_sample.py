@@ -5,6 +5,7 @@ prompts from anywhere, whole characters, the end of a document, refusals.
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, script
 
 import sample
 import tokenizer
@@ -170,6 +171,43 @@ def test_the_newest_checkpoint_under_out_is_found(trained, tmp_path, capsys, mon
     (tmp_path / 'out/copy/step_0000040/manifest.json').touch()
     sample.main(sample.Config(max_new_tokens=3, device='cpu'))
     assert 'model: out/copy/step_0000040' in capsys.readouterr().err
+
+
+def test_end_of_text_begins_a_prompt_as_a_token(trained, capsys):
+    line = json.loads(say(capsys, f'--model={trained}', '-p', '<|endoftext|>The', '-m', 1, '--json',
+                          '--explain'))
+    assert line['tokens'][0]['token'] == 'The' and len(line['tokens']) == 2
+    empty, given = (say(capsys, f'--model={trained}', '-m', 20, '-p', prompt)
+                    for prompt in ('', '<|endoftext|>'))
+    assert given == '<|endoftext|>' + empty
+
+
+@pytest.mark.parametrize('rows', [1, 2])
+def test_a_sample_ends_before_the_text_that_stops_it(trained, capsys, rows):
+    flags = (f'--model={trained}', '-p', 'The fox', '--temperature=0', '--json', '-m', 60,
+             f'--num_samples={rows}')
+    whole = json.loads(say(capsys, *flags).splitlines()[0])['text']
+    stop = whole[20:27]                                             # over several tokens
+    found = json.loads(say(capsys, *flags, f'--stop={stop}').splitlines()[-1])
+    assert found['text'] == whole[:whole.index(stop)] and found['ended']
+    for stop, pieces in (('abc', ['a', 'aa', 'b', 'ab', 'cd']), ('\n', 'aabab'), ('a', ['abc']),
+                         ('abc', ['x', 'ab'])):
+        before = ''.join(pieces).partition(stop)[0]
+        assert ''.join(sample.until(stop, pieces)) == before
+
+
+def test_a_seed_can_be_drawn_and_is_told(trained, capsys):
+    flags = (f'--model={trained}', '-p', 'The', '-m', '30', '--temperature=2', '--device=cpu')
+    sample.main(configure(sample.Config, [*flags, '--seed=-1'], sample.SHORT))
+    out, err = capsys.readouterr()
+    assert say(capsys, *flags, f"--seed={err.partition('; seed ')[2].split()[0]}") == out
+
+
+def test_what_a_file_cannot_hold_does_not_end_a_sample(trained, tmp_path):
+    """As on Windows, where standard output that goes to a file is not UTF-8."""
+    done = script('sample.py', f'--model={trained}', '-p', '你', '-m', '0', '--device=cpu',
+                  env={**os.environ, 'PYTHONIOENCODING': 'cp1252'})
+    assert done.stdout == '\\u4f60\n'
 
 
 def test_nanogpt_s_names_are_known(trained, capsys):

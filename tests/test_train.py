@@ -269,8 +269,17 @@ def test_a_gpu_has_the_peak_of_its_data_sheet_or_none():
     names = {'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA H100 PCIe': 756e12, 'NVIDIA L4': 121e12,
              'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA GeForce RTX 4090': 165e12,
              'NVIDIA GeForce RTX 4090 Laptop GPU': None, 'NVIDIA RTX A1000': None,
-             'NVIDIA L40': None}
+             'NVIDIA L40': None, 'NVIDIA GeForce RTX 4090 D': None, 'NVIDIA A800-SXM4-80GB': 312e12,
+             'NVIDIA GeForce RTX 3090 Ti': None, 'NVIDIA H100 80GB HBM3 MIG 1g.10gb': None}
     assert {name: data_sheet_peak(name) for name in names} == names
+
+
+def test_a_driver_that_this_torch_has_no_gpu_for_is_told(monkeypatch, capsys):
+    if distributed.pick_device('auto').type != 'cpu':
+        pytest.skip('there is a GPU')
+    monkeypatch.setattr(distributed.shutil, 'which', lambda name: f'/usr/bin/{name}')
+    assert distributed.pick_device('auto').type == 'cpu'
+    assert 'there is an NVIDIA driver here, but this torch' in capsys.readouterr().err
 
 
 # What it reads.
@@ -504,15 +513,32 @@ def test_changed_settings_win_and_are_named(config, tmp_path, capsys):
     assert losses(tmp_path / 'run', 'lr')[-1] == 1e-4
 
 
-def test_fine_tuning_starts_from_the_weights_and_resumes_itself(config, tmp_path):
+def test_another_text_or_seed_is_another_run_unless_it_is_asked_for(config, two_sets, tmp_path):
+    """And the best loss of one text is not that of another."""
+    cfg = config(data_dir=str(two_sets), max_iters=4)
+    train.main(cfg)
+    for change in ({'dataset': 'other'}, {'seed': 2}):
+        with pytest.raises(ValueError, match='holds a run with .* give another --out_dir'):
+            train.main(replace(cfg, max_iters=8, **change))
+    best = tmp_path / 'run/best.json'
+    best.write_text(json.dumps({'step': 4, 'val_loss': 0.0}))
+    train.main(replace(cfg, max_iters=8, dataset='other', init_from='resume'))
+    assert json.loads(best.read_text())['val_loss'] == min(
+        loss for loss in losses(tmp_path / 'run', 'val_loss')[-2:])
+
+
+def test_fine_tuning_starts_from_the_weights_and_resumes_itself(config, tmp_path, capsys):
     train.main(config(dropout=0.0))
     best = losses(tmp_path / 'run', 'val_loss')[-1]
     tune = config(init_from=str(tmp_path / 'run'), out_dir=str(tmp_path / 'tuned'), block_size=8,
                   total_batch_size=0, max_iters=4, dropout=0.0)
     train.main(tune)
     assert losses(tmp_path / 'tuned', 'val_loss')[0] < best + 0.5
+    assert 'reads 8 tokens at a time (--block_size=16 is all it could)' in capsys.readouterr().out
     train.main(replace(tune, max_iters=6))
     assert len(losses(tmp_path / 'tuned')) == 6
+    train.main(replace(tune, out_dir=str(tmp_path / 'worse'), learning_rate=3.0, decay_lr=False))
+    assert 'no validation was better than the one before training' in capsys.readouterr().out
     for change, words in (({'init_from': 'gpt2'}, 'holds a run with init_from='),
                           ({'block_size': 16}, 'has block_size=8, given block_size=16')):
         with pytest.raises(ValueError, match=words):
