@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,14 +125,14 @@ def flags(stories, tmp_path):
 @pytest.fixture(scope='session')
 def undisturbed(stories, tmp_path_factory):
     """A function from settings to the folder of a tiny run that met nothing, made once."""
-    folder, made = tmp_path_factory.mktemp('undisturbed'), {}
+    folder, made, number = tmp_path_factory.mktemp('undisturbed'), {}, count()
 
     def run(world=0, **changes):
         key = world, *sorted(changes.items())
         if key not in made:
-            script(*command_line(folder / str(len(made)), stories, **changes), torchrun=world,
-                   timeout=1200)
-            made[key] = folder / str(len(made))
+            place = folder / str(next(number))          # a new one also after one that failed
+            script(*command_line(place, stories, **changes), torchrun=world, timeout=1200)
+            made[key] = place
         return made[key]
 
     return run
