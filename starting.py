@@ -90,7 +90,7 @@ def start(cfg, world, encoding, say):
         if fine_tune:                                               # all but the block is its own
             shape = replace(model.config, block_size=cfg.block_size)
         check_shape(model.config, shape, folder)
-        for key in ('dataset', 'seed') if cfg.init_from != 'resume' else ():
+        for key in ('dataset', 'seed') if cfg.init_from != 'resume' and not cfg.eval_only else ():
             if saved['settings'][key] != getattr(cfg, key):
                 raise ValueError(f'{cfg.out_dir} holds a run with {key}={saved["settings"][key]}, '
                                  f'given {getattr(cfg, key)}; give another --out_dir, or '

@@ -457,7 +457,7 @@ def closing_words(cfg, now, diverged, finished):
         words = f'ended at step {now.step}, {cfg.patience} validations after the best'
     else:
         words = f'finished {now.step} updates'
-    if now.best_step == 0 < now.step:
+    if finished and now.best_step == 0 < now.step:
         words += (f'; no validation was better than the one before training '
                   f'({now.best_val_loss:.4f}): try a lower --learning_rate')
     for count, what in ((now.skipped, 'skipped'), (now.spikes, 'spikes'),

@@ -520,6 +520,7 @@ def test_another_text_or_seed_is_another_run_unless_it_is_asked_for(config, two_
     for change in ({'dataset': 'other'}, {'seed': 2}):
         with pytest.raises(ValueError, match='holds a run with .* give another --out_dir'):
             train.main(replace(cfg, max_iters=8, **change))
+    train.main(replace(cfg, dataset='other', eval_only=True))
     best = tmp_path / 'run/best.json'
     best.write_text(json.dumps({'step': 4, 'val_loss': 0.0}))
     train.main(replace(cfg, max_iters=8, dataset='other', init_from='resume'))
