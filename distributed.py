@@ -201,6 +201,11 @@ def is_out_of_memory(error):
         "can't allocate memory" in str(error) or 'not enough memory' in str(error))
 
 
+def joined():
+    """Whether this process is one of a group that torchrun started, be it of one alone."""
+    return dist.is_initialized()
+
+
 def size():
     return dist.get_world_size() if dist.is_initialized() else 1
 

@@ -25,8 +25,9 @@ class StopSignal:
     """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a checkpoint and the end; another Ctrl-C ends at
     once. What this process was started to ignore (nohup), it ignores."""
 
-    def __init__(self, is_main=True):
+    def __init__(self, is_main, under_torchrun):
         self.is_main, self.requested, self.since, self.before = is_main, False, 0.0, {}
+        self.deaf_seconds = 2 * under_torchrun      # which passes one Ctrl-C on twice
         if threading.current_thread() is threading.main_thread():
             for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
                 number = getattr(signal, name, None)                # Windows has not all of them
@@ -34,8 +35,11 @@ class StopSignal:
                     self.before[number] = signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        if self.requested and number == signal.SIGINT and time.monotonic() - self.since > 2:
-            raise KeyboardInterrupt                 # torchrun passes one Ctrl-C on twice: hence 2 s
+        if (self.requested and number == signal.SIGINT
+                and time.monotonic() - self.since > self.deaf_seconds):
+            if self.is_main:
+                os.write(2, b'ended, without a checkpoint\n')
+            raise KeyboardInterrupt
         if self.is_main and not self.requested:                         # an update may be long
             os.write(2, b'ending after this update, with a checkpoint' + b'; Ctrl-C again ends at '
                         b'once, without one' * (number == signal.SIGINT) + b'\n')

@@ -28,7 +28,7 @@ from model import GPT, GPTConfig, pack, slide
 
 # -----------------------------------------------------------------------------
 prompt = ''             # also -p; FILE:name.txt reads a file, - standard input, less the newline
-                        # that ends it; '': from <|endoftext|>
+                        # that ends it; '': from <|endoftext|>, which may also begin a prompt
 max_new_tokens = 100    # also -m
 model = ''              # a run's folder (its best step), a step, a Hugging Face folder, gpt2 to
                         # gpt2-xl, another GPT-2 on the hub; '': the newest run under out/, else
@@ -77,6 +77,7 @@ def check(cfg):
             ('num_samples', cfg.num_samples >= 1, '1 or more'),
             ('batch_size', cfg.batch_size >= 1, '1 or more'),
             ('max_new_tokens', cfg.max_new_tokens >= 0, '0 or more'),
+            ('seed', -1 <= cfg.seed < 2 ** 62, '-1 or more'),
             ('prompt', not (cfg.interactive and cfg.prompt == '-'), 'not - with -i')):
         if not right:
             raise ValueError(f'{key}: given {getattr(cfg, key)}, expected {expected}')
@@ -135,7 +136,7 @@ def write(cfg, gpt, encoding, text, ids):
     if start:
         print(f'the prompt has {len(ids):,} tokens, the block {gpt.config.block_size:,}: the model '
               f'reads the last {len(ids) - start:,}', file=sys.stderr)
-    seconds, count, whole, drawn = [], 0, text, []          # seconds: of each token, or row of them
+    seconds, count, whole, drawn, stopped = [], 0, text, [], False  # seconds: of each row of tokens
     for k, new_ids in enumerate(draw(cfg, gpt, ids, eot, seconds)):
         if not cfg.json:
             title = f'--- sample {k + 1}\n' if cfg.num_samples > 1 else ''
@@ -150,11 +151,12 @@ def write(cfg, gpt, encoding, text, ids):
             if not cfg.interactive:
                 raise
         count += len(drawn)
+        stopped = cfg.stop and cfg.stop in encoding.decode([i for i in drawn if i != eot])
         facts = explain_tokens(gpt, encoding, ids, drawn) if cfg.explain else []
         if cfg.json:
             print(dumps({'prompt': text, 'text': whole[len(text):], 'seed': cfg.seed + k,
                          'new_tokens': len(drawn),
-                         'ended': eot in drawn[-1:] or len(drawn) < cfg.max_new_tokens,
+                         'ended': eot in drawn[-1:] or stopped,
                          **({'tokens': facts} if cfg.explain else {})}), flush=True)
         else:
             print(flush=True)
@@ -162,6 +164,8 @@ def write(cfg, gpt, encoding, text, ids):
     if count:
         print(f'{count} tokens in {sum(seconds):.2f} s: {count / sum(seconds):.1f} tokens per '
               f'second, the first after {seconds[0]:.2f} s', file=sys.stderr)
+    if stopped:                                             # what stopped it was not written
+        return whole, ids + tokenizer.encode(encoding, whole[len(text):]).tolist()
     return whole, ids + [i for i in drawn if i != eot]
 
 

@@ -22,7 +22,7 @@ BOUNDS = (                  # which settings must be what: in words, and whether
      'batch_size block_size n_layer n_head n_embd eval_interval eval_tokens log_interval '
      'max_skipped keep'),
     ('0 or more', lambda value: value >= 0,
-     'max_iters eval_iters sample_interval hellaswag_interval hellaswag_limit save_minutes '
+     'seed max_iters eval_iters sample_interval hellaswag_interval hellaswag_limit save_minutes '
      'total_batch_size gradient_accumulation_steps weight_decay grad_clip warmup_iters '
      'lr_decay_iters cooldown_iters min_lr patience batch_warmup_iters minutes spike_z '
      'muon_learning_rate'),
@@ -82,7 +82,13 @@ def start(cfg, world, encoding, say):
     fine_tune = cfg.init_from not in ('auto', 'scratch', 'resume')
     torch.manual_seed(cfg.seed)
     if folder:
-        model, saved = load_checked(folder, encoding, cfg, world), checkpoints.load_training(folder)
+        saved = checkpoints.load_training(folder)
+        for key in ('dataset', 'seed') if cfg.init_from != 'resume' and not cfg.eval_only else ():
+            if saved['settings'][key] != getattr(cfg, key):
+                raise ValueError(f'{cfg.out_dir} holds a run with {key}={saved["settings"][key]}, '
+                                 f'given {getattr(cfg, key)}; give another --out_dir, or '
+                                 f'--init_from=resume to go on with this one all the same')
+        model = load_checked(folder, encoding, cfg, world)
         began, cfg = saved['settings']['init_from'], planning.as_fitted(cfg, saved['settings'])
         if fine_tune and began != cfg.init_from:
             raise ValueError(f'{cfg.out_dir} holds a run with init_from={began}, given '
@@ -90,11 +96,6 @@ def start(cfg, world, encoding, say):
         if fine_tune:                                               # all but the block is its own
             shape = replace(model.config, block_size=cfg.block_size)
         check_shape(model.config, shape, folder)
-        for key in ('dataset', 'seed') if cfg.init_from != 'resume' and not cfg.eval_only else ():
-            if saved['settings'][key] != getattr(cfg, key):
-                raise ValueError(f'{cfg.out_dir} holds a run with {key}={saved["settings"][key]}, '
-                                 f'given {getattr(cfg, key)}; give another --out_dir, or '
-                                 f'--init_from=resume to go on with this one all the same')
         changed = [f'{key} {saved["settings"].get(key)!r} -> {value!r}'
                    for key, value in asdict(cfg).items() if saved['settings'].get(key) != value]
         say(f'going on from {folder}' + (f"; changed: {', '.join(changed)}" if changed else ''))

@@ -194,7 +194,8 @@ def train(cfg):
         if cfg.plan:
             return distributed.leave()
     distributed.on_main(world, starting.write_config, cfg)
-    log, stop, clock = Log(cfg, world, say), StopSignal(world.is_main), Stopwatch()
+    log, clock = Log(cfg, world, say), Stopwatch()
+    stop = StopSignal(world.is_main, distributed.joined())
     log.start(now.step, world, dtype)
     saved_at, saved_time, validated = now.step if saved else 0, time.monotonic(), -1
     asked_to_stop = save_due = diverged = False
@@ -270,7 +271,7 @@ def train(cfg):
             scores = judge(step, loss, norm, now, watch, cfg, log)
         clock.stop(sequences * cfg.block_size)
 
-        if logging:
+        if logging or asked_to_stop:
             seconds, rate = clock.read()
             left = planning.whole_updates(cfg, now.step) * tokens_per_update / rate
             mfu = peak and model.flops_per_token() * rate / (peak * world.size)
@@ -459,7 +460,7 @@ def closing_words(cfg, now, diverged, finished):
         words = f'finished {now.step} updates'
     if finished and now.best_step == 0 < now.step:
         words += (f'; no validation was better than the one before training '
-                  f'({now.best_val_loss:.4f}): try a lower --learning_rate')
+                  f'({now.best_val_loss:.4f}): try a lower --learning_rate, in another --out_dir')
     for count, what in ((now.skipped, 'skipped'), (now.spikes, 'spikes'),
                         (now.rollbacks, 'rolled back')):
         words += f', {count} {what}' * bool(count)

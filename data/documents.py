@@ -24,7 +24,7 @@ EXPECTED = '.txt, .md or .jsonl (these also as .gz or .zst) or .parquet'
 BATCH_BYTES = 2 ** 20
 BOM = b'\xef\xbb\xbf'
 TOO_LONG = 'over max_document_mb'
-ARRAY = 'expected one object a line, as `jq -c .[]` makes of an array'
+ARRAY = "expected one object a line, as jq -c '.[]' makes of an array and jq -c . of objects"
 MARKED = 'with <|endoftext|> as text'
 WRAP_SLACK = 6                  # characters: lines were not always broken as late as possible
 

@@ -420,7 +420,7 @@ def test_a_separator_that_was_not_given_is_told(tmp_path, capsys):
     ('a.txt', b'', 'no text to prepare'),
     ('a.txt', b'caf\xe9', 'a.txt: byte 0xe9 at 3 is not UTF-8.*latin1'),
     ('a.txt', 'café'.encode('utf-16'), 'a.txt: byte 0xff at 0 is not UTF-8.*iconv -f utf-16'),
-    ('a.json', b'[{"text": "a"}]', 'a.json:1: expected one object a line, as `jq'),
+    ('a.json', b'[{"text": "a"}]', 'a.json:1: expected one object a line, as jq'),
     ('a.json', b'[\n {"text": "a"}\n]', 'a.json:1: not JSON.*expected one object a line'),
     ('a.jsonl', b'{"text": "a"}\n{"text"', 'a.jsonl:2: not JSON'),
     ('a.jsonl', b'{"body": "a"}', "no field 'text'"),

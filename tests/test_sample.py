@@ -91,6 +91,19 @@ def test_a_conversation_goes_on_with_the_text_on_an_empty_line(trained, capsys, 
     assert first.startswith('The fox') and second.startswith(first) and '\nHe' in second
 
 
+def test_a_conversation_goes_on_from_what_was_written(trained, capsys, monkeypatch):
+    """Not from the text that stopped it, which nobody saw."""
+    whole = say(capsys, f'--model={trained}', '-p', 'The fox', '--temperature=0', '-m', 40)
+    real, read, stop = sample.draw, [], whole[25:30]
+    monkeypatch.setattr(sample, 'draw', lambda cfg, gpt, ids, *rest: read.append(ids) or real(
+        cfg, gpt, ids, *rest))
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('The fox\n\n'))
+    sample.main(sample.Config(model=str(trained), interactive=True, stop=stop, device='cpu',
+                              temperature=0.0, max_new_tokens=40))
+    encoding = sample.checkpoints.load_model(trained)[1]
+    assert encoding.decode(read[1]) == whole[:whole.index(stop)]
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_a_conversation_keeps_what_was_written(trained):
     """A long first turn and a short second one, which begins with all of it."""
@@ -190,6 +203,10 @@ def test_a_sample_ends_before_the_text_that_stops_it(trained, capsys, rows):
     stop = whole[20:27]                                             # over several tokens
     found = json.loads(say(capsys, *flags, f'--stop={stop}').splitlines()[-1])
     assert found['text'] == whole[:whole.index(stop)] and found['ended']
+    count = found['new_tokens']                                     # and at the last token allowed
+    for most, ended in ((count, True), (count - 1, False)):
+        line = say(capsys, *flags, f'--stop={stop}', '-m', most).splitlines()[-1]
+        assert json.loads(line)['ended'] == ended
     for stop, pieces in (('abc', ['a', 'aa', 'b', 'ab', 'cd']), ('\n', 'aabab'), ('a', ['abc']),
                          ('abc', ['x', 'ab'])):
         before = ''.join(pieces).partition(stop)[0]

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from data import batches
 from data.batches import TokenBatches
 from data.shards import Tokens, read_manifest
 from distributed import World, data_sheet_peak, pick_dtype
+from journal import StopSignal
 from model import GPT, GPTConfig
 
 
@@ -604,6 +606,24 @@ def test_wandb_that_fails_stops_nothing(config, tmp_path, monkeypatch, capsys):
     assert train.main(config(max_iters=3, wandb_log=True)) == 0
     assert 'wandb: ConnectionError: down; going on without it' in capsys.readouterr().out
     assert len(losses(tmp_path / 'run')) == 3
+
+
+def test_a_second_ctrl_c_ends_at_once_but_not_the_one_that_torchrun_passes_on(capfd):
+    for under_torchrun in (True, False):
+        signals = StopSignal(True, under_torchrun)
+        try:
+            signal.raise_signal(signal.SIGINT)
+            assert signals.requested
+            if under_torchrun:
+                signal.raise_signal(signal.SIGINT)
+                signals.since -= 3                                  # later
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        finally:
+            signals.restore()
+    assert capfd.readouterr().err == 2 * (
+        'ending after this update, with a checkpoint; Ctrl-C again ends at once, without one\n'
+        'ended, without a checkpoint\n')
 
 
 # What it refuses.
