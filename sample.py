@@ -137,7 +137,7 @@ def write(cfg, gpt, encoding, text, ids):
         print(f'the prompt has {len(ids):,} tokens, the block {gpt.config.block_size:,}: the model '
               f'reads the last {len(ids) - start:,}', file=sys.stderr)
     seconds, count, whole, drawn, stopped = [], 0, text, [], False  # seconds: of each row of tokens
-    for k, new_ids in enumerate(draw(cfg, gpt, ids, eot, seconds)):
+    for k, new_ids in enumerate(draw(cfg, gpt, encoding, ids, seconds)):
         if not cfg.json:
             title = f'--- sample {k + 1}\n' if cfg.num_samples > 1 else ''
             print(title + text, end='', flush=True)
@@ -178,10 +178,10 @@ def prompt_ids(text, encoding):
     return tokenizer.encode(encoding, text).tolist() or [eot or 0]
 
 
-def draw(cfg, gpt, ids, eot, seconds):
+def draw(cfg, gpt, encoding, ids, seconds):
     """For each sample an iterator over its new ids, <|endoftext|> included if it comes to that;
-    where there is only one, they come as they are drawn."""
-    device = gpt.wte.weight.device
+    where there is only one, they come as they are drawn, else until all have ended."""
+    device, eot = gpt.wte.weight.device, tokenizer.eot_id(encoding)
     for first in range(0, cfg.num_samples, cfg.batch_size):
         rows = torch.tensor([ids] * min(cfg.batch_size, cfg.num_samples - first), device=device)
         stream = gpt.stream(rows, cfg.max_new_tokens, temperature=cfg.temperature,
@@ -191,8 +191,20 @@ def draw(cfg, gpt, ids, eot, seconds):
         if len(rows) == 1:
             yield (column[0] for column in columns)
         else:
-            drawn = list(zip(*columns)) or [()] * len(rows)
+            drawn = list(zip(*until_all_end(columns, cfg.stop, encoding))) or [()] * len(rows)
             yield from ((row[:row.index(eot) + 1] if eot in row else row) for row in drawn)
+
+
+def until_all_end(columns, stop, encoding):
+    """The columns of ids, one for each sample, until all these came to the text `stop` or to
+    <|endoftext|>, if there is a `stop`."""
+    texts, ends = None, (stop.encode(), tokenizer.EOT.encode())
+    for column in columns:
+        yield column
+        pieces = map(encoding.decode_single_token_bytes, column)
+        texts = [text + piece for text, piece in zip(texts or [b''] * len(column), pieces)]
+        if stop and all(any(end in text for end in ends) for text in texts):
+            break
 
 
 def timed(stream, seconds):

@@ -22,6 +22,9 @@ import train
 from configurator import configure
 
 
+ASCII = tokenizer.byte_pairs('bytes', [])
+
+
 @pytest.fixture(scope='module')
 def trained(stories, tmp_path_factory):
     """The folder of a run of 40 updates."""
@@ -95,8 +98,8 @@ def test_a_conversation_goes_on_from_what_was_written(trained, capsys, monkeypat
     """Not from the text that stopped it, which nobody saw."""
     whole = say(capsys, f'--model={trained}', '-p', 'The fox', '--temperature=0', '-m', 40)
     real, read, stop = sample.draw, [], whole[25:30]
-    monkeypatch.setattr(sample, 'draw', lambda cfg, gpt, ids, *rest: read.append(ids) or real(
-        cfg, gpt, ids, *rest))
+    monkeypatch.setattr(sample, 'draw', lambda cfg, gpt, encoding, ids, seconds: (
+        read.append(ids) or real(cfg, gpt, encoding, ids, seconds)))
     monkeypatch.setattr(sys, 'stdin', io.StringIO('The fox\n\n'))
     sample.main(sample.Config(model=str(trained), interactive=True, stop=stop, device='cpu',
                               temperature=0.0, max_new_tokens=40))
@@ -203,14 +206,19 @@ def test_a_sample_ends_before_the_text_that_stops_it(trained, capsys, rows):
     stop = whole[20:27]                                             # over several tokens
     found = json.loads(say(capsys, *flags, f'--stop={stop}').splitlines()[-1])
     assert found['text'] == whole[:whole.index(stop)] and found['ended']
-    count = found['new_tokens']                                     # and at the last token allowed
-    for most, ended in ((count, True), (count - 1, False)):
+    sample.main(configure(sample.Config, [*map(str, flags), f'--stop={stop}', '--device=cpu'],
+                          sample.SHORT))
+    count = found['new_tokens']
+    assert f'{rows * count} tokens in ' in capsys.readouterr().err
+    for most, ended in ((count, True), (count - 1, False)):         # at the last token allowed too
         line = say(capsys, *flags, f'--stop={stop}', '-m', most).splitlines()[-1]
         assert json.loads(line)['ended'] == ended
     for stop, pieces in (('abc', ['a', 'aa', 'b', 'ab', 'cd']), ('\n', 'aabab'), ('a', ['abc']),
                          ('abc', ['x', 'ab'])):
         before = ''.join(pieces).partition(stop)[0]
         assert ''.join(sample.until(stop, pieces)) == before
+    columns = [[i, i + 3] for i in range(60, 90)]                   # none is drawn in vain
+    assert list(sample.until_all_end(columns, 'C', ASCII)) == columns[:ord('C') - 60 + 1]
 
 
 def test_a_seed_can_be_drawn_and_is_told(trained, capsys):

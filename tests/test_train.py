@@ -608,6 +608,15 @@ def test_wandb_that_fails_stops_nothing(config, tmp_path, monkeypatch, capsys):
     assert len(losses(tmp_path / 'run')) == 3
 
 
+def test_a_run_that_is_stopped_logs_its_last_update(config, tmp_path, monkeypatch):
+    real = train.judge
+    monkeypatch.setattr(train, 'judge', lambda step, *args: (
+        step == 3 and signal.raise_signal(signal.SIGTERM), real(step, *args))[1])
+    train.main(config(log_interval=100))
+    found = [json.loads(line) for line in (tmp_path / 'run/log.jsonl').read_text().splitlines()]
+    assert [record['step'] for record in found if 'loss' in record] == [4]
+
+
 def test_a_second_ctrl_c_ends_at_once_but_not_the_one_that_torchrun_passes_on(capfd):
     for under_torchrun in (True, False):
         signals = StopSignal(True, under_torchrun)
