@@ -40,7 +40,8 @@ quickstart: install
 	@echo 'The loss curve is in out/quickstart/loss.png. What next?  (source $(VENV)/bin/activate first)'
 	@echo '  python sample.py -p "Return the" -m 200                        # let it write more'
 	@echo '  python train.py config/quickstart.py --max_iters=1000          # train on from here'
-	@echo '  python data/prepare.py --name=mine FOLDER_OR_FILE.txt && python train.py --dataset=mine --out_dir=out/mine'
+	@echo '  python data/prepare.py --name=mine --tokenizer=bpe:2048 FOLDER_OR_FILE.txt'
+	@echo '  python train.py config/quickstart.py --dataset=mine --out_dir=out/mine'
 
 test: install
 	$(TEST)
