@@ -245,9 +245,9 @@ def find(name):
     if folder.is_dir():
         found = best_step(folder) or newest_step(folder, unread=NOT_OF_THE_MODEL)[0]
         if found is None:
-            theirs = ", but nanoGPT's ckpt.pt, a pickle" * (folder / 'ckpt.pt').exists()
-            raise ValueError(f'{folder}: there is no checkpoint in this folder, '
-                             f'and no config.json of a model{theirs}')
+            theirs = "; nanoGPT's ckpt.pt is not read, being a pickle"
+            raise ValueError(f'{folder}: there is no checkpoint in this folder, and no config.json '
+                             f'of a model{theirs * (folder / "ckpt.pt").exists()}')
         return found
     if folder.is_file():
         raise ValueError(f'{name}: is a file, expected the folder of a model')

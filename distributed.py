@@ -64,7 +64,8 @@ def pick_device(name, local_rank=0, size=1):
                 'mps' if torch.backends.mps.is_available() else 'cpu')
         if name == 'cpu' and local_rank == 0 and shutil.which('nvidia-smi'):
             print(f'there is an NVIDIA driver here, but this torch ({torch.__version__}) sees no '
-                  f'GPU; pytorch.org/get-started has one for every driver', file=sys.stderr)
+                  f'GPU; pytorch.org/get-started names the --index-url of one that does',
+                  file=sys.stderr)
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):

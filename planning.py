@@ -105,7 +105,7 @@ def look(cfg):
                 + f'; less in the first {cfg.batch_warmup_iters:,} updates' * (len(parts) > 1))
 
     def disk():
-        if cfg.init_from not in ('auto', 'scratch', 'resume'):
+        if is_fine_tune(cfg):
             return f'not known before {cfg.init_from} is loaded'
         with torch.device('meta'):
             gpt = GPT(GPTConfig(cfg.block_size, known['encoding'].n_vocab, cfg.n_layer, cfg.n_head,
@@ -129,6 +129,10 @@ def look(cfg):
             elif 'FAILS' in line and line not in found[0]:
                 print(f'{line} (rank {rank})')
     return not any('FAILS' in line for theirs in found for line in theirs)
+
+
+def is_fine_tune(cfg):
+    return cfg.init_from not in ('auto', 'scratch', 'resume')
 
 
 def checkpoint_bytes(cfg, model):

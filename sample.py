@@ -151,12 +151,11 @@ def write(cfg, gpt, encoding, text, ids):
             if not cfg.interactive:
                 raise
         count += len(drawn)
-        stopped = cfg.stop and cfg.stop in encoding.decode([i for i in drawn if i != eot])
+        stopped = bool(cfg.stop) and cfg.stop in encoding.decode([i for i in drawn if i != eot])
         facts = explain_tokens(gpt, encoding, ids, drawn) if cfg.explain else []
         if cfg.json:
             print(dumps({'prompt': text, 'text': whole[len(text):], 'seed': cfg.seed + k,
-                         'new_tokens': len(drawn),
-                         'ended': eot in drawn[-1:] or stopped,
+                         'new_tokens': len(drawn), 'ended': eot in drawn[-1:] or stopped,
                          **({'tokens': facts} if cfg.explain else {})}), flush=True)
         else:
             print(flush=True)
@@ -191,19 +190,20 @@ def draw(cfg, gpt, encoding, ids, seconds):
         if len(rows) == 1:
             yield (column[0] for column in columns)
         else:
-            drawn = list(zip(*until_all_end(columns, cfg.stop, encoding))) or [()] * len(rows)
+            columns = until_all_end(cfg.stop, columns, encoding) if cfg.stop else columns
+            drawn = list(zip(*columns)) or [()] * len(rows)
             yield from ((row[:row.index(eot) + 1] if eot in row else row) for row in drawn)
 
 
-def until_all_end(columns, stop, encoding):
+def until_all_end(stop, columns, encoding):
     """The columns of ids, one for each sample, until all these came to the text `stop` or to
-    <|endoftext|>, if there is a `stop`."""
+    <|endoftext|>."""
     texts, ends = None, (stop.encode(), tokenizer.EOT.encode())
     for column in columns:
         yield column
         pieces = map(encoding.decode_single_token_bytes, column)
         texts = [text + piece for text, piece in zip(texts or [b''] * len(column), pieces)]
-        if stop and all(any(end in text for end in ends) for text in texts):
+        if all(any(end in text for end in ends) for text in texts):
             break
 
 

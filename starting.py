@@ -79,17 +79,19 @@ def start(cfg, world, encoding, say):
         raise ValueError(f"init_from='resume', but there is no checkpoint in {cfg.out_dir}")
     shape = GPTConfig(cfg.block_size, encoding.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd,
                       cfg.dropout, cfg.bias)
-    fine_tune = cfg.init_from not in ('auto', 'scratch', 'resume')
     torch.manual_seed(cfg.seed)
     if folder:
         saved = checkpoints.load_training(folder)
-        for key in ('dataset', 'seed') if cfg.init_from != 'resume' and not cfg.eval_only else ():
+        began, as_asked = saved['settings']['init_from'], cfg.init_from == 'resume'
+        cfg = replace(cfg, init_from=began) if as_asked else cfg    # which config.py repeats
+        for key in ('dataset', 'seed') if not (as_asked or cfg.eval_only) else ():
             if saved['settings'][key] != getattr(cfg, key):
                 raise ValueError(f'{cfg.out_dir} holds a run with {key}={saved["settings"][key]}, '
                                  f'given {getattr(cfg, key)}; give another --out_dir, or '
                                  f'--init_from=resume to go on with this one all the same')
         model = load_checked(folder, encoding, cfg, world)
-        began, cfg = saved['settings']['init_from'], planning.as_fitted(cfg, saved['settings'])
+        cfg = planning.as_fitted(cfg, saved['settings'])
+        fine_tune = planning.is_fine_tune(cfg)
         if fine_tune and began != cfg.init_from:
             raise ValueError(f'{cfg.out_dir} holds a run with init_from={began}, given '
                              f'{cfg.init_from}; give another --out_dir to begin from that')
@@ -99,7 +101,7 @@ def start(cfg, world, encoding, say):
         changed = [f'{key} {saved["settings"].get(key)!r} -> {value!r}'
                    for key, value in asdict(cfg).items() if saved['settings'].get(key) != value]
         say(f'going on from {folder}' + (f"; changed: {', '.join(changed)}" if changed else ''))
-    elif fine_tune:
+    elif planning.is_fine_tune(cfg):
         source = distributed.on_main(world, checkpoints.find, cfg.init_from)
         model, saved = load_checked(source, encoding, cfg, world), {}
         block_size = model.config.block_size

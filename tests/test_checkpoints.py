@@ -170,6 +170,12 @@ def test_damaged_files_are_named(tmp_path, name, words):
         checkpoints.load_model(folder.rename(tmp_path / 'model'))
 
 
+def test_a_checkpoint_of_nanogpt_is_named(tmp_path):
+    (tmp_path / 'ckpt.pt').touch()
+    with pytest.raises(ValueError, match="no config.json of a model; nanoGPT's ckpt.pt is not read"):
+        checkpoints.find(tmp_path)
+
+
 def test_the_newest_whole_step_wins(tmp_path):
     for step in (1, 2, 10):
         save(tmp_path, step)

@@ -218,7 +218,7 @@ def test_a_sample_ends_before_the_text_that_stops_it(trained, capsys, rows):
         before = ''.join(pieces).partition(stop)[0]
         assert ''.join(sample.until(stop, pieces)) == before
     columns = [[i, i + 3] for i in range(60, 90)]                   # none is drawn in vain
-    assert list(sample.until_all_end(columns, 'C', ASCII)) == columns[:ord('C') - 60 + 1]
+    assert list(sample.until_all_end('C', columns, ASCII)) == columns[:ord('C') - 60 + 1]
 
 
 def test_a_seed_can_be_drawn_and_is_told(trained, capsys):

@@ -540,6 +540,9 @@ def test_fine_tuning_starts_from_the_weights_and_resumes_itself(config, tmp_path
     assert 'reads 8 tokens at a time (--block_size=16 is all it could)' in capsys.readouterr().out
     train.main(replace(tune, max_iters=6))
     assert len(losses(tmp_path / 'tuned')) == 6
+    train.main(replace(tune, max_iters=7, init_from='resume', n_layer=4))       # as it began
+    train.main(replace(tune, max_iters=8))
+    assert f"init_from = '{tune.init_from}'" in (tmp_path / 'tuned/config.py').read_text()
     train.main(replace(tune, out_dir=str(tmp_path / 'worse'), learning_rate=3.0, decay_lr=False))
     assert 'no validation was better than the one before training' in capsys.readouterr().out
     for change, words in (({'init_from': 'gpt2'}, 'holds a run with init_from='),
