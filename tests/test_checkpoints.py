@@ -172,7 +172,7 @@ def test_damaged_files_are_named(tmp_path, name, words):
 
 def test_a_checkpoint_of_nanogpt_is_named(tmp_path):
     (tmp_path / 'ckpt.pt').touch()
-    with pytest.raises(ValueError, match="no config.json of a model; nanoGPT's ckpt.pt is not read"):
+    with pytest.raises(ValueError, match="of a model; nanoGPT's ckpt.pt is not read"):
         checkpoints.find(tmp_path)
 
 
