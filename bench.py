@@ -24,15 +24,16 @@ from pathlib import Path
 import torch
 from torch.nn.utils import get_total_norm
 
-import distributed
-import likelihood
-import replicas
-import tokenizer
+from gpt import world as distributed
+from gpt import scoring as likelihood
+from gpt import replicas
+from gpt import tokenizer
 import train
-from configurator import run, settings
-from data import prepare, sources
-from data.shards import read_manifest
-from journal import machine
+from gpt.settings import run, settings
+from gpt.data import sources
+from data import prepare
+from gpt.data.shards import read_manifest
+from gpt.journal import machine
 from model import GPT, SIZES, GPTConfig, pack
 
 # -----------------------------------------------------------------------------

@@ -27,13 +27,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import checkpoints
-import distributed
-import likelihood
-import results
-import tokenizer
-from configurator import run, settings
-from data import benchmarks
+from gpt import checkpoints
+from gpt import world as distributed
+from gpt import scoring as likelihood
+from gpt import results
+from gpt import tokenizer
+from gpt.settings import run, settings
+from gpt.data import benchmarks
 
 # -----------------------------------------------------------------------------
 model = ''              # also -m; gpt2 to gpt2-xl, another GPT-2 on the hub, a folder, a run (its

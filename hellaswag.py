@@ -17,13 +17,13 @@ import re
 import time
 from collections import defaultdict
 
-import checkpoints
-import distributed
-import likelihood
-import results
-import tokenizer
-from configurator import run, settings
-from data import benchmarks
+from gpt import checkpoints
+from gpt import world as distributed
+from gpt import scoring as likelihood
+from gpt import results
+from gpt import tokenizer
+from gpt.settings import run, settings
+from gpt.data import benchmarks
 
 # -----------------------------------------------------------------------------
 model = ''              # also -m; gpt2 to gpt2-xl, another GPT-2 on the hub, a folder, a run (its

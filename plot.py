@@ -12,8 +12,8 @@ import io
 import re
 from pathlib import Path
 
-from configurator import run, settings
-from curves import compared, limits, points, read_log, settings_of, smoothed, summary, thinned
+from gpt.settings import run, settings
+from gpt.curves import compared, limits, points, read_log, settings_of, smoothed, summary, thinned
 
 # -----------------------------------------------------------------------------
 runs = ()           # folders of runs, given bare: plot.py out/a out/b
@@ -72,7 +72,7 @@ def main(cfg):
         print(f'{folder}: {summary(records)}')
     path = Path(cfg.out or folders[0] / ('report.html' if cfg.report else 'loss.png'))
     if cfg.report:
-        from report import page                     # brings torch, which a picture does not need
+        from gpt.report import page                     # brings torch, which a picture does not need
         pictures = {(theme, wide): as_svg(draw(folders, logs, cfg.smooth, theme, wide))
                     for theme in THEMES for wide in (False, True)}
         path.write_text(page(folders[0], logs[0], pictures), encoding='utf-8')

@@ -14,14 +14,14 @@ from types import SimpleNamespace
 
 import torch
 
-import checkpoints
-import tokenizer
-from configurator import run, settings
-from curves import Curve
-from data.batches import load_data
-from distributed import World, pick_dtype
-from journal import duration
-from validation import validate
+from gpt import checkpoints
+from gpt import tokenizer
+from gpt.settings import run, settings
+from gpt.curves import Curve
+from gpt.data.order import load_data
+from gpt.world import World, pick_dtype
+from gpt.journal import duration
+from gpt.validation import validate
 
 # -----------------------------------------------------------------------------
 model = ''          # the folder of a run, of which the best step is published

@@ -20,10 +20,10 @@ from random import randrange
 
 import torch
 
-import checkpoints
-import tokenizer
-from configurator import run, settings
-from distributed import pick_device, pick_dtype
+from gpt import checkpoints
+from gpt import tokenizer
+from gpt.settings import run, settings
+from gpt.world import pick_device, pick_dtype
 from model import GPT, GPTConfig, pack, slide
 
 # -----------------------------------------------------------------------------

@@ -17,18 +17,18 @@ from functools import partial
 import torch
 from torch.nn.utils import get_total_norm
 
-import checkpoints
-import distributed
-import planning
-import replicas
-import starting
-import tokenizer
-from configurator import run, settings
-from data.batches import Ahead, describe_epochs, draw, load_data, make_batches
-from journal import Log, StopSignal, Stopwatch, Watch, duration
-from optimizers import learning_rate_at, make_optimizers, update
-from planning import batch_at, divide_batch
-from validation import describe, validate
+from gpt import checkpoints
+from gpt import world as distributed
+from gpt import budget as planning
+from gpt import replicas
+from gpt import starting
+from gpt import tokenizer
+from gpt.settings import run, settings
+from gpt.data.order import Ahead, describe_epochs, draw, load_data, make_batches
+from gpt.journal import Log, StopSignal, Stopwatch, Watch, duration
+from gpt.optimizers import learning_rate_at, make_optimizers, update
+from gpt.budget import batch_at, divide_batch
+from gpt.validation import describe, validate
 
 # -----------------------------------------------------------------------------
 # The defaults train a small GPT on the offline corpus in minutes, on a laptop.

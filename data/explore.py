@@ -24,10 +24,12 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
-import tokenizer
-from configurator import run, settings
-from data import benchmarks, overlap, shards
-from data.batches import load_facts
+from gpt import tokenizer
+from gpt.settings import run, settings
+from gpt.data import benchmarks
+from gpt.data import overlap
+from gpt.data import shards
+from gpt.data.order import load_facts
 
 # -----------------------------------------------------------------------------
 name = ()               # the data set, given bare: explore.py pydocs

@@ -24,14 +24,15 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
-from configurator import run, settings
-from data import documents, sources
-from data.batches import load_facts
-from data.fetch import digest, lock
-from data.shards import DATA_DIR, ShardWriter, Tokens, leaked, read_manifest, read_shard
-from data.shards import verify as find_damage
-from data.tokens import cores, divide, tokenized, val_threshold
-from tokenizer import build, eot_id, fingerprint, gpt2, load, stored, to_json, token_bytes
+from gpt.settings import run, settings
+from gpt.data import documents
+from gpt.data import sources
+from gpt.data.order import load_facts
+from gpt.files import digest, lock
+from gpt.data.shards import DATA_DIR, ShardWriter, Tokens, leaked, read_manifest, read_shard
+from gpt.data.shards import verify as find_damage
+from gpt.data.encode import cores, divide, tokenized, val_threshold
+from gpt.tokenizer import build, eot_id, fingerprint, gpt2, load, stored, to_json, token_bytes
 
 # -----------------------------------------------------------------------------
 dataset = 'pydocs'          # pydocs, shakespeare; fineweb-10B, fineweb-edu-10B (tokens, ready);

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                                       # this file runs from docs/
 import plot
 import train
-from checkpoints import load_model
-from optimizers import learning_rate_at
+from gpt.checkpoints import load_model
+from gpt.optimizers import learning_rate_at
 
 WALKS = ROOT / 'docs/walkthrough.md', ROOT / 'docs/walkthrough_zh.md'
 BLOCK = re.compile(r'```python\n(.*?)```\n\n```text\n(.*?)```', re.DOTALL)

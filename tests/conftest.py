@@ -75,7 +75,7 @@ def real():
 @pytest.fixture(scope='session')
 def gpt2():
     """GPT-2's own Encoding; tests are skipped where its files are neither cached nor to be had."""
-    import tokenizer
+    from gpt import tokenizer
     try:
         return tokenizer.gpt2()
     except ValueError as error:
@@ -151,7 +151,7 @@ def script(*args, torchrun=0, check=True, **options):
 
 def command(module, *args):
     """main() of a script with these arguments, in this process: faster than script()."""
-    from configurator import configure
+    from gpt.settings import configure
     return module.main(configure(module.Config, [*map(str, args)], getattr(module, 'SHORT', None),
                                  getattr(module, 'COLLECT', '')))
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoints
-import planning
+from gpt import checkpoints
+from gpt import budget as planning
 import train
-from configurator import run
+from gpt.settings import run
 from model import GPT
 
 KIND, RANK, UPDATE, TIMES = (*os.environ['FAULT'].split(), '1')[:4]

@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT, script
 from test_shards import tokens, write
 
-from data.batches import CYCLE, Ahead, Mixture, TokenBatches, mixture, permuted
-from data.shards import HEADER_BYTES, Tokens
+from gpt.data.order import CYCLE, Ahead, Mixture, TokenBatches, mixture, permuted
+from gpt.data.shards import HEADER_BYTES, Tokens
 
 
 @pytest.mark.parametrize('size', [1, 2, 3, 5, 64, 1000, 4097])

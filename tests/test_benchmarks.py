@@ -11,7 +11,8 @@ import zipfile
 
 import pytest
 
-from data import benchmarks, fetch
+from gpt.data import benchmarks
+from gpt import files as fetch
 
 ROW = {'ctx': 'A man sits. he', 'label': 2, 'endings': ['a b.', 'c d.', 'e.', 'f g.']}
 CANDIDATES = 'fox|hen|dog|cat|cow|ant|bee|elk|owl|pig'

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoints
-import tokenizer
+from gpt import checkpoints
+from gpt import tokenizer
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
@@ -122,7 +122,9 @@ def test_the_weights_are_never_twice_in_memory(tmp_path):
     config = GPTConfig(block_size=16, vocab_size=257, n_layer=3, n_head=2, n_embd=1024)
     _, folder = save(tmp_path, config=replace(config, n_layer=1))
     code = """
-import re, sys, checkpoints
+import re
+import sys
+from gpt import checkpoints
 peak = lambda: int(re.search('VmHWM: +([0-9]+)',
                              open('/proc/self/status').read().replace('\\t', ' '))[1]) / 1000
 checkpoints.load_model(sys.argv[1])                     # whatever loading takes at its first time

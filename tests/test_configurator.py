@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 from conftest import ROOT, script
 
-from configurator import as_config_file, configure, read_config_file, settings
+from gpt.settings import as_config_file, configure, read_config_file, settings
 
 HEADER = {'__name__': 'script', 'batch_size': 12, 'learning_rate': 6e-4, 'eval_only': False,
           'prompt': '', 'compile': 'auto', 'runs': (), 'MAGIC': 7}

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from data import documents
-from data.documents import Options
+from gpt.data import documents
+from gpt.data.documents import Options
 
 pyarrow = pytest.importorskip('pyarrow')
 from pyarrow import parquet

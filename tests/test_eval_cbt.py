@@ -10,11 +10,11 @@ import torch
 from conftest import command, script
 from test_benchmarks import question
 
-import checkpoints
+from gpt import checkpoints
 import eval_cbt
-import likelihood
-import tokenizer
-from data import benchmarks
+from gpt import scoring as likelihood
+from gpt import tokenizer
+from gpt.data import benchmarks
 from model import GPT, GPTConfig
 
 BYTES = tokenizer.byte_pairs('bytes', [])

@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import command, script
 
-import checkpoints
+from gpt import checkpoints
 import eval_lm
-import likelihood
-import results
-import tokenizer
-from data import benchmarks, fetch
+from gpt import scoring as likelihood
+from gpt import results
+from gpt import tokenizer
+from gpt.data import benchmarks
+from gpt import files as fetch
 from model import GPT, GPTConfig
 
 BYTES = tokenizer.byte_pairs('bytes', [])

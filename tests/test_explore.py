@@ -13,10 +13,12 @@ import pytest
 from conftest import ROOT
 from test_benchmarks import question
 
-import tokenizer
-from configurator import configure
-from data import explore, overlap, prepare, shards
-from data.tokens import document_hash
+from gpt import tokenizer
+from gpt.settings import configure
+from gpt.data import overlap
+from gpt.data import shards
+from data import explore, prepare
+from gpt.data.encode import document_hash
 
 STRANGE = ['It’s', '“naïve”', 'co-op', 'snake_case', "don't", 'ÉCOLE', '３', '42', 'Straße', 'ΣΑΣ',
            '北京', 'a', 'b', 'the', 'x²', '—', 'İstanbul', '…', 'n', 't', '_', '‘tis', 'e\u0301']

@@ -18,11 +18,11 @@ import pytest
 from conftest import ROOT, curve, losses, script
 from test_processes import kill_all, pids, start, wait_for_step
 
-import checkpoints
-import journal
-import planning
+from gpt import checkpoints
+from gpt import journal
+from gpt import budget as planning
 import train
-from curves import read_lines
+from gpt.curves import read_lines
 
 
 def faulty(fault, args, torchrun=0, **options):

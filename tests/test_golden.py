@@ -17,9 +17,9 @@ import pytest
 
 import eval_lm
 import hellaswag
-import results
-import tokenizer
-from data import benchmarks
+from gpt import results
+from gpt import tokenizer
+from gpt.data import benchmarks
 
 
 def shuffled(docs):

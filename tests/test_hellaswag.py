@@ -7,12 +7,13 @@ import pytest
 import torch
 from conftest import command, script
 
-import checkpoints
+from gpt import checkpoints
 import hellaswag
-import results
-import tokenizer
+from gpt import results
+from gpt import tokenizer
 import train
-from data import benchmarks, fetch
+from gpt.data import benchmarks
+from gpt import files as fetch
 from model import GPT, GPTConfig
 
 BYTES = tokenizer.byte_pairs('bytes', [])

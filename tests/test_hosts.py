@@ -17,7 +17,7 @@ from contextlib import suppress
 import pytest
 from conftest import ROOT, TINY, curve
 
-import checkpoints
+from gpt import checkpoints
 
 pytestmark = pytest.mark.slow
 

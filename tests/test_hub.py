@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, script
 from loopback_hub import serving
 
-import tokenizer
+from gpt import tokenizer
 
 transformers = pytest.importorskip('transformers')
 pytest.importorskip('huggingface_hub')
@@ -63,7 +63,11 @@ def hub(models, tmp_path):
 
 
 LOAD = '''
-import json, sys, time, torch, checkpoints
+import json
+import sys
+import time
+import torch
+from gpt import checkpoints
 time.sleep = lambda seconds: None           # the client waits half a minute between its trials
 found = {}
 for name in sys.argv[1:]:

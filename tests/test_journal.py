@@ -3,7 +3,7 @@
 import random
 import threading
 
-from journal import Aside, Watch
+from gpt.journal import Aside, Watch
 
 
 def test_z_scores_are_those_of_the_last_hundred():

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import likelihood
-import tokenizer
+from gpt import scoring as likelihood
+from gpt import tokenizer
 from model import GPT, GPTConfig
 
 V, BLOCK = 61, 48
@@ -61,7 +61,7 @@ def plainly(logits_of, items):
 def test_shared_and_plain_rows_equal_transformers_scored_plainly(gpt, tmp_path):
     """And the callable of transformers is scored by the same code, in either way."""
     transformers = pytest.importorskip('transformers')
-    import checkpoints
+    from gpt import checkpoints
     checkpoints.save(tmp_path, 0, gpt, tokenizer.characters(''.join(map(chr, range(65, 65 + V)))),
                      {})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoints.find(tmp_path)).eval()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import checkpoints
+from gpt import checkpoints
 import model as model_module
 from model import (GPT, SIZES, Cache, GPTConfig, PackedLinear, crop_block, left_pad, pack,
                    sample)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import muon
-from muon import Muon, orthogonal
+from gpt import muon
+from gpt.muon import Muon, orthogonal
 
 SHAPES = [(24, 8), (8, 24), (24, 8), (8, 8), (16, 32)]     # tall, wide, square; two alike
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import TINY, curve
 
-import checkpoints
-import distributed
-import planning
+from gpt import checkpoints
+from gpt import world as distributed
+from gpt import budget as planning
 import train
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command
 
-import curves
+from gpt import curves
 import plot
 
 LOG = [{'step': 0, 'tokens': 0, 'val_loss': 5.0},
@@ -179,7 +179,7 @@ def test_refusals(runs, words, monkeypatch):
 def made(tmp_path):
     """A function that makes a run: validations at 0, 1,000 and 2,000 tokens, an update a second of
     `ms`, 100 tokens each. Its settings are Config's of train.py."""
-    from configurator import as_config_file
+    from gpt.settings import as_config_file
     from train import Config
 
     def make(name, *losses, ms=1000, tokens=100, **settings):

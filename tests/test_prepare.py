@@ -18,9 +18,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, script
 
-import tokenizer
-from data import documents, fetch, prepare, sources, tokens
-from data.shards import ShardWriter, Tokens, leaked, verify
+from gpt import tokenizer
+from gpt.data import documents
+from gpt import files as fetch
+from gpt.data import sources
+from gpt.data import encode as tokens
+from data import prepare
+from gpt.data.shards import ShardWriter, Tokens, leaked, verify
 
 TEXTS = [f'Document {i}: {"word " * (i % 7 + 1)}é 世界\n' for i in range(60)]
 

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT, curve, losses, script
 
-import checkpoints
+from gpt import checkpoints
 
 pytestmark = pytest.mark.slow
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import TINY, command
 
-import checkpoints
+from gpt import checkpoints
 import publish
 import sample
 import train
-from data.shards import Tokens
-from likelihood import rolling_loglikelihood
+from gpt.data.shards import Tokens
+from gpt.scoring import rolling_loglikelihood
 
 PROMPTS = '--prompts=Nobody counted,The fox'
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from configurator import configure
+from gpt.settings import configure
 
 BLOCKS = [block for name in ('README.md', 'docs/walkthrough.md')
           for block in re.findall(r'```bash\n(.*?)```', (ROOT / name).read_text(), re.DOTALL)]

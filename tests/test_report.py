@@ -15,11 +15,11 @@ import pytest
 from conftest import TINY, command
 
 import plot
-import report
-import results
+from gpt import report
+from gpt import results
 import train
-from data.shards import read_manifest
-from journal import machine
+from gpt.data.shards import read_manifest
+from gpt.journal import machine
 
 EVIL = '<script>alert("&")</script>'
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-import results
+from gpt import results
 
 
 def test_wilson_intervals():

@@ -17,9 +17,9 @@ import torch
 from conftest import ROOT, TINY, script
 
 import sample
-import tokenizer
+from gpt import tokenizer
 import train
-from configurator import configure
+from gpt.settings import configure
 
 
 ASCII = tokenizer.byte_pairs('bytes', [])

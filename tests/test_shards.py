@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import script
 
-from data.batches import load_data
-from data.shards import HEADER_BYTES, ShardWriter, Tokens, verify
+from gpt.data.order import load_data
+from gpt.data.shards import HEADER_BYTES, ShardWriter, Tokens, verify
 
 
 def write(folder, ids, shard_tokens=100, split='train'):

@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT, script
 from loopback_hub import serving
 
-import tokenizer
-from data import sources
-from data.shards import ShardWriter, Tokens, verify
+from gpt import tokenizer
+from gpt.data import sources
+from gpt.data.shards import ShardWriter, Tokens, verify
 
 pyarrow = pytest.importorskip('pyarrow')
 pytest.importorskip('datasets')

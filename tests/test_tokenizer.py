@@ -9,8 +9,8 @@ import random
 import numpy as np
 import pytest
 
-import tokenizer
-from tokenizer import EOT, build, encode, eot_id, fingerprint, from_json, to_json
+from gpt import tokenizer
+from gpt.tokenizer import EOT, build, encode, eot_id, fingerprint, from_json, to_json
 
 TEXT = ("The import statement's two forms.\n\n    x = 1\t# don't, we'll see\n"
         "naïve café 世界 😀😀 12,345 <|endoftext|> \x00 end  \n") * 3

@@ -14,16 +14,16 @@ import pytest
 import torch
 from conftest import ROOT, TINY, curve, losses, script
 
-import checkpoints
-import distributed
+from gpt import checkpoints
+from gpt import world as distributed
 import train
-import validation
-from configurator import configure
-from data import batches
-from data.batches import TokenBatches
-from data.shards import Tokens, read_manifest
-from distributed import World, data_sheet_peak, pick_dtype
-from journal import StopSignal
+from gpt import validation
+from gpt.settings import configure
+from gpt.data import order as batches
+from gpt.data.order import TokenBatches
+from gpt.data.shards import Tokens, read_manifest
+from gpt.world import World, data_sheet_peak, pick_dtype
+from gpt.journal import StopSignal
 from model import GPT, GPTConfig
 
 

@@ -16,9 +16,9 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from data.fetch import fetch
+from gpt.files import fetch
 
-PLACE = Path(__file__).resolve().parent / 'benchmarks'
+PLACE = Path(__file__).resolve().parents[2] / 'data' / 'benchmarks'
 WIKITEXT = 'https://wikitext.smerity.com/'
 SOURCES = {     # name: (url, sha256 of what it gives, the file in an archive)
     'hellaswag': ('https://raw.githubusercontent.com/rowanz/hellaswag/master/data/'

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-OUT = Path(__file__).resolve().parent / 'out' / 'results'
+OUT = Path(__file__).resolve().parent.parent / 'out' / 'results'
 COLUMNS = {                 # of the GPT-2 paper's table 3: result and measure, title
     ('lambada-paper', 'perplexity'): 'LAMBADA (perplexity)',
     ('lambada-paper', 'accuracy'): 'LAMBADA (accuracy)',

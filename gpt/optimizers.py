@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from muon import Muon
+from gpt.muon import Muon
 
 
 def make_optimizers(model, cfg, dtype=torch.float32):

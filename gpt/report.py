@@ -13,11 +13,11 @@ from itertools import takewhile
 from pathlib import Path
 from statistics import median
 
-import results
-from curves import read_lines, seconds_to, settings_of, summary
-from data.shards import DATA_DIR, read_manifest
+from gpt import results
+from gpt.curves import read_lines, seconds_to, settings_of, summary
+from gpt.data.shards import DATA_DIR, read_manifest
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 MOST_ROWS, MOST_SAMPLES = 200, 5        # shown; the files have the rest
 WIDE = '50rem'                          # of a window that has room for panels side by side
 
@@ -155,7 +155,7 @@ def plain(value):
 
 def defaults():
     """{setting: default} of train.py, read off its header: scripts are not imported here."""
-    tree = ast.parse((HERE / 'train.py').read_text(encoding='utf-8'))
+    tree = ast.parse((ROOT / 'train.py').read_text(encoding='utf-8'))
     lines = [node for node in tree.body if isinstance(node, ast.Assign)]
     header = takewhile(lambda node: node.targets[0].id != 'Config', lines)
     return {node.targets[0].id: ast.literal_eval(node.value) for node in header}
@@ -228,7 +228,7 @@ def evaluations(folder):
             found = results.read(path)
         except ValueError:
             continue                                    # no result, or half of one
-        model = (HERE / found['model'].get('folder', '')).resolve()
+        model = (ROOT / found['model'].get('folder', '')).resolve()
         if not model.is_relative_to(folder.resolve()):
             continue
         what = f"{found['task']}, {found['protocol']}"

@@ -14,8 +14,8 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from data import documents
-from tokenizer import encode_documents, load
+from gpt.data import documents
+from gpt.tokenizer import encode_documents, load
 
 IN_FLIGHT_BYTES = 2 ** 26   # of batches that wait for a process or for being written
 SHARED = {}                 # what a process needs for every batch, see begin()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
-import distributed
-import planning
-import tokenizer
-from configurator import as_config_file
+from gpt import checkpoints
+from gpt import world as distributed
+from gpt import budget as planning
+from gpt import tokenizer
+from gpt.settings import as_config_file
 from model import GPT, GPTConfig, crop_block
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
-import distributed
-from data.batches import load_data
+from gpt import checkpoints
+from gpt import world as distributed
+from gpt.data.order import load_data
 from model import GPT, GPTConfig
-from optimizers import update
-from validation import validate
+from gpt.optimizers import update
+from gpt.validation import validate
 
 TRIAL = 20                  # updates that are measured
 FITTED = 'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'batch_warmup_iters'

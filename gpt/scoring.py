@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import distributed
+from gpt import world as distributed
 
 LOGITS_AT_ONCE = 2 ** 25    # the head is applied to as many positions as give so many logits
 IN_A_FILE = {               # where the progress bar is no bar: a line every ten seconds

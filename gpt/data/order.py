@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-import tokenizer
-from data.shards import DATA_DIR, Tokens, read_manifest
+from gpt import tokenizer
+from gpt.data.shards import DATA_DIR, Tokens, read_manifest
 
 CYCLE = 1000                # sequences in which a mixture of data sets keeps its shares exactly
 

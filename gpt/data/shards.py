@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
-DATA_DIR = Path(__file__).resolve().parent
+DATA_DIR = Path(__file__).resolve().parents[2] / 'data'
 
 
 class ShardWriter:

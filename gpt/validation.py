@@ -6,8 +6,8 @@ import math
 
 import torch
 
-import distributed
-import replicas
+from gpt import world as distributed
+from gpt import replicas
 
 
 def validate(model, sets, cfg, world, autocast, stop=None):

@@ -22,7 +22,7 @@ import traceback
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 TYPES = (bool, int, float, str, tuple)
 OPERATORS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -203,7 +203,7 @@ def raised_here(error):
     """Whether the innermost frame of `error` is a file of this repository, not of a library."""
     *_, frame = traceback.extract_tb(error.__traceback__)
     folder = Path(frame.filename).resolve().parent
-    return folder in (HERE, HERE / 'data') and not os.environ.get('TRACEBACK')
+    return folder in (ROOT, ROOT / 'data', ROOT / 'gpt', ROOT / 'gpt' / 'data') and not os.environ.get('TRACEBACK')
 
 
 def print_help(script):

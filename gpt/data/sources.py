@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.documents import EXPECTED, SUFFIXES
-from data.fetch import digest, fetch
+from gpt.data.documents import EXPECTED, SUFFIXES
+from gpt.files import digest, fetch
 
 READY = {       # shards of GPT-2's tokens in our own format: the hub's repository
     'fineweb-10B': 'kjj0/fineweb10B-gpt2',              # 103 shards of 100M tokens

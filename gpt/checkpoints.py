@@ -25,13 +25,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import tokenizer
-from data import fetch
-from distributed import on_main, pick_dtype
+from gpt import tokenizer
+from gpt import files as fetch
+from gpt.world import on_main, pick_dtype
 from model import GPT, SIZES, GPTConfig, pack
-from replicas import like, whole
+from gpt.replicas import like, whole
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 MANIFEST = 'manifest.json'
@@ -482,7 +482,7 @@ def best_step(out_dir):
 def newest_of_all():
     """The run under out/ that saved a checkpoint last, else checkpoint/, else None."""
     saved = sorted(Path('out').rglob(f'step_*/{MANIFEST}'), key=lambda path: path.stat().st_mtime)
-    committed = HERE / 'checkpoint'
+    committed = ROOT / 'checkpoint'
     return (saved[-1].parent.parent if saved else
             committed if (committed / 'config.json').exists() else None)
 
