@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils import get_total_norm
 
-from gpt import world as distributed
+from gpt import distributed
 from gpt import scoring as likelihood
 from gpt import replicas
 from gpt import tokenizer
@@ -34,7 +34,8 @@ from gpt.data import sources
 from data import prepare
 from gpt.data.shards import read_manifest
 from gpt.journal import machine
-from model import GPT, SIZES, GPTConfig, pack
+from gpt.cpu import pack
+from model import GPT, SIZES, GPTConfig
 
 # -----------------------------------------------------------------------------
 parts = ()              # of train, generate, evaluate, prepare, given bare; none: all of them

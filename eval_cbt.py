@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpt import checkpoints
-from gpt import world as distributed
+from gpt.world import World
 from gpt import scoring as likelihood
 from gpt import results
 from gpt import tokenizer
@@ -70,8 +70,8 @@ def main(cfg):
         return print(results.compare(cfg.compare))
     results.check(cfg)
     cfg = resolved(cfg)
-    world = distributed.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
-    sets, books, first = distributed.on_main(world, read, cfg)
+    world = World.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
+    sets, books, first = world.on_main(read, cfg)
     if cfg.download:
         return print('\n'.join(found['path'] for _, found in sets.values()))
     gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
@@ -85,7 +85,7 @@ def main(cfg):
         tokens, notes = tokens + read_now, [*notes, *(f'{name}: {note}' for note in longer)]
     if world.is_main:
         finish(cfg, world, weights, sets, books, first, scores, started, tokens, notes)
-    distributed.leave()
+    world.leave()
 
 
 def resolved(cfg):

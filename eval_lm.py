@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from gpt import checkpoints
-from gpt import world as distributed
+from gpt.world import World
 from gpt import scoring as likelihood
 from gpt import results
 from gpt import tokenizer
@@ -94,8 +94,8 @@ def main(cfg):
         return print(table(cfg.model))
     results.check(cfg)
     cfg = checked(cfg)
-    world = distributed.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
-    texts, found, first = distributed.on_main(world, read, cfg)
+    world = World.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
+    texts, found, first = world.on_main(read, cfg)
     if cfg.download:
         return print(found['path'])
     gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
@@ -116,7 +116,7 @@ def main(cfg):
         results.finish(cfg, world, started, task=TASKS[cfg.task][0] or Path(cfg.file).name,
                        name=name, protocol=protocol, model=weights, data=found, first=first,
                        measures=measures, notes=notes, tokens=tokens)
-    distributed.leave()
+    world.leave()
 
 
 def checked(cfg):

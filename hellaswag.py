@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 
 from gpt import checkpoints
-from gpt import world as distributed
+from gpt.world import World
 from gpt import scoring as likelihood
 from gpt import results
 from gpt import tokenizer
@@ -62,8 +62,8 @@ def main(cfg):
     if cfg.protocol not in PROTOCOLS:
         raise ValueError(f"protocol: given {cfg.protocol!r}, expected 'completion' or 'lm-eval'")
     results.check(cfg)
-    world = distributed.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
-    rows, found = distributed.on_main(world, benchmarks.hellaswag, cfg.data)
+    world = World.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
+    rows, found = world.on_main(benchmarks.hellaswag, cfg.data)
     if cfg.download:
         return print(f"{found['path']}: {len(rows):,} questions")
     rows, first = results.limited(rows, cfg.limit)
@@ -73,7 +73,7 @@ def main(cfg):
                        batch_tokens=cfg.batch_tokens, progress=True)
     if world.is_main:
         finish(cfg, weights, world, rows, found, first, answers, started)
-    distributed.leave()
+    world.leave()
 
 
 def evaluate(gpt, encoding, rows, protocol='completion', share=True, **how):

@@ -24,7 +24,9 @@ from gpt import checkpoints
 from gpt import tokenizer
 from gpt.settings import run, settings
 from gpt.world import pick_device, pick_dtype
-from model import GPT, GPTConfig, pack, slide
+from gpt.cpu import pack
+from gpt.generate import slide, stream
+from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 prompt = ''             # also -p; FILE:name.txt reads a file, - standard input, less the newline
@@ -183,10 +185,10 @@ def draw(cfg, gpt, encoding, ids, seconds):
     device, eot = gpt.wte.weight.device, tokenizer.eot_id(encoding)
     for first in range(0, cfg.num_samples, cfg.batch_size):
         rows = torch.tensor([ids] * min(cfg.batch_size, cfg.num_samples - first), device=device)
-        stream = gpt.stream(rows, cfg.max_new_tokens, temperature=cfg.temperature,
+        samples = stream(gpt, rows, cfg.max_new_tokens, temperature=cfg.temperature,
                             top_k=cfg.top_k, top_p=cfg.top_p, seed=cfg.seed + first,
                             stop=() if eot is None else (eot,))
-        columns = (next_ids.tolist() for next_ids in timed(stream, seconds))
+        columns = (next_ids.tolist() for next_ids in timed(samples, seconds))
         if len(rows) == 1:
             yield (column[0] for column in columns)
         else:
@@ -207,7 +209,7 @@ def until_all_end(stop, columns, encoding):
             break
 
 
-def timed(stream, seconds):
+def timed(samples, seconds):
     """The items of an iterator; how long each of them took is appended to `seconds`."""
     began = time.perf_counter()
     for item in stream:

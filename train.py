@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from gpt import checkpoints
-from gpt import world as distributed
+from gpt import distributed
 from gpt import budget as planning
 from gpt import replicas
 from gpt import starting

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gpt import checkpoints
-from gpt import world as distributed
+from gpt import distributed
 from gpt.data.order import load_data
 from model import GPT, GPTConfig
 from gpt.optimizers import update

@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 
 from gpt import tokenizer
 from gpt import files as fetch
-from gpt.world import on_main, pick_dtype
-from model import GPT, SIZES, GPTConfig, pack
+from gpt.distributed import on_main, pick_dtype
+from gpt.cpu import pack
+from model import GPT, SIZES, GPTConfig
 from gpt.replicas import like, whole
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt import world as distributed
+from gpt import distributed
 
 
 def make_replica(model, cfg, world, autocast, batch, dtype, seconds, say):

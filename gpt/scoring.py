@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gpt import world as distributed
 
 LOGITS_AT_ONCE = 2 ** 25    # the head is applied to as many positions as give so many logits
 IN_A_FILE = {               # where the progress bar is no bar: a line every ten seconds
@@ -192,7 +191,7 @@ def score_rows(model, rows, *, banned=None, batch_tokens=0, device=None, world=N
             done[i] = logprobs, likeliest
             bar.update(len(row.ids))
     bar.close()
-    for part in distributed.gather(done) if world else []:
+    for part in world.gather(done) if world else []:
         done.update(part)
     return [done[i] for i in range(len(rows))]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from gpt import checkpoints
-from gpt import world as distributed
+from gpt import distributed
 from gpt import budget as planning
 from gpt import tokenizer
 from gpt.settings import as_config_file
-from model import GPT, GPTConfig, crop_block
+from model import GPT, GPTConfig
 
 
 BOUNDS = (                  # which settings must be what: in words, and whether a value is
@@ -105,7 +105,7 @@ def start(cfg, world, encoding, say):
         source = distributed.on_main(world, checkpoints.find, cfg.init_from)
         model, saved = load_checked(source, encoding, cfg, world), {}
         block_size = model.config.block_size
-        crop_block(model, cfg.block_size)
+        model.crop_block(cfg.block_size)
         say(f'a new run in {cfg.out_dir}, from the weights in {source}; '
             f'it reads {cfg.block_size} tokens at a time'
             + f' (--block_size={block_size} is all it could)' * (cfg.block_size < block_size))

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from gpt import world as distributed
+from gpt import distributed
 from gpt import replicas
 
 

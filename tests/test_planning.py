@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, curve
 
 from gpt import checkpoints
-from gpt import world as distributed
+from gpt import distributed
 from gpt import budget as planning
 import train
 

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, TINY, curve, losses, script
 
 from gpt import checkpoints
-from gpt import world as distributed
+from gpt import distributed
 import train
 from gpt import validation
 from gpt.settings import configure

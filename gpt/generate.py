@@ -1,0 +1,162 @@
+"""
+Generation: the prompt first, then one token at a time with cached keys and values.
+
+Shapes: B rows, T tokens, nh heads of size hs, K cached and new tokens, C channels, V ids.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gpt.cpu import no_onednn_for_one_token
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    temperature: float = 1.0            # 0 takes the most likely id
+    top_k: int = 0                      # sample among the k most likely ids; 0: all
+    top_p: float = 1.0                  # sample among the most likely that together reach it
+    seed: int | None = None             # row b is drawn with seed + b, and is so the same, in
+                                        # float32, alone and in any batch; None: torch's generator
+    stop: Sequence[int] = ()            # ids that end a row, which repeats them until all rows end
+    lengths: Sequence[int] | None = None    # (B,) row b's prompt is the last lengths[b] of its ids
+
+
+@torch.no_grad()
+def stream(model, ids: torch.Tensor, max_new_tokens: int, **options) -> Iterator[torch.Tensor]:
+    """Yield the next ids (B,) after ids (B, T), at most max_new_tokens times.
+
+    options: those of SamplingOptions. Call model.eval() first.
+    Raises ValueError if `lengths` does not fit ids.
+
+    When the block is full, the window slides: a row drops the oldest quarter of the block, and the
+    rest is read again from position 0. That costs a forward pass over three quarters of the block
+    for each quarter generated; rows of different lengths slide at different times, and each time
+    all rows are read.
+    """
+    options = SamplingOptions(**options)
+    block_size, (B, T) = model.config.block_size, ids.shape
+    start = T - checked_lengths(options.lengths, ids)           # (B,) of each row's window
+    generators = options.seed is not None and [
+        torch.Generator().manual_seed(options.seed + b) for b in range(B)]
+    stop = torch.tensor(list(options.stop), device=ids.device)
+    ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
+    cache = None
+    for left in range(max_new_tokens, 0, -1):
+        if cache is None or cache.length == block_size:         # read the window, or read it again
+            start = slide(start, ids.size(1), block_size)
+            low, padded = start.min().item(), (start != start[0]).any().item()
+            cache = Cache(model, B, min(ids.size(1) - low + left - 1, block_size))
+            new_ids = ids[:, low:]
+        else:
+            new_ids = ids[:, -1:]
+        places = padding(start - low, cache.length, new_ids.size(1)) if padded else {}
+        with no_onednn_for_one_token(new_ids, model.wte.weight), torch.inference_mode():
+            logits = next_logits(model, model.hidden(new_ids, cache=cache, **places)[:, -1])
+        next_ids = sample(logits, options.temperature, options.top_k, options.top_p, generators)
+        if options.stop:
+            next_ids = torch.where(ended, ids[:, -1], next_ids)
+            ended |= torch.isin(next_ids, stop)
+        ids = torch.cat((ids, next_ids[:, None]), dim=1)
+        yield next_ids
+        if options.stop and ended.all():
+            return
+
+
+def checked_lengths(lengths: Sequence[int] | None, ids: torch.Tensor) -> torch.Tensor:
+    """The lengths (B,) of the prompts in ids (B, T), all T if not given; ValueError if they do not
+    fit."""
+    B, T = ids.shape
+    lengths = torch.as_tensor([T] * B if lengths is None else lengths, device=ids.device)
+    if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
+        raise ValueError(f'lengths: given {lengths.tolist()} for {B} prompts, expected {B} numbers '
+                         f'from 1 to {T}; to start without a prompt, give <|endoftext|> alone')
+    return lengths
+
+
+def next_logits(model, x: torch.Tensor) -> torch.Tensor:
+    """float32 logits (B, V) of hidden states x (B, C).
+
+    Half precision rounds a logit near -100, where GPT-2's are, to a multiple of 0.5, which makes
+    ties among the most likely ids; the top 64 are computed again in float32.
+    """
+    logits = model.head(x)
+    if logits.dtype != torch.float32:
+        likely = logits.topk(min(64, logits.size(-1))).indices              # (B, 64)
+        exact = model.wte.weight[likely].float() @ x.float()[:, :, None]
+        logits = logits.float().scatter(1, likely, exact[:, :, 0])
+    return logits
+
+
+def sample(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+           generators: Sequence[torch.Generator] | None = None) -> torch.Tensor:
+    """One id (B,) for each row of logits (B, V), row b's drawn with generators[b] on the CPU.
+
+    temperature 0 takes the most likely. top_k keeps the k most likely ids, top_p the fewest whose
+    probabilities sum to at least top_p (Holtzman et al. 2020); 0 and 1 keep all. Both apply after
+    the temperature, top_k first.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    V, ids = logits.size(-1), None
+    if 0 < top_k < V or top_p < 1:
+        logits, ids = logits.topk(min(top_k or V, V))                       # most likely first
+    probs = (logits / max(temperature, 1e-6)).softmax(dim=-1)
+    if top_p < 1:
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)     # enough before it
+    draws = torch.cat([torch.rand(1, generator=g) for g in generators or [None] * len(probs)])
+    # the first id at which the cumulative probability reaches a number in (0, 1]
+    sums = probs.cumsum(dim=-1)
+    chosen = torch.searchsorted(sums, (1 - draws).to(sums.device)[:, None] * sums[:, -1:])
+    return (chosen if ids is None else ids.gather(1, chosen))[:, 0]
+
+
+class Cache:
+    """Keys and values of the tokens read so far, of all layers of a GPT, in memory allocated once.
+
+    On a CPU they are float32 whatever the weights are: attention is several times faster so.
+    """
+
+    def __init__(self, model, B: int, size: int):
+        c, weight = model.config, model.wte.weight
+        shape = (B, c.n_head, size, c.n_embd // c.n_head)
+        dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
+        self.keys, self.values = ([torch.empty(shape, dtype=dtype, device=weight.device)
+                                   for _ in range(c.n_layer)] for _ in range(2))
+        self.length = 0
+
+    def add(self, i: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        """Store k and v (B, nh, T, hs) of layer i; return all its keys and values (B, nh, K, hs).
+        """
+        both, T = ((self.keys[i], k), (self.values[i], v)), k.size(2)
+        for memory, new in both:
+            memory.narrow(2, self.length, T).copy_(new)
+        return [memory.narrow(2, 0, self.length + T) if self.length else new
+                for memory, new in both]
+
+
+def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids (B, T), lengths (B,)) of B lists of ids, for stream(): zeros before the shorter ones."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    rows = [[0] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts]
+    return torch.tensor(rows), lengths
+
+
+def slide(start: torch.Tensor, end: int, block_size: int) -> torch.Tensor:
+    """Where windows that begin at `start` (B,) begin once they reach to `end` and fit the block:
+    moved on by the fewest quarters of it."""
+    quarter = max(1, block_size // 4)
+    excess = (end - start - block_size).clamp(min=0)
+    return start + (excess + quarter - 1) // quarter * quarter
+
+
+def padding(pad: torch.Tensor, cached: int, T: int) -> dict[str, torch.Tensor]:
+    """{positions (B, T), mask (B, 1, T, K)} of T tokens after `cached` ones, where row b begins
+    with pad[b] columns of padding. Padding sees itself, so that no softmax row is empty.
+    """
+    queries = torch.arange(cached, cached + T, device=pad.device)
+    keys = torch.arange(cached + T, device=pad.device)
+    causal, itself = keys <= queries[:, None], keys == queries[:, None]     # (T, K)
+    mask = causal & (keys >= pad[:, None, None]) | itself                   # (B, T, K)
+    return {'positions': (queries - pad[:, None]).clamp(min=0), 'mask': mask[:, None]}

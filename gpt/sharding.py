@@ -1,0 +1,65 @@
+"""
+FSDP2: each process keeps a part of every parameter, gradient and moment, as DTensors.
+"""
+
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from gpt import cpu
+
+
+def shard(model, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Shard the parameters of a GPT over all processes, in place.
+
+    Those of attention and MLP are gathered in `dtype` when they are needed, one module at a time;
+    the others for a whole forward pass and in float32. Parts and sums of gradients are float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    # the warning is about changing the outputs of these modules in place, which we never do
+    warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view tensor')
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for module in (module for block in model.h for module in (block.attn, block.mlp)):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+    if device.type == 'cpu':
+        cpu.release_freed_memory()
+
+
+def is_sharded(thing) -> bool:
+    """Whether a model was given to shard(), or a tensor is a part of one."""
+    return hasattr(thing, 'reshard') or hasattr(thing, 'full_tensor')
+
+
+def gather_full(tensor: torch.Tensor, keep: bool = True) -> torch.Tensor | None:
+    """All of a sharded tensor, on the CPU; other tensors are returned as they are. A collective:
+    every process must call it; those that do not `keep` it get None."""
+    if not is_sharded(tensor):
+        return tensor
+    full = tensor.full_tensor()
+    return full.cpu() if keep else None
+
+
+def shard_like(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """A copy of `value`, which every process has, on the device of p, and sharded as p is."""
+    value = value.to(p.device, copy=True)
+    if not is_sharded(p) or value.dim() == 0:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def unsharded(model, keep: bool = True):
+    """`model` itself, or a full copy on the CPU if it is sharded, for those that `keep` it (else
+    None). A collective, as gather_full()."""
+    if not is_sharded(model):
+        return model
+    model.reshard()                             # a forward pass leaves some parameters gathered
+    with torch.device('meta'):
+        gpt = type(model)(model.config)
+    weights = {name: gather_full(p.detach(), keep) for name, p in model.named_parameters()}
+    if keep:
+        gpt.load_state_dict(weights, assign=True)
+    return gpt if keep else None
