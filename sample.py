@@ -212,7 +212,7 @@ def until_all_end(stop, columns, encoding):
 def timed(samples, seconds):
     """The items of an iterator; how long each of them took is appended to `seconds`."""
     began = time.perf_counter()
-    for item in stream:
+    for item in samples:
         seconds.append(time.perf_counter() - began)
         yield item
         began = time.perf_counter()

@@ -19,8 +19,10 @@ import operator
 import os
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import fields, make_dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = (bool, int, float, str, tuple)
@@ -31,11 +33,11 @@ OPERATORS = {
 }
 
 
-def settings(script):
+def settings(script: dict[str, Any]) -> type:
     """Move the lower-case constants of `script`, its globals() so far, into a frozen Config class.
 
-    They leave the script, so that code which forgets `cfg.` fails with a NameError instead of
-    quietly reading a default; `train.Config().batch_size` is where a default is found.
+    They are removed from the script, so that code which forgets `cfg.` raises a NameError instead
+    of reading a default; `train.Config().batch_size` gives a default.
     """
     names = [key for key, value in script.items()
              if key.islower() and not key.startswith('_') and type(value) in TYPES]
@@ -45,11 +47,12 @@ def settings(script):
     return Config
 
 
-def configure(Config, argv, short=None, collect=''):
+def configure(Config: type, argv: Sequence[str], short: dict[str, str] | None = None,
+              collect: str = '') -> Any:
     """Build a Config from its defaults and the config files and flags of argv, left to right.
 
-    short maps flags such as '-p' to settings; `collect` names the tuple setting that takes the
-    positional arguments which are not config files (*.py). Raises ValueError in one line.
+    short: settings by flag, such as {'-p': 'prompt'}. collect: the tuple setting that takes the
+    positional arguments other than config files (*.py). Raises ValueError.
     """
     values = {field.name: field.default for field in fields(Config)}
     defaults, args, short = dict(values), list(argv), short or {}
@@ -76,16 +79,17 @@ def configure(Config, argv, short=None, collect=''):
     return Config(**values)
 
 
-def known(key, defaults, where):
+def known(key: str, defaults: dict[str, Any], where: str) -> str:
+    """`key`, if there is such a setting; else ValueError with the closest name."""
     if key in defaults:
         return key
     close = difflib.get_close_matches(key, defaults, n=1)
     hint = f", did you mean '{close[0]}'?" if close else '; --help lists them'
-    raise ValueError(f"{where}: there is no setting '{key}'{hint}")
+    raise ValueError(f"{where}: unknown setting '{key}'{hint}")
 
 
-def from_text(text, default):
-    """The value that a flag's text stands for: itself for a text setting, else a literal."""
+def from_text(text: str, default: Any) -> Any:
+    """The value of a flag's text: the text itself for a text setting, else a literal."""
     if type(default) is tuple:
         return tuple(part for part in text.split(',') if part)
     if type(default) is str:
@@ -96,7 +100,7 @@ def from_text(text, default):
         return text                                                 # typed() refuses it by name
 
 
-def typed(value, default, where):
+def typed(value: Any, default: Any, where: str) -> Any:
     """`value` as the type of `default`; int passes for float, a whole float such as 1e5 for int."""
     want = type(default)
     if type(value) is want or (default == 'auto' and type(value) is bool):
@@ -110,17 +114,29 @@ def typed(value, default, where):
     raise ValueError(f'{where}: given {value!r}, expected {example} (the default is {default!r})')
 
 
-def read_config_file(path, values, defaults):
+def read_config_file(path: str, values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """The settings that the config file at `path` assigns; it may use those in `values`."""
+    assigned = {}
+    for name, value, where in assignments(path, values):
+        if not name.startswith('_'):                                # _names are the file's own
+            default = defaults[known(name, defaults, where)]
+            assigned[name] = typed(value, default, f'{where}: {name}')
+    return assigned
+
+
+def assignments(path: str | Path, values: dict[str, Any] | None = None) -> list[tuple]:
+    """[(name, value, 'path:line')] of a config file, in order; it may use the names in `values`.
+
+    Raises ValueError for anything but assignments of literals, arithmetic and earlier names.
+    """
     try:
-        source = Path(path).read_text(encoding='utf-8')
-        tree = ast.parse(source, filename=path)
+        tree = ast.parse(Path(path).read_text(encoding='utf-8'), filename=str(path))
     except OSError as error:
         raise ValueError(f'{path}: cannot read this config file ({error.strerror}); '
                          f'settings are given as --key=value') from None
     except (SyntaxError, UnicodeDecodeError) as error:
         raise ValueError(f'{path}: not a config file: {error}') from None
-    values, assigned = dict(values), {}
+    values, found = dict(values or {}), []
     for statement in tree.body:
         where = f'{path}:{statement.lineno}'
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
@@ -128,21 +144,39 @@ def read_config_file(path, values, defaults):
         if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1
                 and isinstance(statement.targets[0], ast.Name)):
             raise ValueError(f'{where}: given `{ast.unparse(statement).splitlines()[0]}`; '
-                             f'a config file holds assignments such as batch_size = 8 '
-                             f'and nothing else')
+                             f'expected assignments such as batch_size = 8 and nothing else')
         name = statement.targets[0].id
         try:
-            value = evaluate(statement.value, values)
+            values[name] = evaluate(statement.value, values)
         except (ValueError, TypeError, ArithmeticError) as error:
             raise ValueError(f'{where}: {name}: {error}') from None
-        values[name] = value
-        if not name.startswith('_'):                                # _names are the file's own
-            default = defaults[known(name, defaults, where)]
-            assigned[name] = typed(value, default, f'{where}: {name}')
-    return assigned
+        found.append((name, values[name], where))
+    return found
 
 
-def evaluate(node, names):
+def header_defaults(script: str | Path) -> dict[str, Any]:
+    """{setting: default} of the script at this path, read without importing it."""
+    tree, found = ast.parse(Path(script).read_text(encoding='utf-8')), {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == 'Config':
+            break
+        if isinstance(node, ast.Assign):
+            found[node.targets[0].id] = evaluate(node.value, found)
+    return found
+
+
+def check_bounds(cfg: Any, bounds: Sequence[tuple[str, Callable[[Any], bool], str]]) -> None:
+    """Raise ValueError for the first setting out of bounds.
+
+    bounds: (what is expected, in words; whether a value fits; names of settings, in one string).
+    """
+    for expected, fits, names in bounds:
+        for name in names.split():
+            if not fits(getattr(cfg, name)):
+                raise ValueError(f'{name}: given {getattr(cfg, name)!r}, expected {expected}')
+
+
+def evaluate(node: ast.AST, names: dict[str, Any]) -> Any:
     """The value of a literal, of arithmetic, or of a name in `names`; anything else is refused."""
     match node:
         case ast.Constant(value=value) if type(value) in TYPES:
@@ -162,20 +196,21 @@ def evaluate(node, names):
                      f'expected a literal, arithmetic, or an earlier setting')
 
 
-def as_config_file(cfg, header):
-    """The text of a config file that gives exactly `cfg`."""
+def as_config_file(cfg: Any, header: str) -> str:
+    """The text of a config file that gives exactly `cfg`, below a comment."""
     lines = (f'{field.name} = {getattr(cfg, field.name)!r}' for field in fields(cfg))
     return '\n'.join([f'# {header}', *lines, ''])
 
 
-def run(main, Config, short=None, collect=''):
+def run(main: Callable, Config: type, short: dict[str, str] | None = None,
+        collect: str = '') -> None:
     """The end of every script: settings from the command line, main, one-line errors, exit status.
 
-    0 done, 1 a failure of ours (with its traceback), 2 the user's input or data (an OSError, an
-    ImportError, or a ValueError that our own code raised), otherwise what main returned. It leaves
-    by os._exit once everything is flushed: a process that used gloo may abort in a normal shutdown.
+    0 done; 1 a bug of ours, with its traceback; 2 bad input or data (an OSError, an ImportError,
+    or a ValueError that our own code raised); otherwise what main returned. It exits by os._exit
+    after flushing: a process that used gloo may abort in a normal shutdown.
     """
-    for stream in sys.stdout, sys.stderr:       # what a terminal or file cannot show is no failure
+    for stream in sys.stdout, sys.stderr:       # characters a terminal or file cannot show
         stream.reconfigure(errors='backslashreplace')
     try:
         if {'-h', '--help'} & set(sys.argv[1:]):
@@ -185,7 +220,7 @@ def run(main, Config, short=None, collect=''):
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        os._exit(141)                           # whoever read our output has enough: `| head`
+        os._exit(141)                           # the reader of our output has closed it: `| head`
     except Exception as error:
         if isinstance(error, (OSError, ImportError)) or (
                 isinstance(error, ValueError) and raised_here(error)):
@@ -199,15 +234,15 @@ def run(main, Config, short=None, collect=''):
     os._exit(status)
 
 
-def raised_here(error):
-    """Whether the innermost frame of `error` is a file of this repository, not of a library."""
+def raised_here(error: BaseException) -> bool:
+    """Whether the innermost frame of `error` is in a file of this repository, not of a library."""
     *_, frame = traceback.extract_tb(error.__traceback__)
-    folder = Path(frame.filename).resolve().parent
-    return folder in (ROOT, ROOT / 'data', ROOT / 'gpt', ROOT / 'gpt' / 'data') and not os.environ.get('TRACEBACK')
+    folders = (ROOT, ROOT / 'data', ROOT / 'gpt', ROOT / 'gpt/data')
+    return Path(frame.filename).resolve().parent in folders and not os.environ.get('TRACEBACK')
 
 
-def print_help(script):
-    """Print what the script is and its header: the block up top is the manual."""
+def print_help(script: Any) -> None:
+    """Print the docstring of a script and its header, which is the manual."""
     lines = Path(script.__file__).read_text(encoding='utf-8').splitlines()
     rules = [i for i, line in enumerate(lines) if line.startswith('# ----')]
     print((script.__doc__ or '').strip(), *lines[rules[0]:rules[1] + 1], sep='\n')
