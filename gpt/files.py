@@ -1,83 +1,116 @@
-"""Download a file: to a temporary name, checked against its sha256, then renamed.
-
-What has come stays when a download breaks off or is killed, and the next call goes on from there.
+"""
+Files: atomic writes, checksums, locks and resumable downloads. Imports no torch.
 """
 
 import hashlib
 import http.client
 import os
+import secrets
 import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from tqdm import tqdm
 
+ROOT = Path(__file__).resolve().parent.parent       # the folder of this repository
 
-def fetch(url, path, sha256, tries=3):
-    """The Path `path`, holding what `url` gives;
-    nothing is fetched when it is already there and right.
 
-    Raises ValueError naming url, checksum and place when it cannot be had
-    or is not what was expected.
+def atomic_write(path: str | Path, content: str | bytes) -> None:
+    """Write a whole file or nothing: to a temporary file beside it, synced, then renamed.
+
+    A text is written as UTF-8. Only a kill can leave a temporary file, .NAME.*.partial.
     """
-    path, why = Path(path), ''
-    if path.exists() and digest(path) == sha256:
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.partial')
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sha256(path: str | Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def lock(file: IO, wait: bool = True) -> None:
+    """Hold the lock of an open file until it is closed.
+
+    Raises BlockingIOError without `wait`, if another process has it. Windows: no lock.
+    """
+    with suppress(ImportError):
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def download(url: str, path: str | Path, expected: str, tries: int = 3) -> Path:
+    """Download `url` to `path`, unless the file is there; `expected` is its sha256.
+
+    What has arrived is kept in PATH.partial, and the next try or call resumes there.
+    Raises ValueError with url, sha256 and path.
+    """
+    path, problem = Path(path), ''
+    if path.exists() and sha256(path) == expected:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'{path.name}.partial')
     with open(partial, 'ab') as file:
-        lock(file)                                  # another process may be at it
-        if path.exists() and digest(path) == sha256:
+        lock(file)                                  # another process may be downloading it
+        if path.exists() and sha256(path) == expected:
             return path
         for attempt in range(tries):
             time.sleep(2 * attempt)
-            try:
-                receive(url, file)
-                found = digest(partial)
-                if found == sha256:
+            problem = receive(url, file)
+            if not problem:
+                found = sha256(partial)
+                if found == expected:
                     os.replace(partial, path)
                     return path
-                why = f'its sha256 is {found}'
+                problem = f'its sha256 is {found}'
                 file.truncate(0)
-            except urllib.error.HTTPError as error:
-                why = f'the server answers {error.code} {error.reason}'
-                if error.code == 416:               # nothing after what is there, which is wrong
-                    file.truncate(0)
-            except (http.client.HTTPException, OSError) as error:
-                why = str(getattr(error, 'reason', error))
-    raise ValueError(f'could not download {url} ({why}). '
-                     f'Get it by other means (sha256 {sha256}) and put it at {path}')
+    raise ValueError(f'could not download {url} ({problem}); '
+                     f'get it by other means (sha256 {expected}) and put it at {path}')
 
 
-def receive(url, file):
-    """Append to `file` what it lacks of `url`, or all of it from a server that cannot go on."""
+def receive(url: str, file: IO[bytes]) -> str:
+    """Append the rest of `url` to `file`; returns what went wrong, '' for nothing."""
+    try:
+        append_rest(url, file)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:           # Range Not Satisfiable: the partial file is wrong
+            file.truncate(0)
+        return f'the server answers {error.code} {error.reason}'
+    except (http.client.HTTPException, OSError) as error:
+        return str(getattr(error, 'reason', error))
+    return ''
+
+
+def append_rest(url: str, file: IO[bytes]) -> None:
+    """Append what `file` lacks of `url`; from the start if the server ignores the range."""
     start = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={'Range': f'bytes={start}-'} if start else {})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        if answer.status != 206:
+    with urllib.request.urlopen(request, timeout=30) as response:
+        if response.status != 206:
             start = file.truncate(0)
-        length = answer.headers.get('Content-Length')
-        length = length and int(length)
-        with tqdm(desc=Path(file.name).stem, initial=start, total=length and start + length,
-                  unit='B', unit_scale=True, disable=None, leave=False) as bar:
-            while chunk := answer.read(2 ** 20):
+        length = int(response.headers.get('Content-Length') or 0)       # 0: not known
+        total = start + length if length else None
+        with tqdm(desc=Path(file.name).stem, initial=start, total=total, unit='B',
+                  unit_scale=True, disable=None, leave=False) as bar:
+            while chunk := response.read(2 ** 20):
                 file.write(chunk)
                 bar.update(len(chunk))
         file.flush()
-        if length and file.seek(0, os.SEEK_END) < start + length:
+        if total and file.seek(0, os.SEEK_END) < total:
             raise OSError('the connection broke off')
 
 
-def lock(file, wait=True):
-    """Hold the lock of an open file until it is closed; BlockingIOError if another has it."""
-    with suppress(ImportError):                     # Windows: no lock
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-
-def digest(path):
-    """sha256 of the file at `path`, in hexadecimal."""
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+digest, fetch = sha256, download        # former names, until every caller has the new ones
