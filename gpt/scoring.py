@@ -6,74 +6,90 @@ The endings of an item share one row, in which the context is read once:
     ids         context   ending 1   ending 2        a token sees the context before it
     positions   0 .. C-1  C ..       C ..            and its own ending, not the others
 
-This is the same computation as a row for each ending, which share=False does, and agrees with it
-to rounding. Only the hidden states from which a scored token is predicted go through the head.
+share=False reads a row for each ending, which gives the same numbers up to rounding. Only the
+hidden states that predict a scored token go through the head.
 
-A model is a GPT, or any callable from ids (B, T) to logits (B, T, V); to share it must take
-positions (B, T) and a bool mask (B, 1, T, T) by name. One of transformers is
+A model is a GPT, or any callable from ids (B, T) to logits (B, T, V); to share a context it must
+accept positions (B, T) and a bool mask (B, 1, T, T) by name. A model of transformers is scored as
 `lambda ids: model(ids).logits`, with share=False.
 """
 
 import math
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from gpt.world import World
 
-LOGITS_AT_ONCE = 2 ** 25    # the head is applied to as many positions as give so many logits
-IN_A_FILE = {               # where the progress bar is no bar: a line every ten seconds
+MAX_LOGITS = 2 ** 25        # made at once: the head is applied to slices of positions
+PROGRESS_LINES = {          # without a terminal: a line every ten seconds instead of a bar
     'mininterval': 10, 'delay': 10,
     'bar_format': '{percentage:3.0f} % of {total_fmt} tokens, {rate_fmt}, {remaining} left\n'}
+
+Item = tuple[Sequence[int], Sequence[Sequence[int]]]                # (context, endings), of ids
 
 
 class Score(NamedTuple):
     logprobs: np.ndarray    # (count,) float32, of each token, in nats
-    likeliest: np.ndarray   # (count,) ids that the model would have chosen in their place
+    predicted: np.ndarray   # (count,) the most likely id in place of each
 
     @property
-    def sum(self):          # the log-probability of all tokens
+    def sum(self) -> float:
+        """The log-probability of all tokens."""
         return self.logprobs.sum(dtype=np.float64).item()
 
     @property
-    def count(self):
+    def count(self) -> int:
         return len(self.logprobs)
 
 
 class Row(NamedTuple):
-    """What the model reads, the columns whose predictions are scored, and what they are to be."""
-    ids: np.ndarray         # (T,)
-    columns: np.ndarray     # (N,)
-    targets: np.ndarray     # (N,)
-    positions: np.ndarray = None    # (T,), and of a shared row
-    branch: np.ndarray = None       # (T,): 0 the context, k its k-th ending
+    """One row of a batch: what is read, which columns are scored, and their targets."""
+    ids: np.ndarray                         # (T,)
+    columns: np.ndarray                     # (N,)
+    targets: np.ndarray                     # (N,)
+    positions: np.ndarray | None = None     # (T,), of a shared row
+    branch: np.ndarray | None = None        # (T,), of a shared row: 0 the context, k ending k
 
 
-def ending_loglikelihoods(model, items, *, share=True, block_size=None, banned=None, **how):
-    """A list of Scores, one for each ending, of every item (context, [ending, ...]) of ids.
+@dataclass(frozen=True)
+class ScoringOptions:
+    batch_tokens: int = 0       # tokens in a batch with its padding; 0: 1024 on a CPU, else 65536
+    device: torch.device | str | None = None    # None: the model's
+    world: World | None = None  # its processes share the batches; what a batch holds does not
+                                # depend on their number, so neither does a result
+    progress: bool = False      # show a bar
+    banned: torch.Tensor | None = None      # (V,) bool: ids never predicted as a first token
 
-    share=False reads one row for each ending. block_size: that of the model, if it does not say;
-        of an item that is longer the same number of tokens is cut from the left of the context
-        for all endings (see excess). banned: ids (V,) as bool that are never the likeliest first
-        token. how: batch_tokens, device, world, progress: see score_rows.
 
-    Raises ValueError for an empty context or ending, and for one too long for the block.
+def ending_loglikelihoods(model: Callable, items: Sequence[Item], *, share: bool = True,
+                          block_size: int | None = None, **options) -> list[list[Score]]:
+    """The Scores of the endings of every item (context, endings).
+
+    share: see above. block_size: of a model that does not say; an item that is longer loses as many
+    tokens from the left of its context as its longest ending requires, the same for all endings.
+    options: those of ScoringOptions.
+    Raises ValueError for an empty context or ending, and for an ending too long for the block.
     """
     block_size = block_size or block_of(model)
     check(items, block_size)
     parts = [rows_of(context[excess((context, endings), block_size):], endings, share)
              for context, endings in items]
     scores = []
-    for both, (_, endings) in zip(score_parts(model, parts, banned=banned, **how), items):
+    for score, (_, endings) in zip(score_parts(model, parts, ScoringOptions(**options)), items):
         ends = np.cumsum([len(ending) for ending in endings])[:-1]
-        scores.append([Score(*one) for one in zip(*(np.split(x, ends) for x in both))])
+        scores.append([Score(*pair) for pair in zip(np.split(score.logprobs, ends),
+                                                    np.split(score.predicted, ends))])
     return scores
 
 
-def check(items, block_size):
-    """Refuse items that cannot be scored; ValueError names the first."""
+def check(items: Iterable[Item], block_size: int | None) -> None:
+    """Raise ValueError for the first item that cannot be scored."""
     for i, (context, endings) in enumerate(items):
         if not len(context) or not len(endings) or not all(map(len, endings)):
             raise ValueError(f'item {i}: a context and its endings need at least one token each')
@@ -83,121 +99,136 @@ def check(items, block_size):
                              f'a model with a longer block is needed')
 
 
-def excess(item, block_size):
-    """How many tokens of an item (context, endings) do not fit the block with its longest ending.
-    """
+def excess(item: Item, block_size: int | None) -> int:
+    """By how many tokens an item with its longest ending exceeds the block."""
     context, endings = item
     return max(0, len(context) + max(map(len, endings)) - 1 - (block_size or math.inf))
 
 
-def reading(items, block_size, share=True):
-    """(tokens the model reads to score these items, a note on those that had to be cut: a list)."""
-    cuts = [excess(item, block_size) for item in items]
-    tokens = sum((len(context) - cut) * (1 if share else len(endings)) + sum(map(len, endings))
-                 - len(endings) for (context, endings), cut in zip(items, cuts))
-    longer = sum(cut > 0 for cut in cuts)
-    return tokens, [f'{longer} of {len(items)} are longer than the block of {block_size} and lost '
-                    f'their beginning'] if longer else []
+def reading(items: Sequence[Item], block_size: int, share: bool = True) -> tuple[int, list[str]]:
+    """(tokens that the model reads to score these items, a note if some had to be cut)."""
+    tokens, n_cut = 0, 0
+    for context, endings in items:
+        cut = excess((context, endings), block_size)
+        contexts = 1 if share else len(endings)
+        tokens += (len(context) - cut) * contexts + sum(len(ending) - 1 for ending in endings)
+        n_cut += cut > 0
+    if not n_cut:
+        return tokens, []
+    return tokens, [f'{n_cut} of {len(items)} are longer than the block of {block_size} and lost '
+                    f'their beginning']
 
 
-def rows_of(context, endings, share=True):
+def rows_of(context: Sequence[int], endings: Sequence[Sequence[int]],
+            share: bool = True) -> list[Row]:
     """The Rows in which the endings of one context are scored: one if they share it."""
-    C, counts = len(context), [len(ending) - 1 for ending in endings]   # that predict something
+    C = len(context)
+    inputs = [ending[:-1] for ending in endings]        # the last token of an ending is not read
+    counts = [len(part) for part in inputs]
     if not share or len(endings) == 1:
-        return [Row(np.concatenate((context, ending[:-1])).astype(np.int64),
+        return [Row(np.concatenate((context, part)).astype(np.int64),
                     np.arange(C - 1, C + n), np.asarray(ending, np.int64))
-                for ending, n in zip(endings, counts)]
+                for ending, part, n in zip(endings, inputs, counts)]
     columns, T = [], C
-    for n in counts:
+    for n in counts:                # the end of the context predicts the first token of each ending
         columns += [[C - 1], np.arange(T, T + n)]
         T += n
-    return [Row(np.concatenate((context, *(ending[:-1] for ending in endings))).astype(np.int64),
+    return [Row(np.concatenate((context, *inputs)).astype(np.int64),
                 np.concatenate(columns).astype(np.int64),
                 np.concatenate(endings).astype(np.int64),
                 np.concatenate((np.arange(C), *(np.arange(C, C + n) for n in counts))),
                 np.repeat(np.arange(len(endings) + 1), (C, *counts)))]
 
 
-def rolling_loglikelihood(model, ids, stride=0, **how):
+def rolling_loglikelihood(model: Callable, ids: Sequence[int], stride: int = 0, **options) -> Score:
     """The Score of one long text of ids; see rolling_loglikelihoods."""
-    return rolling_loglikelihoods(model, [ids], stride, **how)[0]
+    return rolling_loglikelihoods(model, [ids], stride, **options)[0]
 
 
-def rolling_loglikelihoods(model, texts, stride=0, *, prefix=None, block_size=None, **how):
-    """The Score of each text, every token being scored once, with as much before it as fits.
+def rolling_loglikelihoods(model: Callable, texts: Sequence[Sequence[int]], stride: int = 0, *,
+                           prefix: int | None = None, block_size: int | None = None,
+                           **options) -> list[Score]:
+    """The Score of each text, every token scored once.
 
-    A window is a block of tokens; the first scores all of its predictions, each further one the
-    next `stride` (0: a whole block, which shares nothing with the one before), so that a token has
-    at least block_size - stride tokens before it. The windows are those of lm-eval-harness.
+    A window is a block of tokens. The first scores all of its predictions, each further one the
+    next `stride` (0: a whole block, so that windows do not overlap), so that a token has at least
+    block_size - stride tokens before it. These are the windows of lm-evaluation-harness.
     prefix: an id read before each text; without one the first token is not scored.
+    options: those of ScoringOptions. Raises ValueError for a stride beyond the block.
     """
     block_size = block_size or block_of(model)
     stride = stride or block_size
     if not 1 <= stride <= block_size:
         raise ValueError(f'stride: given {stride}, expected 1 to {block_size}, the block')
-    return score_parts(model, [windows(ids, block_size, stride, prefix) for ids in texts], **how)
+    parts = [windows(ids, block_size, stride, prefix) for ids in texts]
+    return score_parts(model, parts, ScoringOptions(**options))
 
 
-def windows(ids, block_size, stride, prefix=None):
-    rows, done = [], 1                                              # ids[:done] are scored
+def windows(ids: Sequence[int], block_size: int, stride: int,
+            prefix: int | None = None) -> list[Row]:
+    """The Rows in which one text is scored."""
     ids = np.concatenate(([] if prefix is None else [prefix], ids)).astype(np.int64)
+    rows, done = [], 1                                              # ids[:done] are scored
     while done < len(ids):
         end = min(len(ids), done + (block_size if done == 1 else stride))
-        read = ids[max(0, end - 1 - block_size):end - 1]
-        rows.append(Row(read, np.arange(len(read) - (end - done), len(read)), ids[done:end]))
+        window = ids[max(0, end - 1 - block_size):end - 1]
+        rows.append(Row(window, np.arange(len(window) - (end - done), len(window)), ids[done:end]))
         done = end
     return rows
 
 
-def block_of(model):
+def block_of(model: Callable) -> int | None:
     return getattr(getattr(model, 'config', None), 'block_size', None)
 
 
-def score_parts(model, parts, **how):
+# Rows, of which nothing is known but their ids.
+
+def score_parts(model: Callable, parts: Sequence[list[Row]],
+                options: ScoringOptions) -> list[Score]:
     """The Score of each list of Rows, whose targets follow each other."""
-    scored = iter(score_rows(model, [row for part in parts for row in part], **how))
-    nothing = np.empty(0, np.float32), np.empty(0, np.int64)        # of a text of one token
-    return [Score(*map(np.concatenate, zip(nothing, *(next(scored) for _ in part))))
+    scored = iter(score_rows(model, [row for part in parts for row in part], options))
+    empty = Score(np.empty(0, np.float32), np.empty(0, np.int64))   # of a text of one token
+    return [Score(*map(np.concatenate, zip(empty, *(next(scored) for _ in part))))
             for part in parts]
 
 
 @torch.inference_mode()
-def score_rows(model, rows, *, banned=None, batch_tokens=0, device=None, world=None,
-               progress=False):
-    """(logprobs (N,), likeliest (N,)) of every Row, as arrays.
+def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) -> list[Score]:
+    """The Score of every Row, on every rank.
 
-    Rows are sorted by length and read in batches of batch_tokens, padding included (0: 1024 on a
-    CPU, else 65536); one that does not fit in the memory of a GPU is halved. device: the model's,
-    if it does not say. world: processes that share the batches; what a batch holds does not depend
-    on their number, and so no result does. progress: show a bar.
-
-    Raises ValueError, with the row's number, where a model gives NaN.
+    Rows are sorted by length and read in batches; a batch that does not fit in the memory of a GPU
+    is halved. Raises ValueError, with the row's number, where a model gives NaN.
     """
-    if device is None:
-        device = next(model.parameters()).device if hasattr(model, 'parameters') else 'cpu'
-    device = torch.device(device)
-    batches = divide(rows, batch_tokens or (1024 if device.type == 'cpu' else 65536))
-    rank, size = (world.rank, world.size) if world else (0, 1)
-    bar = tqdm(total=sum(len(row.ids) for batch in batches[rank::size] for _, row in batch),
-               unit='tok', unit_scale=True, disable=not progress or rank > 0, leave=False,
-               **({} if sys.stderr.isatty() else IN_A_FILE))
-    done = {}
-    for batch in batches[rank::size]:
-        results = score_batch(model, [row for _, row in batch], banned, device)
-        for (i, row), (logprobs, likeliest) in zip(batch, results):
-            if np.isnan(logprobs).any():
+    device = torch.device(options.device or device_of(model))
+    batches = batches_of(rows, options.batch_tokens or (1024 if device.type == 'cpu' else 65536))
+    world = options.world or World()
+    batches = batches[world.rank::world.size]
+    bar = tqdm(total=sum(len(row.ids) for batch in batches for _, row in batch), unit='tok',
+               unit_scale=True, disable=not (options.progress and world.is_main), leave=False,
+               **({} if sys.stderr.isatty() else PROGRESS_LINES))
+    scores = {}
+    for batch in batches:
+        new = score_batch(model, [row for _, row in batch], options.banned, device)
+        for (i, row), score in zip(batch, new):
+            if np.isnan(score.logprobs).any():
                 raise ValueError(f'the model gives NaN for row {i}: its weights are damaged, '
                                  f'or the dtype is too narrow for them')
-            done[i] = logprobs, likeliest
+            scores[i] = score
             bar.update(len(row.ids))
     bar.close()
-    for part in world.gather(done) if world else []:
-        done.update(part)
-    return [done[i] for i in range(len(rows))]
+    if options.world:
+        for part in world.gather(scores):
+            scores.update(part)
+    return [scores[i] for i in range(len(rows))]
 
 
-def divide(rows, batch_tokens):
-    """Batches of (number, row), the longest first, each of at most batch_tokens with its padding.
+def device_of(model: Callable) -> torch.device | str:
+    """The device of a model's weights; 'cpu' for a callable that is no module."""
+    return next(model.parameters()).device if hasattr(model, 'parameters') else 'cpu'
+
+
+def batches_of(rows: Sequence[Row], batch_tokens: int) -> list[list[tuple[int, Row]]]:
+    """Batches of (number, Row), the longest first, each of at most batch_tokens with its padding.
     """
     batches = []
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
@@ -208,55 +239,67 @@ def divide(rows, batch_tokens):
     return batches
 
 
-def score_batch(model, rows, banned, device):
+def score_batch(model: Callable, rows: list[Row], banned: torch.Tensor | None,
+                device: torch.device) -> list[Score]:
+    """The Scores of Rows read together, or in halves where memory does not suffice."""
     try:
         return read_batch(model, rows, banned, device)
     except torch.OutOfMemoryError:
         if len(rows) == 1:
             raise ValueError(f'a row of {len(rows[0].ids)} tokens does not fit in the memory of '
                              f'{device}; --dtype=bfloat16 needs half of it') from None
-    torch.cuda.empty_cache()
+    torch.cuda.empty_cache()            # outside of except, where the error keeps tensors alive
     half = len(rows) // 2
-    return [result for part in (rows[:half], rows[half:])
-            for result in score_batch(model, part, banned, device)]
+    return (score_batch(model, rows[:half], banned, device)
+            + score_batch(model, rows[half:], banned, device))
 
 
-def read_batch(model, rows, banned, device):
-    T, counts = max(len(row.ids) for row in rows), [len(row.targets) for row in rows]
-    ids = pad([row.ids for row in rows], T, 0, device)                      # (B, T)
-    places = {}
-    if any(row.branch is not None for row in rows):
-        branch = pad([np.zeros_like(row.ids) if row.branch is None else row.branch
-                      for row in rows], T, 0, device)
-        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-        positions = [np.arange(len(row.ids)) if row.positions is None else row.positions
-                     for row in rows]
-        places = {'positions': pad(positions, T, 0, device),                # (B, T)
-                  'mask': (causal & seen)[:, None]}                         # (B, 1, T, T)
+def read_batch(model: Callable, rows: list[Row], banned: torch.Tensor | None,
+               device: torch.device) -> list[Score]:
+    counts = [len(row.targets) for row in rows]
+    ids, places = model_inputs(rows, device)
     x = getattr(model, 'hidden', model)(ids, **places)                      # (B, T, C or V)
-    which, columns, targets = (torch.from_numpy(part).to(device) for part in (
+    row_of, columns, targets = (torch.from_numpy(part).to(device) for part in (
         np.repeat(np.arange(len(rows)), counts), np.concatenate([row.columns for row in rows]),
         np.concatenate([row.targets for row in rows])))                     # (N,)
-    first = torch.from_numpy(np.concatenate([row.columns == row.columns[0] for row in rows]))
-    x = x[which, columns]                                                   # (N, C or V)
-    logprobs, likeliest, head = [], [], getattr(model, 'head', lambda x: x)
-    size = max(1, LOGITS_AT_ONCE // head(x[:1]).size(-1))
-    for part in (slice(start, start + size) for start in range(0, len(targets), size)):
+    is_first = torch.from_numpy(np.concatenate([row.columns == row.columns[0] for row in rows]))
+    x = x[row_of, columns]                                                  # (N, C or V)
+    head = getattr(model, 'head', lambda logits: logits)
+    logprobs, predicted = [], []
+    size = max(1, MAX_LOGITS // head(x[:1]).size(-1))
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
         logits = head(x[part]).float()                                      # (n, V)
-        found = logits.gather(1, targets[part, None])[:, 0]
-        logprobs.append(found - logits.logsumexp(dim=-1))
+        of_target = logits.gather(1, targets[part, None])[:, 0]
+        logprobs.append(of_target - logits.logsumexp(dim=-1))
         if banned is not None:
-            logits = logits.masked_fill((first[part, None] & banned).to(device), -math.inf)
-        likeliest.append(logits.argmax(dim=-1))
+            logits = logits.masked_fill((is_first[part, None] & banned).to(device), -math.inf)
+        predicted.append(logits.argmax(dim=-1))
     ends = np.cumsum(counts)[:-1]
-    return list(zip(*(np.split(torch.cat(parts).cpu().numpy(), ends)
-                      for parts in (logprobs, likeliest))))
+    return [Score(*pair) for pair in zip(np.split(torch.cat(logprobs).cpu().numpy(), ends),
+                                         np.split(torch.cat(predicted).cpu().numpy(), ends))]
 
 
-def pad(parts, T, value, device):
-    """Arrays (n,) as rows of one tensor (B, T), filled up with `value` at the right."""
-    rows = np.full((len(parts), T), value)
-    for row, part in zip(rows, parts):
-        row[:len(part)] = part
+def model_inputs(rows: list[Row],
+                 device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(ids (B, T), {positions (B, T), mask (B, 1, T, T)}); the dict is empty if no Row is shared.
+    """
+    ids = right_pad([row.ids for row in rows], device)
+    if all(row.branch is None for row in rows):
+        return ids, {}
+    branch = right_pad([np.zeros_like(row.ids) if row.branch is None else row.branch
+                        for row in rows], device)
+    positions = right_pad([np.arange(len(row.ids)) if row.positions is None else row.positions
+                           for row in rows], device)
+    T = ids.size(1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])    # (B, T, T)
+    return ids, {'positions': positions, 'mask': (causal & visible)[:, None]}
+
+
+def right_pad(arrays: list[np.ndarray], device: torch.device) -> torch.Tensor:
+    """Arrays (n,) as the rows of one tensor (B, T), with zeros after the shorter ones."""
+    rows = np.zeros((len(arrays), max(map(len, arrays))), np.int64)
+    for row, array in zip(rows, arrays):
+        row[:len(array)] = array
     return torch.from_numpy(rows).to(device)

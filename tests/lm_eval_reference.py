@@ -1,6 +1,6 @@
 """
 lm-evaluation-harness beside our scoring, on the same model. Not a test: it needs
-`pip install lm_eval accelerate peft`, and writes what test_likelihood.py compares with.
+`pip install lm_eval accelerate peft`, and writes what test_scoring.py compares with.
 
     python tests/lm_eval_reference.py                   # tests/lm_eval_reference.json, 50 values
     python tests/lm_eval_reference.py FOLDER            # real HellaSwag, CBT, LAMBADA, WikiText
@@ -16,13 +16,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoints  # noqa: E402
 import eval_cbt  # noqa: E402
 import eval_lm  # noqa: E402
 import hellaswag  # noqa: E402
-import likelihood  # noqa: E402
-import tokenizer  # noqa: E402
-from data import benchmarks  # noqa: E402
+from gpt import checkpoints, scoring, tokenizer  # noqa: E402
+from gpt.data import benchmarks  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 
@@ -52,8 +50,8 @@ def ours(model, encoding):
     both, texts = pairs()
     items = [(tokenizer.encode(encoding, context), [tokenizer.encode(encoding, continuation)])
              for context, continuation in both]
-    scores = likelihood.ending_loglikelihoods(model, items)
-    rolled = likelihood.rolling_loglikelihoods(
+    scores = scoring.ending_loglikelihoods(model, items)
+    rolled = scoring.rolling_loglikelihoods(
         model, [tokenizer.encode(encoding, text) for text in texts],
         prefix=tokenizer.eot_id(encoding))
     return [score.sum for score, in scores] + [score.sum for score in rolled]
@@ -127,7 +125,7 @@ def real(folder, count=200):
     theirs = module(home / 'hellaswag/utils.py').process_docs(Rows(rows))
     assert [hellaswag.clean(ending) for row in rows for ending in row['endings']] == [
         ending for doc in theirs for ending in doc['choices']]
-    scores = likelihood.ending_loglikelihoods(
+    scores = scoring.ending_loglikelihoods(
         model, [hellaswag.render(row, encoding, 'lm-eval') for row in rows])
     asked = [(doc['query'], f' {ending}') for doc in theirs for ending in doc['choices']]
     compare('HellaSwag', scores, harness.loglikelihood(asked))
@@ -140,11 +138,11 @@ def real(folder, count=200):
     items = [eval_cbt.render(question, encoding) for question in questions]
     asked = [(encoding.decode(list(context)), encoding.decode(list(ending)))
              for context, endings in items for ending in endings]
-    compare('CBT', likelihood.ending_loglikelihoods(model, items), harness.loglikelihood(asked))
+    compare('CBT', scoring.ending_loglikelihoods(model, items), harness.loglikelihood(asked))
 
     texts, _ = benchmarks.lambada(folder / 'lambada/lambada_test.jsonl')
     texts = texts[:5 * count]
-    scores = likelihood.ending_loglikelihoods(
+    scores = scoring.ending_loglikelihoods(
         model, [(context, [word]) for context, word in
                 (eval_lm.last_word(text, encoding, 'harness') for text in texts)])
     theirs = harness.loglikelihood([(text[:text.rindex(' ')], text[text.rindex(' '):])
@@ -155,7 +153,7 @@ def real(folder, count=200):
     pages, clean = benchmarks.articles(raw), module(home / 'wikitext/preprocess_wikitext.py')
     documents = [eval_lm.harness_detokenize(page) for page in pages]
     assert documents == [clean.wikitext_detokenizer({'page': page}) for page in pages]
-    mine = likelihood.rolling_loglikelihoods(
+    mine = scoring.rolling_loglikelihoods(
         model, [tokenizer.encode(encoding, text) for text in documents],
         prefix=tokenizer.eot_id(encoding))
     worst = max(abs(a.sum / b - 1) for a, b in zip(mine, harness.rolling(documents)))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from gpt import scoring as likelihood
+from gpt import scoring
 from gpt import tokenizer
 from model import GPT, GPTConfig
 
@@ -28,12 +28,12 @@ def random_items(n, draw=None, longest=20):
 
 
 @pytest.fixture(scope='module')
-def gpt():
+def model():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=V, block_size=BLOCK)).eval()
-    for p in model.parameters():
+    gpt = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=V, block_size=BLOCK)).eval()
+    for p in gpt.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    return model
+    return gpt
 
 
 def sums(scores):
@@ -58,25 +58,25 @@ def plainly(logits_of, items):
     return found
 
 
-def test_shared_and_plain_rows_equal_transformers_scored_plainly(gpt, tmp_path):
+def test_shared_and_plain_rows_equal_transformers_scored_plainly(model, tmp_path):
     """And the callable of transformers is scored by the same code, in either way."""
     transformers = pytest.importorskip('transformers')
     from gpt import checkpoints
-    checkpoints.save(tmp_path, 0, gpt, tokenizer.characters(''.join(map(chr, range(65, 65 + V)))),
+    checkpoints.save(tmp_path, 0, model, tokenizer.characters(''.join(map(chr, range(65, 65 + V)))),
                      {})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoints.find(tmp_path)).eval()
     items = random_items(40)
     with torch.no_grad():
         expected = plainly(lambda ids: theirs(ids).logits, items)
     for share in (True, False):
-        close(sums(likelihood.ending_loglikelihoods(gpt, items, share=share)), expected)
-    scores = likelihood.ending_loglikelihoods(lambda ids: theirs(ids).logits, items, share=False)
+        close(sums(scoring.ending_loglikelihoods(model, items, share=share)), expected)
+    scores = scoring.ending_loglikelihoods(lambda ids: theirs(ids).logits, items, share=False)
     close(sums(scores), expected)
 
     def tree(ids, positions=None, mask=None):
         return theirs(ids, position_ids=positions, attention_mask=mask).logits
 
-    close(sums(likelihood.ending_loglikelihoods(tree, items)), expected)
+    close(sums(scoring.ending_loglikelihoods(tree, items)), expected)
 
 
 def test_fifty_numbers_of_lm_evaluation_harness():
@@ -88,18 +88,18 @@ def test_fifty_numbers_of_lm_evaluation_harness():
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_score_is_of_its_ending_alone(gpt):
+def test_a_score_is_of_its_ending_alone(model):
     """Neither batches, nor the order of items and endings, nor other endings change it."""
     items = random_items(30)
-    expected = sums(likelihood.ending_loglikelihoods(gpt, items))
+    expected = sums(scoring.ending_loglikelihoods(model, items))
     for batch_tokens in (1, 100, 10 ** 6):
-        close(sums(likelihood.ending_loglikelihoods(gpt, items, batch_tokens=batch_tokens)),
+        close(sums(scoring.ending_loglikelihoods(model, items, batch_tokens=batch_tokens)),
               expected)
     backwards = [(context, endings[::-1]) for context, endings in items[::-1]]
-    found = sums(likelihood.ending_loglikelihoods(gpt, backwards))
+    found = sums(scoring.ending_loglikelihoods(model, backwards))
     close([item[::-1] for item in found[::-1]], expected)
     for k, (context, endings) in enumerate(items[:5]):
-        alone = [sums(likelihood.ending_loglikelihoods(gpt, [(context, [one])]))[0][0]
+        alone = [sums(scoring.ending_loglikelihoods(model, [(context, [one])]))[0][0]
                  for one in endings]
         assert alone == pytest.approx(expected[k], rel=1e-5)
 
@@ -117,7 +117,7 @@ def test_positions_begin_again_for_every_ending():
                      for j, i in enumerate(ending)) for ending in endings]
                 for context, endings in items]
     for share in (True, False):
-        found = likelihood.ending_loglikelihoods(position_detector, items, share=share)
+        found = scoring.ending_loglikelihoods(position_detector, items, share=share)
         close(sums(found), expected)
 
 
@@ -133,61 +133,61 @@ def test_an_ending_sees_the_context_and_itself_only():
     items = random_items(20)
     plain = plainly(leak_detector, items)
     for batch_tokens in (1, 200, 10 ** 6):
-        close(sums(likelihood.ending_loglikelihoods(leak_detector, items,
+        close(sums(scoring.ending_loglikelihoods(leak_detector, items,
                                                     batch_tokens=batch_tokens)), plain)
 
 
-def test_what_a_score_holds(gpt):
-    """Every token's log-probability, the first included, and the likeliest in its place."""
+def test_what_a_score_holds(model):
+    """Every token's log-probability, the first included, and the most likely id in its place."""
     context, ending = [1, 2, 3], [4, 5, 6, 7]
-    (score,), = likelihood.ending_loglikelihoods(gpt, [(context, [ending])])
+    (score,), = scoring.ending_loglikelihoods(model, [(context, [ending])])
     with torch.no_grad():
-        logprobs = gpt(torch.tensor([context + ending]))[0, 2:-1].log_softmax(-1)
+        logprobs = model(torch.tensor([context + ending]))[0, 2:-1].log_softmax(-1)
     assert score.count == 4 and score.sum == pytest.approx(score.logprobs.sum().item(), rel=1e-6)
     expected = logprobs.gather(1, torch.tensor(ending)[:, None])[:, 0]
     assert score.logprobs == pytest.approx(expected.numpy(), rel=1e-5)
-    assert score.likeliest.tolist() == logprobs.argmax(-1).tolist()
+    assert score.predicted.tolist() == logprobs.argmax(-1).tolist()
     banned = torch.zeros(V, dtype=torch.bool)
     banned[logprobs[:2].argmax(-1)] = True
-    (other,), = likelihood.ending_loglikelihoods(gpt, [(context, [ending])], banned=banned)
-    assert other.likeliest[0] == logprobs[0].masked_fill(banned, -math.inf).argmax()
-    assert other.likeliest[1:].tolist() == score.likeliest[1:].tolist()     # the first only
+    (other,), = scoring.ending_loglikelihoods(model, [(context, [ending])], banned=banned)
+    assert other.predicted[0] == logprobs[0].masked_fill(banned, -math.inf).argmax()
+    assert other.predicted[1:].tolist() == score.predicted[1:].tolist()     # the first only
     assert other.sum == score.sum
 
 
-def test_an_item_longer_than_the_block_is_cut_for_all_its_endings_alike(gpt):
+def test_an_item_longer_than_the_block_is_cut_for_all_its_endings_alike(model):
     draw = random.Random(2)
     context = [draw.randrange(V) for _ in range(BLOCK + 10)]
     endings = [[1], [2, 3, 4, 5]]
-    cut = likelihood.excess((context, endings), BLOCK)
+    cut = scoring.excess((context, endings), BLOCK)
     assert cut == 10 + 4 - 1
-    whole = likelihood.ending_loglikelihoods(gpt, [(context, endings)])
-    close(sums(whole), sums(likelihood.ending_loglikelihoods(gpt, [(context[cut:], endings)])))
-    plain = likelihood.ending_loglikelihoods(gpt, [(context, endings)], share=False)
+    whole = scoring.ending_loglikelihoods(model, [(context, endings)])
+    close(sums(whole), sums(scoring.ending_loglikelihoods(model, [(context[cut:], endings)])))
+    plain = scoring.ending_loglikelihoods(model, [(context, endings)], share=False)
     close(sums(whole), sums(plain))
 
 
-def test_what_is_read(gpt):
+def test_what_is_read(model):
     """As many tokens as the rows hold, and the items that are too long for the block."""
     items = random_items(20, longest=60)
     for share in (True, False):
-        rows = [row for context, endings in items for row in likelihood.rows_of(
-            context[likelihood.excess((context, endings), BLOCK):], endings, share)]
-        tokens, notes = likelihood.reading(items, BLOCK, share)
+        rows = [row for context, endings in items for row in scoring.rows_of(
+            context[scoring.excess((context, endings), BLOCK):], endings, share)]
+        tokens, notes = scoring.reading(items, BLOCK, share)
         assert tokens == sum(len(row.ids) for row in rows)
-        cut = sum(likelihood.excess(item, BLOCK) > 0 for item in items)
+        cut = sum(scoring.excess(item, BLOCK) > 0 for item in items)
         assert 0 < cut < 20 and notes[0].startswith(f'{cut} of 20 are longer than the block of 48')
-    assert likelihood.reading([([1], [[2]])], BLOCK) == (1, [])
+    assert scoring.reading([([1], [[2]])], BLOCK) == (1, [])
 
 
-def test_a_shared_row_may_be_longer_than_the_block(gpt):
+def test_a_shared_row_may_be_longer_than_the_block(model):
     """Its positions are not: ten endings beside each other."""
     draw = random.Random(3)
     item = ([draw.randrange(V) for _ in range(BLOCK - 9)],
             [[draw.randrange(V) for _ in range(10)] for _ in range(10)])
-    assert len(likelihood.rows_of(*item)[0].ids) > BLOCK
-    close(sums(likelihood.ending_loglikelihoods(gpt, [item])),
-          sums(likelihood.ending_loglikelihoods(gpt, [item], share=False)))
+    assert len(scoring.rows_of(*item)[0].ids) > BLOCK
+    close(sums(scoring.ending_loglikelihoods(model, [item])),
+          sums(scoring.ending_loglikelihoods(model, [item], share=False)))
 
 
 @pytest.mark.parametrize('item, words', [
@@ -195,9 +195,9 @@ def test_a_shared_row_may_be_longer_than_the_block(gpt):
     (([1], []), 'item 1: a context and its endings need at least one token'),
     (([1], [[1], []]), 'item 1: a context and its endings need at least one token'),
     (([1] * 9, [[1] * (BLOCK + 1)]), 'item 1: an ending of 49 tokens leaves no room')])
-def test_what_cannot_be_scored_is_refused(gpt, item, words):
+def test_what_cannot_be_scored_is_refused(model, item, words):
     with pytest.raises(ValueError, match=words):
-        likelihood.ending_loglikelihoods(gpt, [([1], [[2]]), item])
+        scoring.ending_loglikelihoods(model, [([1], [[2]]), item])
 
 
 def test_nan_is_refused():
@@ -208,15 +208,15 @@ def test_nan_is_refused():
 
     items = [([1], [[2]]), ([3, 7], [[4]]), ([5], [[6]])]
     with pytest.raises(ValueError, match='NaN for row 1'):
-        likelihood.ending_loglikelihoods(broken, items, share=False)
+        scoring.ending_loglikelihoods(broken, items, share=False)
 
 
-def test_memory_that_runs_out_halves_the_batch(gpt):
+def test_memory_that_runs_out_halves_the_batch(model):
     """The scores are the same; a row that does not fit alone is an error that says what helps."""
     items, sizes = random_items(30), []
 
     class Narrow:
-        config, head = gpt.config, staticmethod(gpt.head)
+        config, head = model.config, staticmethod(model.head)
 
         def __init__(self, most):
             self.most = most
@@ -225,20 +225,20 @@ def test_memory_that_runs_out_halves_the_batch(gpt):
             sizes.append(len(ids))
             if len(ids) > self.most:
                 raise torch.OutOfMemoryError
-            return gpt.hidden(ids, **places)
+            return model.hidden(ids, **places)
 
-    found = likelihood.ending_loglikelihoods(Narrow(4), items, batch_tokens=10 ** 6)
-    close(sums(found), sums(likelihood.ending_loglikelihoods(gpt, items)))
+    found = scoring.ending_loglikelihoods(Narrow(4), items, batch_tokens=10 ** 6)
+    close(sums(found), sums(scoring.ending_loglikelihoods(model, items)))
     assert max(sizes) == 30
     with pytest.raises(ValueError, match='does not fit in the memory of cpu; --dtype=bfloat16'):
-        likelihood.ending_loglikelihoods(Narrow(0), items)
+        scoring.ending_loglikelihoods(Narrow(0), items)
 
 
 # Long texts.
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
     ids = [i % V for i in range(500)]
-    score = likelihood.rolling_loglikelihood(lambda ids: torch.zeros(*ids.shape, V), ids, 7,
+    score = scoring.rolling_loglikelihood(lambda ids: torch.zeros(*ids.shape, V), ids, 7,
                                              block_size=BLOCK)
     assert score.count == 499 and math.exp(-score.sum / score.count) == pytest.approx(V, rel=1e-6)
 
@@ -248,7 +248,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
 @pytest.mark.parametrize('prefix', [None, 999])
 def test_every_token_is_scored_once_with_as_much_before_it_as_promised(n, stride, prefix):
     ids = np.arange(n)
-    rows = likelihood.windows(ids, BLOCK, stride, prefix)
+    rows = scoring.windows(ids, BLOCK, stride, prefix)
     whole = ids.tolist() if prefix is None else [prefix, *ids.tolist()]
     assert [i for row in rows for i in row.targets.tolist()] == whole[1:]
     for k, row in enumerate(rows):
@@ -263,7 +263,7 @@ def test_disjoint_windows_are_those_of_the_harness():
     """Its rule, written down again: windows of a block, each beginning with the last token of the
     one before; the last is filled up with what was already scored."""
     ids = list(range(150))
-    rows = likelihood.windows(ids, BLOCK, BLOCK, 60)
+    rows = scoring.windows(ids, BLOCK, BLOCK, 60)
     whole = [60, *ids]
     assert [row.ids.tolist() for row in rows] == [
         whole[:48], whole[48:96], whole[96:144], whole[150 - 48:150]]
@@ -277,19 +277,19 @@ def test_strides_agree_where_the_context_does_not_matter():
     def unigram(ids):
         return table.expand(*ids.shape, V)
 
-    found = [likelihood.rolling_loglikelihood(unigram, ids, stride, block_size=BLOCK).sum
+    found = [scoring.rolling_loglikelihood(unigram, ids, stride, block_size=BLOCK).sum
              for stride in (1, 13, 0)]
     expected = sum(table.log_softmax(-1)[i].item() for i in ids[1:])
     assert found == pytest.approx([expected] * 3, rel=1e-5)
 
 
-def test_a_short_stride_gives_more_context(gpt):
+def test_a_short_stride_gives_more_context(model):
     """A stride of one is one forward pass for each token, over the block before it."""
     ids = torch.tensor([random.Random(5).randrange(V) for _ in range(BLOCK + 9)])
-    score = likelihood.rolling_loglikelihood(gpt, ids, 1)
+    score = scoring.rolling_loglikelihood(model, ids, 1)
     with torch.no_grad():
-        expected = [gpt(ids[None, max(0, t - BLOCK):t])[0, -1].log_softmax(-1)[ids[t]].item()
+        expected = [model(ids[None, max(0, t - BLOCK):t])[0, -1].log_softmax(-1)[ids[t]].item()
                     for t in range(1, len(ids))]
     assert score.logprobs.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     with pytest.raises(ValueError, match='stride: given 49, expected 1 to 48'):
-        likelihood.rolling_loglikelihood(gpt, ids, BLOCK + 1)
+        scoring.rolling_loglikelihood(model, ids, BLOCK + 1)
