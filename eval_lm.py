@@ -5,21 +5,20 @@ text file.
     python eval_lm.py --model=gpt2 --task=lambada               # or wikitext2, enwik8, ...
     python eval_lm.py --model=gpt2 --task=wikitext2 --protocol=harness
     python eval_lm.py --model=out/mine --file=book.txt --stride=128
-    python eval_lm.py --model=gpt2 --table3                     # all results there are, as Table 3
+    python eval_lm.py --model=gpt2 --table3                     # all results so far, as Table 3
     torchrun --standalone --nproc_per_node=8 eval_lm.py --model=gpt2-xl --task=enwik8
 
-Protocols, whose numbers are not to be compared with each other; docs/evaluation.md has the reasons:
-paper       nearest to what is known of OpenAI's: for LAMBADA the last word, stop words excluded;
-            else detokenized where a detokenizer can be undone, a short stride, and the loss over
-            the number of words, bytes or characters that the file had before
+Protocols, whose numbers do not compare with each other; docs/evaluation.md gives the reasons:
+paper       closest to what is known of OpenAI's: for LAMBADA the last word, stop words excluded;
+            else detokenized where that can be undone, a short stride, and the loss divided by the
+            number of words, bytes or characters of the original file
 harness     lm-evaluation-harness (lambada_openai, wikitext)
 hf          transformers' documentation: WikiText-2 by token, lines joined by two newlines
-last-token  LAMBADA: is the last token the likeliest?
+last-token  LAMBADA: is the last token the most likely?
 """
 
 import math
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,13 +26,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gpt import checkpoints
-from gpt.world import World
-from gpt import scoring as likelihood
-from gpt import results
-from gpt import tokenizer
-from gpt.settings import run, settings
+from gpt import checkpoints, results, scoring, tokenizer
 from gpt.data import benchmarks
+from gpt.settings import check_bounds, run, settings
 
 # -----------------------------------------------------------------------------
 model = ''              # also -m; gpt2 to gpt2-xl, another GPT-2 on the hub, a folder, a run (its
@@ -42,32 +37,38 @@ task = 'lambada'        # or wikitext2, wikitext103, ptb, enwik8, text8, 1bw
 protocol = 'paper'      # or harness, hf, last-token, where the task has them
 data = ''               # FILE of the task; '': the official one, downloaded once
 file = ''               # any text FILE instead of a task
-stride = 0              # tokens that a window scores; 0: as the protocol has it, 512 for a file
+stride = 0              # tokens that a window scores; 0: that of the protocol, 512 for a file
 detok = 'auto'          # undo the tokenization of wikitext2, wikitext103 and ptb; auto: of all but
                         # wikitext103, whose published number was measured without
 download = False        # only download the data
-limit = 0               # only the first so many passages of lambada, or characters; 0: all
-batch_tokens = 0        # tokens read at once, padding included; 0: 1024 on a CPU, else 65536
+limit = 0               # only the first N passages of lambada, or characters of others; 0: all
+batch_tokens = 0        # tokens in a batch with its padding; 0: 1024 on a CPU, else 65536
 device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
 dtype = 'float32'       # or 'bfloat16', 'float16'
-out = ''                # where the result is written; '': out/results/MODEL/TASK-PROTOCOL.json
+out = ''                # file of the result; '': out/results/MODEL/TASK-PROTOCOL.json
 table3 = False          # print the results of --model under out/results as the paper's Table 3
 compare = ()            # two results, --compare=a.json,b.json: is the second better?
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
+
+class Task(NamedTuple):
+    title: str
+    protocols: dict         # lambada: what is measured; others: the headline unit and the stride
+
+
 SHORT = {'-m': 'model', '-d': 'device'}
-TASKS = {                   # title; by protocol what is measured, or the headline unit and stride
-    'lambada': ('LAMBADA', {'paper': 'of the last word, stop words excluded',
-                            'harness': 'of the last word', 'last-token': 'of the last token'}),
-    'wikitext2': ('WikiText-2', {'paper': ('word', 32), 'harness': ('word', 0),
-                                 'hf': ('token', 0)}),
-    'ptb': ('Penn Treebank', {'paper': ('word', 32)}),
-    'enwik8': ('enwik8', {'paper': ('byte', 512)}),
-    'text8': ('text8', {'paper': ('character', 512)}),
-    'wikitext103': ('WikiText-103', {'paper': ('word', 32)}),
-    '1bw': ('1 Billion Word', {'paper': ('word', 0)}),
-    'file': ('', {'text': ('token', 512)})}                         # what --file stands for
+TASKS = {
+    'lambada': Task('LAMBADA', {'paper': 'of the last word, stop words excluded',
+                                'harness': 'of the last word', 'last-token': 'of the last token'}),
+    'wikitext2': Task('WikiText-2', {'paper': ('word', 32), 'harness': ('word', 0),
+                                     'hf': ('token', 0)}),
+    'ptb': Task('Penn Treebank', {'paper': ('word', 32)}),
+    'enwik8': Task('enwik8', {'paper': ('byte', 512)}),
+    'text8': Task('text8', {'paper': ('character', 512)}),
+    'wikitext103': Task('WikiText-103', {'paper': ('word', 32)}),
+    '1bw': Task('1 Billion Word', {'paper': ('word', 0)}),
+    'file': Task('', {'text': ('token', 512)})}                     # stands for --file
 PUBLISHED = {               # by result, measure and model: value, source
     ('lambada-harness', 'accuracy', 'gpt2'): (32.56, 'lm-evaluation-harness #2159'),
     ('lambada-harness', 'perplexity', 'gpt2'): (40.06, 'lm-evaluation-harness #2159'),
@@ -92,128 +93,131 @@ def main(cfg):
         return print(results.compare(cfg.compare))
     if cfg.table3:
         return print(table(cfg.model))
-    results.check(cfg)
-    cfg = checked(cfg)
-    world = World.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
-    texts, found, first = world.on_main(read, cfg)
-    if cfg.download:
-        return print(found['path'])
-    gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
-    started = time.perf_counter()
-    how = {'batch_tokens': cfg.batch_tokens, 'world': world, 'progress': True}
-    evaluate = lambada if cfg.task == 'lambada' else rolling
-    measures, tokens, notes = evaluate(cfg, gpt, encoding, texts, how)
-    if world.is_main:
-        changes = '-'.join([f'stride{cfg.stride}'] * (cfg.stride > 0)
-                           + [f'detok{cfg.detok}'] * (cfg.detok != 'auto'))
-        name, protocol = f'{cfg.task}-{results.as_name(cfg.file) or cfg.protocol}', cfg.protocol
-        if changes:                             # the bare name is the protocol's as it stands
-            name, protocol = f'{name}-{changes}', f'{protocol}, {changes}'
-        for key, measure in measures.items():
-            figure = PUBLISHED.get((name, key, checkpoints.official_name(cfg.model)))
-            if figure and found['official'] and not first:
-                measure['published'].append(figure)
-        results.finish(cfg, world, started, task=TASKS[cfg.task][0] or Path(cfg.file).name,
-                       name=name, protocol=protocol, model=weights, data=found, first=first,
-                       measures=measures, notes=notes, tokens=tokens)
-    world.leave()
+    results.evaluate(resolved(cfg), read, measure)
 
 
-def checked(cfg):
-    """The settings, those of a --file with the task and protocol that stand for it."""
-    if cfg.detok not in ('auto', True, False):
-        raise ValueError(f"detok: given {cfg.detok!r}, expected 'auto', True or False")
+def resolved(cfg):
+    """The settings; those of a --file with the task and protocol that stand for it."""
+    check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'stride'),
+                       ("'auto', True or False", lambda value: value in ('auto', True, False),
+                        'detok')])
     if cfg.file:
         if cfg.protocol != 'paper':
             raise ValueError(f'protocol: given {cfg.protocol!r}, but a --file has none')
         return replace(cfg, task='file', protocol='text')
-    if cfg.task not in TASKS or cfg.task == 'file':
-        raise ValueError(f"task: given {cfg.task!r}, expected one of {', '.join([*TASKS][:-1])}, "
+    tasks = [task for task in TASKS if task != 'file']
+    if cfg.task not in tasks:
+        raise ValueError(f"task: given {cfg.task!r}, expected one of {', '.join(tasks)}, "
                          f'or --file=ANY.txt')
-    if cfg.protocol not in TASKS[cfg.task][1]:
+    protocols = TASKS[cfg.task].protocols
+    if cfg.protocol not in protocols:
         raise ValueError(f'protocol: given {cfg.protocol!r}, but {cfg.task} has '
-                         f"{', '.join(TASKS[cfg.task][1])}")
+                         f"{', '.join(protocols)}")
     return cfg
 
 
 def read(cfg):
-    """(the passages of LAMBADA or the Corpus of any other text, facts, how many, 0: all)."""
+    """The Data; its items are the passages of LAMBADA, or the Corpus of any other text."""
     if cfg.task == 'lambada':
-        texts, found = benchmarks.lambada(cfg.data)
-        texts, first = results.limited(texts, cfg.limit)
-        return texts, found, first
+        passages, facts = benchmarks.lambada(cfg.data)
+        passages, first = results.limited(passages, cfg.limit)
+        return results.Data(passages, facts, first, facts['path'])
     if cfg.task == 'file':
         raw = benchmarks.read_bytes(cfg.file)
-        found = {**benchmarks.facts(cfg.file, raw), 'official': True}
+        facts = {**benchmarks.facts(cfg.file, raw), 'official': True}
     else:
-        raws = cfg.task == 'wikitext2' and cfg.protocol != 'paper'
-        raw, found = benchmarks.obtain('wikitext2-raw' if raws else cfg.task, cfg.data)
+        is_raw = cfg.task == 'wikitext2' and cfg.protocol != 'paper'
+        raw, facts = benchmarks.obtain('wikitext2-raw' if is_raw else cfg.task, cfg.data)
     if cfg.task in ('enwik8', 'text8'):
-        raw = raw[-5_000_000:].lstrip(bytes(range(0x80, 0xC0)))     # not within a character
-    text = benchmarks.decode(raw, found['path'])
+        raw = raw[-5_000_000:].lstrip(bytes(range(0x80, 0xC0)))     # from a whole character on
+    text = benchmarks.decode(raw, facts['path'])
     if not text.strip():
-        raise ValueError(f"{found['path']}: there is no text in this file")
+        raise ValueError(f"{facts['path']}: there is no text in this file")
     text, first = results.limited(text, cfg.limit)
-    return as_corpus(text, cfg), found, first
+    return results.Data(as_corpus(text, cfg), facts, first, facts['path'])
+
+
+def measure(cfg, model, encoding, data, options):
+    """The Outcome of the task, with the published figures of the same measurement."""
+    score = lambada if cfg.task == 'lambada' else rolling
+    measures, tokens, notes = score(cfg, model, encoding, data.items, options)
+    name, protocol = f'{cfg.task}-{results.file_name(cfg.file) or cfg.protocol}', cfg.protocol
+    changes = [f'stride{cfg.stride}'] if cfg.stride else []
+    changes += [f'detok{cfg.detok}'] if cfg.detok != 'auto' else []
+    if changes:                                 # the bare name is for the protocol's own settings
+        name = '-'.join([name, *changes])
+        protocol = f"{protocol}, {'-'.join(changes)}"
+    for key, one in measures.items():
+        figure = PUBLISHED.get((name, key, checkpoints.official_name(cfg.model)))
+        if figure and data.is_official:
+            one['published'].append(figure)
+    title = TASKS[cfg.task].title or Path(cfg.file).name
+    return results.Outcome(title, name, protocol, measures, notes, tokens)
 
 
 # LAMBADA: the last word of a passage.
 
-def lambada(cfg, gpt, encoding, texts, how):
+def lambada(cfg, model, encoding, passages, options):
     """(measures, tokens read, notes) of passages of text."""
-    pairs = [last_word(text, encoding, cfg.protocol) for text in texts]
+    pairs = [last_word(text, encoding, cfg.protocol) for text in passages]
     banned = never_last(encoding) if cfg.protocol == 'paper' else None
-    # one token more than the word: what the model would say after it tells whether the word ends
+    # a placeholder after the word: what the model predicts there tells whether the word has ended
     items = [(context, [[*word, 0]]) for context, word in pairs]
-    scores = [one for one, in likelihood.ending_loglikelihoods(gpt, items, banned=banned, **how)]
-    right = [score.likeliest[:-1].tolist() == word and (
-        cfg.protocol != 'paper' or ends_word(encoding, score.likeliest[-1].item()))
-        for (_, word), score in zip(pairs, scores)]
+    scores = [score for score, in
+              scoring.ending_loglikelihoods(model, items, banned=banned, **options)]
+    right = []
+    for (_, word), score in zip(pairs, scores):
+        *predicted, after = score.predicted.tolist()
+        right.append(predicted == word
+                     and (cfg.protocol != 'paper' or ends_word(encoding, after)))
     nats = [-score.logprobs[:-1].sum(dtype=float) for score in scores]
-    measures = {'accuracy': results.accuracy(right, TASKS[cfg.task][1][cfg.protocol])}
-    if cfg.protocol != 'last-token':            # one of half a word is not LAMBADA's
+    about = TASKS['lambada'].protocols[cfg.protocol]
+    measures = {'accuracy': results.accuracy(right, about)}
+    if cfg.protocol != 'last-token':            # the last token may be half a word
         measures['perplexity'] = results.per_unit(nats, [1] * len(nats), 'word',
                                                   about='of the last word')
-    return measures, *likelihood.reading(items, gpt.config.block_size)
+    return measures, *scoring.reading(items, model.config.block_size)
 
 
 def last_word(text, encoding, protocol):
-    """(context, what is to be predicted) of a passage as lists of ids."""
+    """(context, what to predict) of a passage, as lists of ids."""
     if protocol == 'paper':                     # OpenAI's preparation (openai/gpt-2 #131)
         text = '\n' + text.replace('“', '"').replace('”', '"').strip()
         cut = re.search(r'\s\S+$', text).start()
     else:
         cut = text.rindex(' ')
     ids = tokenizer.encode(encoding, text).tolist()
+    if protocol == 'last-token':
+        return ids[:-1], ids[-1:]
     start = len(tokenizer.encode(encoding, text[:cut].rstrip(' ')))
-    start = len(ids) - 1 if protocol == 'last-token' else start
     return ids[:start], ids[start:]
 
 
 def never_last(encoding):
-    """bool (V,): tokens that are a stop word or punctuation, and so no guess at a last word."""
+    """bool (V,): tokens that are a stop word or punctuation, which the last word never is."""
     words = [encoding.decode_single_token_bytes(i).decode('utf-8', 'ignore').strip().lower()
              for i in range(encoding.n_vocab)]
-    return torch.tensor([word in STOP_WORDS or bool(word) and not any(map(str.isalnum, word))
+    return torch.tensor([word in STOP_WORDS or word != '' and not any(map(str.isalnum, word))
                          for word in words])
 
 
 def ends_word(encoding, i):
-    """Whether the token i after a word means that the word has ended."""
+    """Whether a word has ended when the token i follows it."""
     after = encoding.decode_single_token_bytes(i).decode('utf-8', 'replace')
     return not re.match(r"['’]?\w", after)
 
 
-# Texts: the loss of every token, over as many words, bytes or characters as the file had.
+# Texts: the loss of every token, per word, byte or character of the original file.
 
 class Corpus(NamedTuple):
-    documents: list         # texts, each scored by itself
-    units: dict             # how many words, bytes and characters they were before detokenizing
-    bits: float = 0.0       # what it takes to say which lines were detokenized
+    documents: list         # texts, scored independently
+    units: dict             # words, bytes and characters before detokenizing: {unit: count}
+    bits: float = 0.0       # cost of saying which lines were detokenized
     note: str = ''
 
 
 def as_corpus(text, cfg):
+    """The Corpus of a text, prepared as task and protocol say."""
     lines = text.removesuffix('\n').split('\n')
     units = {'word': len(text.split()), 'byte': len(text.encode()), 'character': len(text)}
     if cfg.task in ('file', 'enwik8', 'text8'):
@@ -227,7 +231,7 @@ def as_corpus(text, cfg):
             'word': sum(len(re.split(r'\s+', page)) for page in pages),
             'byte': sum(len(page.encode()) for page in pages),
             'character': sum(map(len, pages))})
-    units['word'] += len(lines)                                     # a line ends in <eos>
+    units['word'] += len(lines)                                     # each ends in <eos>
     if cfg.task == '1bw':
         return Corpus([line + '\n' for line in lines], units)
     if cfg.detok is False or cfg.detok == 'auto' and cfg.task == 'wikitext103':
@@ -236,14 +240,15 @@ def as_corpus(text, cfg):
     lines = [line.strip() for line in lines]
     plain = [detokenize(line, rules) for line in lines]
     undone = [tokenize(line, rules) == before for line, before in zip(plain, lines)]
-    return Corpus(['\n'.join(a if same else b for a, b, same in zip(plain, lines, undone))],
-                  units, bits=sum(map(bool, lines)),
+    chosen = [a if can_undo else b for a, b, can_undo in zip(plain, lines, undone)]
+    n_not_empty = sum(line != '' for line in lines)
+    return Corpus(['\n'.join(chosen)], units, bits=n_not_empty,
                   note=f'{undone.count(False)} of {len(lines)} lines cannot be detokenized and '
                        f'undone: they stay as they are, and every line costs a bit to say so')
 
 
-# Detokenizing that can be undone: (pattern, replacement) and the pair that reverses it. A full stop
-# after an initial or one of these abbreviations was never apart from it.
+# Detokenizing that can be undone: (pattern, replacement) and the pair that reverses it. The full
+# stop of an initial or of one of these abbreviations is never a token of its own.
 FULL_STOP = (r'(?<![ .][A-Za-z])(?<!^[A-Za-z])(?<!\.\.)(?<!\b(?:Mr|Dr|St|Jr|Sr|vs|No|Lt|Co|Ft|Mt))'
              r'(?<!\b(?:Mrs|Col|Gen|Rev|Sgt|Inc))\.')
 CONTRACTED = r"'(?=(?:s|re|ve|ll|d|m)\b)"
@@ -277,7 +282,7 @@ def tokenize(line, rules):
 
 
 def harness_detokenize(text):
-    """What lm-evaluation-harness (and Megatron) makes of WikiText; it cannot be undone."""
+    """WikiText as lm-evaluation-harness (and Megatron) detokenizes it; it cannot be undone."""
     text = text.replace("s '", "s'")
     for mark in '-,.':
         text = text.replace(f' @{mark}@ ', mark)
@@ -293,48 +298,51 @@ def harness_detokenize(text):
     return text
 
 
-def rolling(cfg, gpt, encoding, corpus, how):
-    """(measures, tokens read, notes) of a Corpus: one total, over every unit there is."""
-    block = gpt.config.block_size
-    unit, stride = TASKS[cfg.task][1][cfg.protocol]
-    stride = cfg.stride or min(block, stride) or block
+def rolling(cfg, model, encoding, corpus, options):
+    """(measures, tokens read, notes) of a Corpus: one total loss, per unit of each kind."""
+    block_size = model.config.block_size
+    unit, stride = TASKS[cfg.task].protocols[cfg.protocol]
+    stride = cfg.stride or min(block_size, stride) or block_size
     eot = tokenizer.eot_id(encoding)
     documents = [tokenizer.encode(encoding, text) for text in corpus.documents]
-    scores = likelihood.rolling_loglikelihoods(gpt, documents, stride, prefix=eot, **how)
-    count = sum(score.count for score in scores)
-    if not count:
-        raise ValueError('one token is no text: there is nothing to predict')
-    nats, shares = in_pieces(encoding, documents, scores)
-    nats += corpus.bits * math.log(2) * shares
+    scores = scoring.rolling_loglikelihoods(model, documents, stride, prefix=eot, **options)
+    n_tokens = sum(score.count for score in scores)
+    if not n_tokens:
+        raise ValueError('a text of one token has nothing to predict; expected a longer one')
+    nats, fractions = in_pieces(encoding, documents, scores)
+    nats += corpus.bits * math.log(2) * fractions
     measures = {}
-    for name, many in {'token': count, **corpus.units}.items():
+    for name, count in {'token': n_tokens, **corpus.units}.items():
         bits = name in ('byte', 'character')
-        about = f"{'bits' if bits else 'perplexity'} per {name}, {many:,} of them"
-        measures[name] = results.per_unit(nats, shares * many, name, bits=bits, about=about)
-        measures[name]['items'] *= name == unit     # once: one test decides for all of them
+        about = f"{'bits' if bits else 'perplexity'} per {name}, {count:,} of them"
+        measures[name] = results.per_unit(nats, fractions * count, name, bits=bits, about=about)
+        if name != unit:                        # the test of one unit would decide for all
+            measures[name]['items'] = []
     measures = {unit: measures.pop(unit), **measures}                       # the headline first
-    tokens = sum(len(row.ids) for ids in documents
-                 for row in likelihood.windows(ids, block, stride, eot))
-    notes = [f'{len(documents)} text{"s" if len(documents) > 1 else ""}, {sum(nats):,.1f} nats; '
-             f'windows of {block} tokens, stride {stride}']
-    notes += [corpus.note] if corpus.note else []
+    n_read = sum(len(row.ids) for ids in documents
+                 for row in scoring.windows(ids, block_size, stride, eot))
+    plural = 's' if len(documents) > 1 else ''
+    notes = [f'{len(documents)} text{plural}, {sum(nats):,.1f} nats; '
+             f'windows of {block_size} tokens, stride {stride}']
+    if corpus.note:
+        notes.append(corpus.note)
     if eot is None:
         notes.append('the first token is not scored: this tokenizer has none to read before it')
-    return measures, tokens, notes
+    return measures, n_read, notes
 
 
 def in_pieces(encoding, documents, scores):
-    """(nats, share of all bytes) of pieces of 4,096 bytes of text, or a twentieth of a short one:
-    the same pieces whatever the tokenizer, so that its models can be compared."""
+    """(nats, fraction of all bytes) of pieces of 4,096 bytes of text, or a twentieth of a short
+    one: the same pieces for every tokenizer, so that their models can be compared."""
     widths = np.array([len(token) for token in tokenizer.token_bytes(encoding)])
     widths = np.concatenate([widths[ids[len(ids) - score.count:]]
                              for ids, score in zip(documents, scores)])
     size = max(1, min(4096, widths.sum() // 20))
     piece = (np.cumsum(widths) - 1).clip(0) // size                         # (tokens,)
     logprobs = np.concatenate([score.logprobs for score in scores])
-    bytes_in = np.bincount(piece, widths)
-    some = bytes_in > 0
-    return -np.bincount(piece, logprobs)[some], bytes_in[some] / widths.sum()
+    n_bytes = np.bincount(piece, widths)
+    some = n_bytes > 0
+    return -np.bincount(piece, logprobs)[some], n_bytes[some] / widths.sum()
 
 
 # Table 3.
@@ -349,32 +357,38 @@ LINES = {
 def table(model):
     """The paper's Table 3 of one model, from the results under out/results."""
     model = model or str(checkpoints.find(checkpoints.newest_of_all() or ''))
-    size, folder = checkpoints.official_name(model), results.folder(model)
+    size, folder = checkpoints.official_name(model), results.folder_of(model)
     if not size and not folder.exists():
         raise ValueError(f'{model}: there are no results of this model under {results.OUT}; '
                          f"gpt2 to gpt2-xl stand for OpenAI's")
+    names = dict.fromkeys(name for name, _ in LINES)
+    measured = {name: results.read(folder / f'{name}.json') for name in names
+                if (folder / f'{name}.json').exists()}
     lines = [f'Table 3 of the GPT-2 paper, for {model}', f"{'':35}  published  measured"]
-    found, missing = {}, {}
     for (name, key), title in LINES.items():
-        file, measured = folder / f'{name}.json', '-'
-        if file.exists():
-            found[name] = results.read(file)
-            measure = found[name]['measures'][key]
-            measured = f"{results.shown(measure):38} {measure['about']}"
-        else:
-            task, _, protocol = name.partition('-')
-            missing[name] = f'python eval_cbt.py --model={model}' if task == 'cbt' else (
-                f'python eval_lm.py --model={model} --task={task} --protocol={protocol}')
-        value, _ = PUBLISHED.get((name, key, size), ('-', ''))
-        lines.append(f'{title:35}  {value:>9}  {measured}')
-    folders = sorted({f"weights {one['model']['sha256'][:8]}: {one['model']['folder']}"
-                      for one in found.values()})
-    lines += folders
-    if len(folders) > 1:
-        lines.append('not all of the same weights: measure again what is older')
+        text = '-'
+        if name in measured:
+            measure = measured[name]['measures'][key]
+            text = f"{results.format_measure(measure):38} {measure['about']}"
+        published, _ = PUBLISHED.get((name, key, size), ('-', ''))
+        lines.append(f'{title:35}  {published:>9}  {text}')
+    weights = sorted({f"weights {one['model']['sha256'][:8]}: {one['model']['folder']}"
+                      for one in measured.values()})
+    lines += weights
+    if len(weights) > 1:
+        lines.append('not all of the same weights: measure the older ones again')
+    missing = [name for name in names if name not in measured]
     if missing:
-        lines += ['not measured yet:', *(f'  {how}' for how in missing.values())]
+        lines += ['not measured yet:', *(f'  {command_for(name, model)}' for name in missing)]
     return '\n'.join(lines)
+
+
+def command_for(name, model):
+    """The command that measures a result of Table 3."""
+    task, _, protocol = name.partition('-')
+    if task == 'cbt':
+        return f'python eval_cbt.py --model={model}'
+    return f'python eval_lm.py --model={model} --task={task} --protocol={protocol}'
 
 
 if __name__ == '__main__':

@@ -1,29 +1,24 @@
 """
-HellaSwag (Zellers et al. 2019): which of four endings goes on best, zero-shot, of 10,042.
+HellaSwag (Zellers et al. 2019): which of four endings continues a text best, zero-shot; 10,042.
 
     python hellaswag.py --model=gpt2                        # downloads the 12 MB of questions once
     python hellaswag.py --model=out/mine --limit=1000
     torchrun --standalone --nproc_per_node=8 hellaswag.py --model=gpt2-xl
     python hellaswag.py --compare=a.json,b.json             # is b better than a?
 
-Two protocols, whose numbers are not to be compared with each other:
-completion  the context as it is, a blank, the ending (build-nanogpt, llm.c);
+Two protocols, whose numbers do not compare with each other:
+completion  the context unchanged, a space, the ending (build-nanogpt, llm.c);
             acc_norm by the mean log-probability of a token, acc by the sum
-lm-eval     the activity before the context, brackets taken out (lm-evaluation-harness);
+lm-eval     the activity before the context, brackets removed (lm-evaluation-harness);
             acc_norm by the sum over the characters of the ending, acc by the sum
 """
 
 import re
-import time
 from collections import defaultdict
 
-from gpt import checkpoints
-from gpt.world import World
-from gpt import scoring as likelihood
-from gpt import results
-from gpt import tokenizer
-from gpt.settings import run, settings
+from gpt import checkpoints, results, scoring, tokenizer
 from gpt.data import benchmarks
+from gpt.settings import run, settings
 
 # -----------------------------------------------------------------------------
 model = ''              # also -m; gpt2 to gpt2-xl, another GPT-2 on the hub, a folder, a run (its
@@ -31,19 +26,19 @@ model = ''              # also -m; gpt2 to gpt2-xl, another GPT-2 on the hub, a 
 protocol = 'completion'     # or 'lm-eval'
 data = ''               # FILE with the questions; '': the official one, downloaded once
 download = False        # only download the questions
-limit = 0               # only the first so many, 0: all
-share = True            # False: a row for each ending, the plain way
-batch_tokens = 0        # tokens read at once, padding included; 0: 1024 on a CPU, else 65536
+limit = 0               # only the first N, 0: all
+share = True            # False: read the context again for each ending
+batch_tokens = 0        # tokens in a batch with its padding; 0: 1024 on a CPU, else 65536
 device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
-dtype = 'float32'       # 'bfloat16' and 'float16' move some ten of 10,042 answers
-out = ''                # where the result is written; '': out/results/MODEL/hellaswag-PROTOCOL.json
+dtype = 'float32'       # 'bfloat16' and 'float16' change about ten of 10,042 answers
+out = ''                # file of the result; '': out/results/MODEL/hellaswag-PROTOCOL.json
 dump = ''               # FILE for a line of JSON on each question
 compare = ()            # two results, --compare=a.json,b.json: is the second better?
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
 SHORT = {'-m': 'model', '-d': 'device'}
-PROTOCOLS = {               # what decides: acc_norm, which is quoted, and acc
+PROTOCOLS = {               # what decides: acc_norm, the one that is quoted, and acc
     'completion': ('by the mean of its tokens', 'by the sum of its tokens'),
     'lm-eval': ('by the sum over its characters', 'by the sum of its tokens')}
 BY_LLM_C = 'llm.c and build-nanogpt'
@@ -61,88 +56,97 @@ def main(cfg):
         return print(results.compare(cfg.compare))
     if cfg.protocol not in PROTOCOLS:
         raise ValueError(f"protocol: given {cfg.protocol!r}, expected 'completion' or 'lm-eval'")
-    results.check(cfg)
-    world = World.join(cfg.device, timeout_minutes=120)      # rank 0 may have to download
-    rows, found = world.on_main(benchmarks.hellaswag, cfg.data)
-    if cfg.download:
-        return print(f"{found['path']}: {len(rows):,} questions")
-    rows, first = results.limited(rows, cfg.limit)
-    gpt, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
-    started = time.perf_counter()
-    answers = evaluate(gpt, encoding, rows, cfg.protocol, world=world, share=cfg.share,
-                       batch_tokens=cfg.batch_tokens, progress=True)
-    if world.is_main:
-        finish(cfg, weights, world, rows, found, first, answers, started)
-    world.leave()
+    results.evaluate(cfg, read, measure)
 
 
-def evaluate(gpt, encoding, rows, protocol='completion', share=True, **how):
-    """For rows of benchmarks.hellaswag(): {'acc_norm': [bool], 'acc': [bool], 'scores': [[Score]],
-    'tokens': read, 'notes': [str]}. how: see likelihood.ending_loglikelihoods."""
-    items = [render(row, encoding, protocol) for row in rows]
-    scores = likelihood.ending_loglikelihoods(gpt, items, share=share, **how)
-    tokens, notes = likelihood.reading(items, gpt.config.block_size, share)
-    return {**judge(rows, scores, protocol), 'scores': scores, 'tokens': tokens, 'notes': notes}
+def read(cfg):
+    questions, facts = benchmarks.hellaswag(cfg.data)
+    summary = f"{facts['path']}: {len(questions):,} questions"
+    questions, first = results.limited(questions, cfg.limit)
+    return results.Data(questions, facts, first, summary)
 
 
-def render(row, encoding, protocol):
-    """(context, four endings) of a row as ids."""
-    context, endings = row['ctx'], row['endings']
+def measure(cfg, model, encoding, data, options):
+    """The Outcome of the protocol, with the published figures of the same measurement."""
+    questions = data.items
+    answers = evaluate(model, encoding, questions, cfg.protocol, share=cfg.share, **options)
+    size = checkpoints.official_name(cfg.model)
+    *figures, source = PUBLISHED.get((cfg.protocol, size), (None, None, ''))
+    measures = {}
+    for key, about, figure in zip(('acc_norm', 'acc'), PROTOCOLS[cfg.protocol], figures):
+        published = [(figure, source)] if figure and data.is_official else []
+        measures[key] = results.accuracy(answers[key], about, published)
+    notes = [*by_group(questions, answers['acc_norm']), *answers['notes'], 'chance: 25 %']
+    rows = [{'i': i, 'ind': question.get('ind'), 'label': question['label'],
+             'right': answers['acc_norm'][i], 'right_by_sum': answers['acc'][i],
+             'sums': [score.sum for score in four], 'counts': [score.count for score in four]}
+            for i, (question, four) in enumerate(zip(questions, answers['scores']))]
+    return results.Outcome('HellaSwag', f'hellaswag-{cfg.protocol}', cfg.protocol, measures, notes,
+                           answers['tokens'], rows)
+
+
+def evaluate(model, encoding, questions, protocol='completion', share=True, **options):
+    """For questions of benchmarks.hellaswag(): {'acc_norm': [bool], 'acc': [bool], 'scores':
+    [[Score]], 'tokens': read, 'notes': [str]}.
+
+    options: those of gpt.scoring.ScoringOptions. train.py calls this too.
+    """
+    items = [render(question, encoding, protocol) for question in questions]
+    scores = scoring.ending_loglikelihoods(model, items, share=share, **options)
+    tokens, notes = scoring.reading(items, model.config.block_size, share)
+    return {**grade(questions, scores, protocol), 'scores': scores, 'tokens': tokens,
+            'notes': notes}
+
+
+def render(question, encoding, protocol):
+    """(context, four endings) of a question as ids."""
+    context, endings = question['ctx'], question['endings']
     if protocol == 'lm-eval':
-        if missing := [key for key in ('activity_label', 'ctx_a', 'ctx_b') if key not in row]:
-            raise ValueError(f'this data has no {missing[0]!r}, which the protocol lm-eval needs: '
-                             f'it is not the original file')
-        context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+        for key in ('activity_label', 'ctx_a', 'ctx_b'):
+            if key not in question:
+                raise ValueError(f'this data has no {key!r}, which the protocol lm-eval needs: '
+                                 f'it is not the original file')
+        context = clean(f"{question['activity_label']}: {question['ctx_a']} "
+                        f"{question['ctx_b'].capitalize()}")
         endings = [clean(ending) for ending in endings]
-    # GPT-2's tokens never reach over a blank that begins a word: both parts can be encoded alone
+    # no token of GPT-2 reaches across the space that begins a word: both parts are encoded alone
     return (tokenizer.encode(encoding, context),
             [tokenizer.encode(encoding, f' {ending}') for ending in endings])
 
 
 def clean(text):
-    """What lm-evaluation-harness makes of a text from WikiHow."""
+    """A text from WikiHow, cleaned as lm-evaluation-harness does."""
     text = re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. '))
     return text.replace('  ', ' ')
 
 
-def judge(rows, scores, protocol):
-    """Whether the right ending was chosen, by each of the two measures; of equals the first is."""
+def grade(questions, scores, protocol):
+    """{'acc_norm': [bool], 'acc': [bool]}: whether each measure chose the right ending of each
+    question. Ties: the first wins."""
     by_norm, by_sum = [], []
-    for row, four in zip(rows, scores):
-        lengths = ([score.count for score in four] if protocol == 'completion' else
-                   [max(1, len(clean(ending))) for ending in row['endings']])
+    for question, four in zip(questions, scores):
+        if protocol == 'completion':
+            lengths = [score.count for score in four]
+        else:
+            lengths = [max(1, len(clean(ending))) for ending in question['endings']]
         sums = [score.sum for score in four]
-        by_sum.append(sums.index(max(sums)) == row['label'])
         means = [total / length for total, length in zip(sums, lengths)]
-        by_norm.append(means.index(max(means)) == row['label'])
+        by_sum.append(sums.index(max(sums)) == question['label'])
+        by_norm.append(means.index(max(means)) == question['label'])
     return {'acc_norm': by_norm, 'acc': by_sum}
 
 
-def finish(cfg, weights, world, rows, found, first, answers, started):
-    """Print the result and write it."""
-    published = PUBLISHED.get((cfg.protocol, checkpoints.official_name(cfg.model)))
-    measures = {}
-    for key, about, value in zip(('acc_norm', 'acc'), PROTOCOLS[cfg.protocol],
-                                 published or (None, None)):
-        beside = [(value, published[2])] if value and not first and found['official'] else []
-        measures[key] = results.accuracy(answers[key], about, beside)
+def by_group(questions, right):
+    """A note on the accuracy by source and split type, if the data names them."""
     groups = defaultdict(list)
-    for row, right in zip(rows, answers['acc_norm']):
-        for group in (row.get('source_id', '').partition('~')[0], row.get('split_type', '')):
+    for question, is_right in zip(questions, right):
+        source = question.get('source_id', '').partition('~')[0]
+        for group in (source, question.get('split_type', '')):
             if group:
-                groups[group].append(right)
-    notes = ['acc_norm of ' + ', '.join(f'{group}: {sum(part) / len(part):.2%} of {len(part)}'
-                                        for group, part in groups.items())] if groups else []
-    results.finish(cfg, world, started, task='HellaSwag', name=f'hellaswag-{cfg.protocol}',
-                   protocol=cfg.protocol, model=weights, data=found, first=first,
-                   measures=measures, notes=[*notes, *answers['notes'], 'chance: 25 %'],
-                   tokens=answers['tokens'])
-    if cfg.dump:
-        results.write_rows(cfg.dump, ({
-            'i': i, 'ind': row.get('ind'), 'label': row['label'],
-            'right': answers['acc_norm'][i], 'right_by_sum': answers['acc'][i],
-            'sums': [score.sum for score in four], 'counts': [score.count for score in four]}
-            for i, (row, four) in enumerate(zip(rows, answers['scores']))))
+                groups[group].append(is_right)
+    parts = [f'{group}: {sum(part) / len(part):.2%} of {len(part)}'
+             for group, part in groups.items()]
+    return [f"acc_norm of {', '.join(parts)}"] if parts else []
 
 
 if __name__ == '__main__':

@@ -1,21 +1,27 @@
 """
-What an evaluation found: measures with their intervals, printed, kept as JSON, and compared.
+Results of evaluations: the course of an evaluation, measures with intervals, JSON, comparisons.
 
-A measure is a dict: value, low and high (95 %), count, what it is measured on item by item (so that
-two models can be compared on the same items), and the published figures beside it.
+A measure is a dict: value, low and high (95 %), count, the items it is a mean of (so that two
+models can be compared item by item), and the published figures beside it.
 """
 
 import json
 import math
-import os
 import platform
 import re
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-OUT = Path(__file__).resolve().parent.parent / 'out' / 'results'
+from gpt import checkpoints
+from gpt.files import atomic_write
+from gpt.settings import check_bounds
+from gpt.world import World
+
+OUT = Path('out/results')   # of the folder in which a script is started, as out/ is for runs
 COLUMNS = {                 # of the GPT-2 paper's table 3: result and measure, title
     ('lambada-paper', 'perplexity'): 'LAMBADA (perplexity)',
     ('lambada-paper', 'accuracy'): 'LAMBADA (accuracy)',
@@ -32,11 +38,94 @@ TABLE3 = {name: dict(zip(COLUMNS, row)) for name, row in {
     'gpt2-medium': (15.60, 55.48, 92.35, 87.1, 22.76, 47.33, 1.01, 1.06, 26.37, 55.72),
     'gpt2-large': (10.87, 60.12, 93.45, 88.0, 19.93, 40.31, 0.97, 1.02, 22.05, 44.575),
     'gpt2-xl': (8.63, 63.24, 93.30, 89.05, 18.34, 35.76, 0.93, 0.98, 17.48, 42.16)}.items()}
-Z = 1.959964                # 95 % of a normal distribution lie within so many standard deviations
+Z = 1.959964                # standard deviations that hold 95 % of a normal distribution
+Measure = dict[str, Any]
 
 
-def accuracy(correct, about='', published=()):
-    """The measure of a list of bools, with Wilson's interval.
+# The course of an evaluation.
+
+class Data(NamedTuple):
+    """What an evaluation is measured on."""
+    items: Any              # questions or texts, of a type known to the script
+    facts: dict             # path, sha256, official: as gpt.data.benchmarks returns them
+    first: int              # only the first N items were taken; 0: all
+    summary: str            # what --download prints
+
+    @property
+    def is_official(self) -> bool:
+        """Whether it is exactly what published figures were measured on."""
+        return self.facts['official'] and not self.first
+
+
+class Outcome(NamedTuple):
+    """What one evaluation measured."""
+    task: str               # its title
+    name: str               # of the file in which the result is kept
+    protocol: str
+    measures: dict[str, Measure]
+    notes: list[str]
+    tokens: int             # read by the model
+    rows: Iterable[dict] = ()               # a record for each item, of --dump
+
+
+def evaluate(cfg: Any, read: Callable[..., Data], measure: Callable[..., Outcome]) -> None:
+    """Run an evaluation on all processes: read the data, load the model, measure, print, write.
+
+    read(cfg) runs on rank 0 alone, measure(cfg, model, encoding, data, options) on every rank;
+    options are those of gpt.scoring.ScoringOptions, as a dict.
+    """
+    check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'limit batch_tokens')])
+    make_parents(cfg.out, getattr(cfg, 'dump', ''))
+    world = World.join(cfg.device, timeout_minutes=120)             # rank 0 may have to download
+    data = world.on_main(read, cfg)
+    if cfg.download:
+        world.print(data.summary)
+        return world.leave()
+    model, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
+    started = time.perf_counter()
+    options = {'batch_tokens': cfg.batch_tokens, 'world': world, 'progress': True}
+    outcome = measure(cfg, model, encoding, data, options)
+    if world.is_main:
+        seconds = round(time.perf_counter() - started, 2)
+        finish(cfg, outcome, {
+            'task': outcome.task, 'name': outcome.name, 'protocol': outcome.protocol,
+            'model': weights, 'data': data.facts, 'first': data.first,
+            'measures': outcome.measures, 'notes': outcome.notes, 'tokens': outcome.tokens,
+            'settings': vars(cfg), 'device': str(world.device), 'processes': world.size,
+            'seconds': seconds,
+            'versions': {'python': platform.python_version(), 'torch': torch.__version__}})
+    world.leave()
+
+
+def finish(cfg: Any, outcome: Outcome, result: dict) -> None:
+    """Print a result, and write it and the dump of its items."""
+    path = Path(cfg.out) if cfg.out else result_path(result)
+    write(path, result)
+    print(format_result(result), f'  written to {path}', sep='\n')
+    if getattr(cfg, 'dump', ''):
+        lines = ''.join(json.dumps(row) + '\n' for row in outcome.rows)
+        Path(cfg.dump).write_text(lines, encoding='utf-8')
+
+
+def make_parents(*paths: str) -> None:
+    """Create the folders of the files to be written, before anything is measured."""
+    for path in filter(None, paths):
+        if Path(path).is_dir() or path.endswith('/'):
+            raise ValueError(f'{path}: is a folder, expected the name of a file')
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
+def limited(items: Sequence, limit: int) -> tuple[Sequence, int]:
+    """(the first `limit` items, limit), or (all, 0) if limit is 0 or there are no more."""
+    if 0 < limit < len(items):
+        return items[:limit], limit
+    return items, 0
+
+
+# Measures.
+
+def accuracy(correct: Sequence[bool], about: str = '', published: Sequence[tuple] = ()) -> Measure:
+    """The measure of right and wrong answers, with Wilson's interval.
 
     published: (value in per cent, source) of the same protocol and model.
     """
@@ -46,23 +135,24 @@ def accuracy(correct, about='', published=()):
             'published': list(published), 'items': ''.join('01'[right] for right in correct)}
 
 
-def wilson(k, n):
+def wilson(k: int, n: int) -> tuple[float, float]:
     """The 95 % interval of a proportion k of n (Wilson 1927)."""
     p, z2 = k / n, Z * Z
     middle, half = p + z2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
 
 
-def per_unit(nats, weights, unit, bits=False, about=''):
-    """The measure of a text in pieces: nats[i] lost on the i-th, which has weights[i] units.
+def per_unit(nats: Sequence[float], weights: Sequence[float], unit: str, bits: bool = False,
+             about: str = '') -> Measure:
+    """The measure of a text in pieces: piece i has a loss of nats[i] over weights[i] units.
 
-    It is the perplexity per unit, exp(nats / units), or with bits=True the bits per unit. The
-    interval takes the pieces for independent; it is of the ratio of the sums (delta method).
+    The value is the perplexity per unit, exp(nats / units), or with bits=True the bits per unit.
+    The interval is of the ratio of the sums (delta method), with the pieces as independent.
     """
-    total, units, k = math.fsum(nats), math.fsum(weights), len(nats)
+    total, units, n = math.fsum(nats), math.fsum(weights), len(nats)
     mean = total / units
     squares = math.fsum((a - mean * w) ** 2 for a, w in zip(nats, weights))
-    half = Z * math.sqrt(squares * k / max(1, k - 1)) / units       # of one piece: 0, unknown
+    half = Z * math.sqrt(squares * n / max(1, n - 1)) / units       # of one piece: 0, unknown
     value, low, high = (x / math.log(2) if bits else math.exp(min(x, 700))
                         for x in (mean, max(0.0, mean - half), mean + half))
     return {'value': value, 'low': low, 'high': high, 'unit': unit, 'bits': bits, 'nats': total,
@@ -70,117 +160,88 @@ def per_unit(nats, weights, unit, bits=False, about=''):
             'items': [round(a, 4) for a in nats]}
 
 
-def check(cfg):
-    """Refuse, before anything is measured, numbers below 0 and files that could not be written."""
-    for key in ('limit', 'batch_tokens', 'stride'):
-        if getattr(cfg, key, 0) < 0:
-            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected 0 or more')
-    for path in filter(None, (cfg.out, getattr(cfg, 'dump', ''))):
-        if Path(path).is_dir() or path.endswith('/'):
-            raise ValueError(f'{path}: is a folder, expected the name of a file')
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+def format_measure(measure: Measure, interval: bool = True) -> str:
+    """The value of a measure, its count, and its interval if wanted and known."""
+    value, low, high, count = (measure[key] for key in ('value', 'low', 'high', 'count'))
+    if 'correct' in measure:
+        text = f"{value:.2%}  {measure['correct']}/{count}"
+        bounds = f'{100 * low:.2f} to {100 * high:.2f}'
+    else:
+        digits = 4 if measure['bits'] else 2
+        text = f'{value:.{digits}f}'
+        bounds = f'{low:.{digits}f} to {high:.{digits}f}' if low < high else ''
+    return f'{text}  95 %: {bounds}' if bounds and interval else text
 
 
-def limited(items, limit):
-    """(the first `limit` of the items, limit); (all, 0) if there are no more, or limit is 0."""
-    first = limit if limit < len(items) else 0
-    return items[:first or None], first
+# Results: measures with all that identifies them, as JSON.
+
+def result_path(result: dict) -> Path:
+    """Where a result is kept by default; the bare name is for all of the official data."""
+    name = result['name']
+    if result['first']:
+        name += f"-first{result['first']}"
+    if not result['data']['official']:
+        name += '-own-data'
+    return folder_of(result['model']['name']) / f'{name}.json'
 
 
-def finish(cfg, world, started, **found):
-    """Print what an evaluation has found, and write it as JSON to --out or to its own place.
-
-    found: task, name, protocol, measures, notes, tokens (read), first (how many of the items were
-    measured, 0: all), model (facts of checkpoints.open_for), data (facts of data.benchmarks).
-    """
-    found |= {'settings': vars(cfg), 'device': str(world.device), 'processes': world.size,
-              'seconds': round(time.perf_counter() - started, 2),
-              'versions': {'python': platform.python_version(), 'torch': torch.__version__}}
-    path = Path(cfg.out) if cfg.out else place(found)
-    write(path, found)
-    print(show(found), f'  written to {path}', sep='\n')
+def folder_of(model: str) -> Path:
+    """The folder of the results of a model."""
+    return OUT / file_name(model)
 
 
-def place(found):
-    """Where a record is kept if no other place is named: the bare name is for the whole of the
-    official data."""
-    end = f"-first{found['first']}" if found['first'] else ''
-    end += '' if found['data']['official'] else '-own-data'
-    return folder(found['model']['name']) / f"{found['name']}{end}.json"
-
-
-def folder(model):
-    return OUT / as_name(model)
-
-
-def as_name(text):
+def file_name(text: str) -> str:
     """`text` as the name of a file."""
     return re.sub(r'[^\w.-]+', '_', text).strip('_')
 
 
-def write(path, found):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f'{path.name}.{os.getpid()}.partial')
-    aside.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
-    os.replace(aside, path)
+def write(path: str | Path, result: dict) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(result, indent=1) + '\n')
 
 
-def write_rows(path, rows):
-    """Write a line of JSON on each of the items."""
-    Path(path).write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
-
-
-def read(path):
+def read(path: str | Path) -> dict:
+    """The result in a file; ValueError if it is none."""
     try:
-        found = json.loads(Path(path).read_text(encoding='utf-8'))
-        found['task'], found['protocol'], found['measures'], found['data']['sha256']
-        return found
+        result = json.loads(Path(path).read_text(encoding='utf-8'))
+        valid = {'task', 'protocol', 'measures'} <= result.keys() and 'sha256' in result['data']
     except OSError as error:
         raise ValueError(f'{path}: cannot read this result ({error.strerror}); '
                          f'an evaluation writes one, where --out says') from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{path}: not the result of an evaluation') from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise ValueError(f'{path}: not the result of an evaluation')
+    return result
 
 
-def show(found):
+def format_result(result: dict) -> str:
     """The lines that an evaluation ends with."""
-    data = found['data']
-    lines = [f"{found['task']}, {found['model']['name']}, protocol {found['protocol']}, "
-             f"{found['model']['dtype']}"]
-    for name, measure in found['measures'].items():
-        lines.append(f"  {name:12} {shown(measure):38} {measure['about']}".rstrip())
+    data, model = result['data'], result['model']
+    lines = [f"{result['task']}, {model['name']}, protocol {result['protocol']}, {model['dtype']}"]
+    for name, measure in result['measures'].items():
+        lines.append(f"  {name:12} {format_measure(measure):38} {measure['about']}".rstrip())
         for value, source in measure['published']:
-            share = value / 100 if 'correct' in measure else value
-            where = 'inside' if measure['low'] <= share <= measure['high'] else 'outside'
+            scaled = value / 100 if 'correct' in measure else value
+            where = 'inside' if measure['low'] <= scaled <= measure['high'] else 'outside'
             lines.append(f'  {"":12} published {value:g}, {source}: {where} the interval')
-    lines += [f'  {note}' for note in found.get('notes', ())]
-    if found['first']:
-        lines.append(f"  only the first {found['first']:,}: compare with nothing published")
+    lines += [f'  {note}' for note in result.get('notes', ())]
+    if result['first']:
+        lines.append(f"  only the first {result['first']:,}: compare with nothing published")
     if not data['official']:
         lines.append(f"  {data['path']}: not known to be the official file: "
                      f'compare with nothing published')
-    rate = found['tokens'] / max(found['seconds'], 1e-3)
-    return '\n'.join([*lines, f"  {found['seconds']:.1f} s, {found['tokens']:,} tokens read, "
-                              f"{rate:,.0f} tokens/s on {found['device']}"])
+    rate = result['tokens'] / max(result['seconds'], 1e-3)
+    return '\n'.join([*lines, f"  {result['seconds']:.1f} s, {result['tokens']:,} tokens read, "
+                              f"{rate:,.0f} tokens/s on {result['device']}"])
 
 
-def shown(measure):
-    """The value of a measure, its count and its interval."""
-    value, low, high, count = (measure[key] for key in ('value', 'low', 'high', 'count'))
-    if 'correct' in measure:
-        return (f"{value:.2%}  {measure['correct']}/{count}  95 %: "
-                f'{100 * low:.2f} to {100 * high:.2f}')
-    digits = 4 if measure['bits'] else 2
-    interval = f'  95 %: {low:.{digits}f} to {high:.{digits}f}' if low < high else ''
-    return f'{value:.{digits}f}{interval}'
+# Which of two models is better.
 
+def compare(paths: Sequence[str]) -> str:
+    """The lines that say whether the second of two results is better than the first, item by item.
 
-def compare(paths):
-    """The lines that say whether the second of two results is better than the first.
-
-    Both were measured on the same items, and so the items are compared one by one: those only one
-    model has right (McNemar's exact test), or the differences of nats (a paired z-test).
+    Raises ValueError if they are not of the same measurement.
     """
     if len(paths) != 2:
         raise ValueError('compare: expected two results, --compare=a.json,b.json')
@@ -192,29 +253,40 @@ def compare(paths):
     if (a['data']['sha256'], a.get('first')) != (b['data']['sha256'], b.get('first')):
         raise ValueError(f'{paths[0]} and {paths[1]} were measured on different data or subsets')
     lines = [f"{b['task']}, {b['protocol']}: {b['model']['name']} against {a['model']['name']}"]
-    for name, one in a['measures'].items():
-        if not one['items']:
-            continue
-        two = b['measures'].get(name)
-        if two is None or len(one['items']) != len(two['items']):
-            raise ValueError(f'{name}: the two results do not cover the same items; '
-                             f'--limit and --subset have to be the same')
-        better, p, why = paired(one, two)
-        verdict = 'within noise' if p >= 0.05 else 'better' if better else 'worse'
-        before, after = (shown(measure).partition('  95 %')[0] for measure in (one, two))
-        lines.append(f'  {name:12} {verdict}: {after} against {before} (p = {p:.2g}; {why})')
+    for name, before in a['measures'].items():
+        if before['items']:
+            after = b['measures'].get(name)
+            if after is None or len(before['items']) != len(after['items']):
+                raise ValueError(f'{name}: the two results do not cover the same items; '
+                                 f'--limit and --subset have to be the same')
+            lines.append(f'  {name:12} {verdict(before, after)}')
     return '\n'.join(lines)
 
 
-def paired(one, two):
-    """(whether `two` is better, the p-value of no difference, what it was reckoned from)."""
-    if 'correct' in one:
-        pairs = list(zip(one['items'], two['items']))
-        lost, won = pairs.count(('1', '0')), pairs.count(('0', '1'))
-        n, tail = lost + won, sum(math.comb(lost + won, i) for i in range(min(lost, won) + 1))
-        return won > lost, min(1.0, 2 * tail / 2 ** n), f'right only here {won}, only there {lost}'
-    gaps = [x - y for x, y in zip(one['items'], two['items'])]
-    mean, n = sum(gaps) / len(gaps), len(gaps)
-    spread = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / max(1, n - 1) / n)
-    p = math.erfc(abs(mean) / spread / math.sqrt(2)) if spread else float(mean == 0)
-    return mean > 0, p, f'{sum(gap > 0 for gap in gaps)} of {n} pieces are better'
+def verdict(before: Measure, after: Measure) -> str:
+    """Whether one measure is better than another of the same items."""
+    test = mcnemar if 'correct' in before else paired_z
+    better, p, basis = test(before['items'], after['items'])
+    word = 'within noise' if p >= 0.05 else 'better' if better else 'worse'
+    return (f'{word}: {format_measure(after, interval=False)} against '
+            f'{format_measure(before, interval=False)} (p = {p:.2g}; {basis})')
+
+
+def mcnemar(before: str, after: str) -> tuple[bool, float, str]:
+    """(whether `after` has more right answers, the p-value of no difference, its basis), by
+    McNemar's exact test over strings of 0 and 1."""
+    pairs = list(zip(before, after))
+    lost, won = pairs.count(('1', '0')), pairs.count(('0', '1'))
+    n, tail = lost + won, sum(math.comb(lost + won, i) for i in range(min(lost, won) + 1))
+    return won > lost, min(1.0, 2 * tail / 2 ** n), f'right only here {won}, only there {lost}'
+
+
+def paired_z(before: Sequence[float], after: Sequence[float]) -> tuple[bool, float, str]:
+    """(whether `after` has a lower loss, the p-value of no difference, its basis), by a z-test of
+    the differences of nats."""
+    gains = [x - y for x, y in zip(before, after)]
+    n = len(gains)
+    mean = sum(gains) / n
+    error = math.sqrt(sum((gain - mean) ** 2 for gain in gains) / max(1, n - 1) / n)
+    p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0)
+    return mean > 0, p, f'{sum(gain > 0 for gain in gains)} of {n} pieces are better'

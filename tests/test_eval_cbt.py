@@ -12,7 +12,7 @@ from test_benchmarks import question
 
 from gpt import checkpoints
 import eval_cbt
-from gpt import scoring as likelihood
+from gpt import scoring
 from gpt import tokenizer
 from gpt.data import benchmarks
 from model import GPT, GPTConfig
@@ -21,7 +21,7 @@ BYTES = tokenizer.byte_pairs('bytes', [])
 
 
 def detokenize(text):
-    return ''.join(eval_cbt.attach(text.split())[0])
+    return ''.join(eval_cbt.join_tokens(text.split()).pieces)
 
 
 @pytest.mark.parametrize('tokens, text', [
@@ -66,7 +66,7 @@ def test_tokens_become_text_as_people_write_it(tokens, text):
 
 
 def test_nothing_of_the_tokens_is_left_in_the_real_books(real):
-    """No blank before a comma, no ``, no bracket's code; of single quotes CoreNLP itself confuses
+    """No space before a comma, no ``, no bracket's code; of single quotes CoreNLP itself confuses
     a few, and where a passage begins within a quotation nobody can know."""
     lines = real('cbt/raw/cbt_valid.txt').read_text().splitlines()
     texts = [detokenize(' '.join(lines[i:i + 21])) for i in range(0, len(lines), 21)]
@@ -90,7 +90,7 @@ def questions(n=12):
 @pytest.mark.parametrize('text', ['detok', 'raw'])
 @pytest.mark.parametrize('preset', eval_cbt.PRESETS)
 def test_context_and_endings_are_the_ten_texts(text, preset):
-    gap, eot = eval_cbt.PRESETS[preset][3:]
+    *_, gap, eot = eval_cbt.PRESETS[preset]
     for q in questions(3):
         context, endings = eval_cbt.render(q, BYTES, text, gap, eot)
         mark = '<|endoftext|>' if eot else ''
@@ -117,8 +117,8 @@ def test_parts_encoded_alone_are_the_whole_encoded(real, gpt2, subset):
 
 def choices(model, qs, **how):
     items = [eval_cbt.render(q, BYTES) for q in qs]
-    scores = likelihood.ending_loglikelihoods(model, items, **how)
-    return [eval_cbt.judge(q, ten)[0] for q, ten in zip(qs, scores)], scores
+    scores = scoring.ending_loglikelihoods(model, items, **how)
+    return [eval_cbt.grade(q, ten)[0] for q, ten in zip(qs, scores)], scores
 
 
 def copying(ids, positions=None, mask=None):
@@ -141,7 +141,7 @@ def test_a_copying_model_finds_the_most_frequent_candidate(share):
         qs.append(benchmarks.Question(story, 'Then XXXXX went .', letters[k], list(letters), ''))
     right, scores = choices(copying, qs, share=share)
     assert right == [True] * 4
-    assert all(eval_cbt.judge(q, ten)[1] for q, ten in zip(qs, scores))     # the baseline too
+    assert all(eval_cbt.grade(q, ten)[1] for q, ten in zip(qs, scores))     # the baseline too
     blind = [q._replace(sentences=['x .'] * 20) for q in qs]
     right, scores = choices(copying, blind, share=share)
     assert right == [True, False, False, False]
@@ -152,17 +152,17 @@ def test_a_constant_scorer_takes_the_candidate_of_fewest_tokens():
                                  'h' * 8, 'i' * 9], answer=answer)
           for q, answer in zip(questions(2), ('xy', 'ab'))]
     right, _ = choices(lambda ids, **places: torch.zeros(*ids.shape, BYTES.n_vocab), qs)
-    assert right == [True, False]                       # of equals the first
+    assert right == [True, False]                       # ties: the first wins
 
 
 def test_permuting_candidates_permutes_the_scores():
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=BYTES.n_vocab)).eval()
-    for p in gpt.parameters():
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=BYTES.n_vocab)).eval()
+    for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     qs = questions(2)
     turned = [q._replace(candidates=q.candidates[::-1]) for q in qs]
-    for ten, other in zip(choices(gpt, qs)[1], choices(gpt, turned)[1]):
+    for ten, other in zip(choices(model, qs)[1], choices(model, turned)[1]):
         assert [s.sum for s in ten] == pytest.approx([s.sum for s in other][::-1], rel=1e-5)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,11 @@ from conftest import command, script
 
 from gpt import checkpoints
 import eval_lm
-from gpt import scoring as likelihood
+from gpt import scoring
 from gpt import results
 from gpt import tokenizer
 from gpt.data import benchmarks
-from gpt import files as fetch
+from gpt import files
 from model import GPT, GPTConfig
 
 BYTES = tokenizer.byte_pairs('bytes', [])
@@ -46,7 +47,7 @@ def config(**changed):
 def test_a_uniform_model_has_known_perplexities():
     """ln V nats a token, over whatever units the text has: one byte is one token here."""
     text = 'Héllo, wörld. ' * 40
-    cfg = eval_lm.checked(config(file='x'))
+    cfg = eval_lm.resolved(config(file='x'))
     corpus = eval_lm.as_corpus(text, cfg)
     measures, tokens, notes = eval_lm.rolling(cfg, UNIFORM, BYTES, corpus, HOW)
     n = len(text.encode())
@@ -63,7 +64,7 @@ def test_a_uniform_model_has_known_perplexities():
     (config(file='x', stride=5), 5), (config(task='enwik8'), 32), (config(), 32),
     (config(protocol='harness'), 32), (config(stride=7, protocol='harness'), 7)])
 def test_the_stride_is_the_protocols_unless_it_is_set(cfg, count):
-    cfg = eval_lm.checked(cfg)
+    cfg = eval_lm.resolved(cfg)
     corpus = eval_lm.as_corpus('= A = \n some words \n' * 20, cfg)
     _, _, notes = eval_lm.rolling(cfg, UNIFORM, BYTES, corpus, HOW)
     assert f'windows of 32 tokens, stride {count}' in notes[0]
@@ -76,7 +77,7 @@ def test_pieces_are_of_bytes_whatever_the_tokenizer():
     for encoding in (BYTES, other):
         ids = tokenizer.encode(encoding, text)
         logprobs = np.array([-len(encoding.decode_single_token_bytes(i)) for i in ids], np.float32)
-        score = likelihood.Score(logprobs, ids)
+        score = scoring.Score(logprobs, ids)
         nats, shares = eval_lm.in_pieces(encoding, [ids], [score])
         assert len(nats) == 20 and sum(nats) == len(text) and sum(shares) == pytest.approx(1)
         assert nats / len(text) == pytest.approx(shares)        # a nat a byte, wherever it is
@@ -115,7 +116,7 @@ def test_enwik8_is_the_last_five_million_bytes(tmp_path):
     """Where the cut falls within a character, from the next one on."""
     for before, text in (('x' * 9, 'y' * 5_000_000), ('ä' * 9, 'ä' + 'y' * 4_999_999)):
         (tmp_path / 'enwik8').write_text(before + text)
-        corpus, found, first = eval_lm.read(config(task='enwik8', data=str(tmp_path / 'enwik8')))
+        corpus, _, first, _ = eval_lm.read(config(task='enwik8', data=str(tmp_path / 'enwik8')))
         assert corpus.documents == [text.lstrip('ä')] and first == 0
         assert corpus.units['byte'] in (5_000_000, 4_999_999)
 
@@ -168,7 +169,7 @@ def test_the_last_word_by_protocol():
     assert parts('paper') == ('\nHe opened the "big" door and saw the', '\ndog')
     assert parts('harness') == ('He opened the “big” door and saw', ' the\ndog')
     assert parts('last-token') == (PASSAGE[:-1], 'g')
-    assert parts('harness', 'one  two') == ('one', '  two')     # as the harness moves blanks
+    assert parts('harness', 'one  two') == ('one', '  two')     # as the harness moves spaces
 
 
 def answering(text):
@@ -194,7 +195,7 @@ def answering(text):
     ('paper', ' dot', False), ('last-token', ' dog', True),
     ('last-token', ' dot', False)])
 def test_lambada_by_a_model_that_answers(protocol, says, right):
-    """The whole word has to be the likeliest; in the paper's protocol it also has to end there."""
+    """The whole word has to be the most likely; in the paper's protocol it also has to end there."""
     texts = ['Once he saw the dog']
     measures, _, _ = eval_lm.lambada(config(task='lambada', protocol=protocol), answering(says),
                                      BYTES, texts, HOW)
@@ -218,7 +219,7 @@ def test_lambada_perplexity_is_of_words_not_of_tokens():
 
 
 def test_stop_words_and_punctuation_are_no_guess(gpt2):
-    """With GPT-2's tokens: " the" is passed over for the next likeliest, in the first place."""
+    """With GPT-2's tokens: " the" is skipped for the next most likely, as the first token."""
     encoding = gpt2
     banned = eval_lm.never_last(encoding)
     for word, is_banned in ((' the', True), ('The', True), (' He', True), (',', True),
@@ -275,8 +276,9 @@ def test_a_file_from_end_to_end(model, tmp_path, capsys):
         command(eval_lm, f'--compare={tmp_path}/a.json,{tmp_path}/c.json')
 
 
-def test_every_task_runs_on_a_file_of_its_kind(model, tmp_path):
+def test_every_task_runs_on_a_file_of_its_kind(model, tmp_path, monkeypatch):
     """And Table 3 is printed from what they wrote, naming what is missing and how to get it."""
+    monkeypatch.chdir(tmp_path)
     draw = random.Random(0)
     words = ' '.join(draw.choice(['alpha', 'beta', '<unk>', "'s", ',']) for _ in range(150))
     passages = '\n'.join(json.dumps({'text': f'He said {word} and so {word}'}) for word in 'abcde')
@@ -285,10 +287,10 @@ def test_every_task_runs_on_a_file_of_its_kind(model, tmp_path):
              '1bw': f'{words}\n{words}\n'}
     for task, text in texts.items():
         (tmp_path / task).write_text(text)
-        for protocol in eval_lm.TASKS[task][1]:
+        for protocol in eval_lm.TASKS[task].protocols:
             cfg = eval_lm.Config(model=str(model), task=task, data=str(tmp_path / task),
                                  protocol=protocol, device='cpu',
-                                 out=str(results.folder(str(model)) / f'{task}-{protocol}.json'))
+                                 out=str(results.folder_of(str(model)) / f'{task}-{protocol}.json'))
             eval_lm.main(cfg)
     table = eval_lm.table(str(model))
     for line in ('LAMBADA (accuracy)', 'PTB (perplexity)', '/5', 'enwik8 (bits per byte)',
@@ -296,19 +298,17 @@ def test_every_task_runs_on_a_file_of_its_kind(model, tmp_path):
                  f'python eval_cbt.py --model={model}'):
         assert line in table, table
     assert '--task=ptb' not in table                    # it is there
-    for path in results.folder(str(model)).glob('*.json'):
-        path.unlink()
-    results.folder(str(model)).rmdir()
 
 
-def test_the_table_without_a_model_is_of_the_newest_run(model, tmp_path, monkeypatch):
-    """Whose results lie under the name of its step, as --model='' has them written."""
+def test_results_are_kept_under_out_of_the_current_folder(model, tmp_path, monkeypatch, capsys):
+    """As runs are; and --model='' stands for the newest run, for the evaluation and the table."""
     monkeypatch.setattr(checkpoints, 'newest_of_all', lambda: model)
-    monkeypatch.setattr(results, 'OUT', tmp_path)
-    (tmp_path / 'lambada').write_text('{"text": "He said so"}')
-    command(eval_lm, f'--data={tmp_path}/lambada')
-    found, = tmp_path.glob('*/*.json')
-    found.rename(found.with_name('lambada-paper.json'))
+    monkeypatch.chdir(tmp_path)
+    Path('lambada').write_text('{"text": "He said so"}')
+    command(eval_lm, '--data=lambada')
+    path, = Path('out/results').glob('*/lambada-paper-own-data.json')
+    assert f'written to {path}' in capsys.readouterr().out
+    path.rename(path.with_name('lambada-paper.json'))
     assert 'of the last word, stop words excluded' in eval_lm.table('')
 
 
@@ -349,7 +349,7 @@ def test_published_numbers_stand_beside_the_same_measurement_only(model, tmp_pat
                                   (True, ['--limit=99'], 0), (True, ['--stride=64'], 0),
                                   (True, ['--detok=False'], 0)):
         for name in ('wikitext2', 'wikitext2-raw'):
-            monkeypatch.setitem(benchmarks.KNOWN, name, fetch.digest(path) if official else '')
+            monkeypatch.setitem(benchmarks.KNOWN, name, files.sha256(path) if official else '')
         command(eval_lm, '-m', model, '--task=wikitext2', f'--data={path}',
                 f'--out={tmp_path}/a.json', *flags)
         found = json.loads((tmp_path / 'a.json').read_text())['measures']
@@ -361,4 +361,4 @@ def test_every_task_has_a_source_and_every_line_of_the_table_its_measure():
     assert benchmarks.SOURCES.keys() >= eval_lm.TASKS.keys() - {'file'}
     for name, measure in eval_lm.LINES:
         task, _, protocol = name.partition('-')
-        assert task == 'cbt' or protocol in eval_lm.TASKS[task][1], name
+        assert task == 'cbt' or protocol in eval_lm.TASKS[task].protocols, name

@@ -44,7 +44,7 @@ def test_hellaswag_labels_and_the_dummy_model(real):
     assert [sum(row['label'] == k for row in rows) for k in range(4)] == [2515, 2485, 2584, 2458]
     rows, answers = shuffled(rows), iter(dummy(4 * len(rows)))
     scores = [[SimpleNamespace(sum=next(answers), count=1) for _ in range(4)] for _ in rows]
-    found = hellaswag.judge(rows, scores, 'lm-eval')
+    found = hellaswag.grade(rows, scores, 'lm-eval')
     assert (sum(found['acc']), sum(found['acc_norm'])) == (2507, 2486)
 
 

@@ -13,7 +13,7 @@ from gpt import results
 from gpt import tokenizer
 import train
 from gpt.data import benchmarks
-from gpt import files as fetch
+from gpt import files
 from model import GPT, GPTConfig
 
 BYTES = tokenizer.byte_pairs('bytes', [])
@@ -74,7 +74,7 @@ def test_a_constant_scorer_takes_the_shortest_and_the_first():
         items = [hellaswag.render(row, BYTES, protocol) for row in ROWS]
         scores = [[SimpleNamespace(sum=-4.0 * len(e), count=len(e)) for e in endings]
                   for _, endings in items]
-        found = hellaswag.judge(ROWS, scores, protocol)
+        found = hellaswag.grade(ROWS, scores, protocol)
         lengths = [[len(e) for e in endings] for _, endings in items]
         assert found['acc'] == [row['label'] == n.index(min(n)) for row, n in zip(ROWS, lengths)]
         if protocol == 'completion':
@@ -87,7 +87,7 @@ def test_a_constant_scorer_takes_the_shortest_and_the_first():
 
 
 def test_the_protocols_render_as_their_authors_do():
-    """completion: the text as it is; lm-eval: activity, capital, no brackets, one blank for two."""
+    """completion: the text as it is; lm-eval: activity, capital, no brackets, one space for two."""
     row = {**ROWS[0], 'ctx_a': 'A [title] b  c.', 'ctx_b': 'he MAY',
            'ctx': 'A [title] b  c. he MAY'}
     context, endings = hellaswag.render(row, BYTES, 'completion')
@@ -101,7 +101,7 @@ def test_the_protocols_render_as_their_authors_do():
 
 
 def test_parts_encoded_alone_are_the_whole_encoded(real, gpt2):
-    """For GPT-2's tokens, over original rows: no token reaches over the blank before an ending."""
+    """For GPT-2's tokens, over original rows: no token reaches across the space before an ending."""
     encoding = gpt2
     rows, _ = benchmarks.hellaswag(real('hellaswag/hellaswag_val_original_500.jsonl'))
     for row in rows:
@@ -119,7 +119,7 @@ def test_the_dummy_share_of_label_0(real):
     """A scorer of equal means is right where the label is 0: 2,515 of 10,042."""
     rows, _ = benchmarks.hellaswag(real('hellaswag/hellaswag_val_cleaned.jsonl'))
     scores = [[SimpleNamespace(sum=-4.0, count=1)] * 4 for _ in rows]
-    assert sum(hellaswag.judge(rows, scores, 'completion')['acc_norm']) == 2515
+    assert sum(hellaswag.grade(rows, scores, 'completion')['acc_norm']) == 2515
 
 
 def test_the_script_from_end_to_end(data, stories, tmp_path, capsys):
@@ -141,7 +141,7 @@ def test_the_script_from_end_to_end(data, stories, tmp_path, capsys):
     assert [m['items'] for m in a['measures'].values()] == [
         m['items'] for m in b['measures'].values()]
     assert a['model']['sha256'] == b['model']['sha256'] and a['tokens'] < b['tokens']
-    assert a['data']['sha256'] == fetch.digest(data)
+    assert a['data']['sha256'] == files.sha256(data)
     assert a['model']['dtype'] == 'float32' and a['versions']['torch'] == torch.__version__
     assert f"{a['measures']['acc_norm']['correct']}/12" in first and 'chance: 25 %' in first
     assert 'not known to be the official file: compare with nothing published' in first
@@ -157,8 +157,8 @@ def test_the_script_from_end_to_end(data, stories, tmp_path, capsys):
     # the live curve said of the best step what the script says of it, over the same questions
     command(hellaswag, '-m', run, f'--data={data}', '--limit=5', f'--out={tmp_path}/c.json')
     c = json.loads((tmp_path / 'c.json').read_text())
-    assert 'only the first 5: compare with nothing' in results.show(c)
-    assert results.place(c).name == 'hellaswag-completion-first5-own-data.json'
+    assert 'only the first 5: compare with nothing' in results.format_result(c)
+    assert results.result_path(c).name == 'hellaswag-completion-first5-own-data.json'
     step = int(c['model']['folder'].rpartition('_')[2])
     assert curve[step]['hellaswag'] == c['measures']['acc_norm']['value']
     assert curve[step]['hellaswag_sum'] == c['measures']['acc']['value']
@@ -232,7 +232,7 @@ def test_published_numbers_are_printed_for_official_weights_and_data(data, tmp_p
     for official, limit, shown in ((False, 0, 0), (True, 0, 2), (True, 3, 0), (True, 99, 2)):
         if official:
             monkeypatch.setattr(checkpoints, 'official_name', lambda name: 'gpt2')
-            monkeypatch.setitem(benchmarks.SOURCES, 'hellaswag', ('', fetch.digest(data), ''))
+            monkeypatch.setitem(benchmarks.SOURCES, 'hellaswag', ('', files.sha256(data), ''))
         command(hellaswag, *flags, f'--limit={limit}')
         assert capsys.readouterr().out.count('llm.c and build-nanogpt: ') == shown
 

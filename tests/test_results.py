@@ -1,4 +1,4 @@
-"""Intervals, verdicts and the JSON of results, against figures reckoned by hand or published."""
+"""Intervals, verdicts and the JSON of results, against figures computed by hand or published."""
 
 import json
 import math
@@ -27,8 +27,8 @@ def test_a_perplexity_has_the_interval_of_its_pieces():
                                                            math.exp(3 + error)))
     bits = results.per_unit(nats, [2] * 4, 'byte', bits=True)
     assert bits['value'] == pytest.approx(1.5 / math.log(2)) and bits['count'] == 8
-    assert '95 %' in results.shown(found)
-    assert '95 %' not in results.shown(results.per_unit([2.0], [1], 'word'))    # one piece: unknown
+    assert '95 %' in results.format_measure(found)
+    assert '95 %' not in results.format_measure(results.per_unit([2.0], [1], 'word'))    # one piece: unknown
 
 
 def test_the_interval_covers_the_truth_nineteen_times_in_twenty():
