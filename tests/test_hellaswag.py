@@ -14,6 +14,7 @@ from gpt import tokenizer
 import train
 from gpt.data import benchmarks
 from gpt import files
+from gpt.world import World
 from model import GPT, GPTConfig
 
 BYTES = tokenizer.byte_pairs('bytes', [])
@@ -162,6 +163,17 @@ def test_the_script_from_end_to_end(data, stories, tmp_path, capsys):
     step = int(c['model']['folder'].rpartition('_')[2])
     assert curve[step]['hellaswag'] == c['measures']['acc_norm']['value']
     assert curve[step]['hellaswag_sum'] == c['measures']['acc']['value']
+
+
+def test_the_model_may_be_on_another_device_than_the_world():
+    """As the copy that a run scores may be: rows go to where its weights are."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=BYTES.n_vocab)).eval()
+    alone = hellaswag.evaluate(model, BYTES, ROWS)
+    other = hellaswag.evaluate(model, BYTES, ROWS, world=World(device=torch.device('meta')))
+    sums = [[[score.sum for score in four] for four in answers['scores']]
+            for answers in (alone, other)]
+    assert sums[0] == sums[1] and alone['acc'] == other['acc']
 
 
 @pytest.mark.slow
