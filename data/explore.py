@@ -29,7 +29,7 @@ from gpt.settings import run, settings
 from gpt.data import benchmarks
 from gpt.data import overlap
 from gpt.data import shards
-from gpt.data.order import load_facts
+from gpt.data.shards import load_facts
 
 # -----------------------------------------------------------------------------
 name = ()               # the data set, given bare: explore.py pydocs

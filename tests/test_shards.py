@@ -2,14 +2,13 @@
 
 import json
 import os
+import random
 import shutil
 
 import numpy as np
 import pytest
-from conftest import script
 
-from gpt.data.order import load_data
-from gpt.data.shards import HEADER_BYTES, ShardWriter, Tokens, verify
+from gpt.data.shards import HEADER_BYTES, ShardWriter, Tokens, documents, load_facts, verify
 
 
 def write(folder, ids, shard_tokens=100, split='train'):
@@ -36,7 +35,7 @@ def test_the_format_is_that_of_llm_c(tmp_path):
             and shards[0]['tokens'] == 3)
 
 
-def test_reading_crosses_shards_and_goes_on_at_the_beginning(tmp_path):
+def test_reading_crosses_shards_and_wraps_around(tmp_path):
     found = tokens(tmp_path)
     assert len(found.paths) == 10 and len(found) == 1000
     assert found.read(95, 10).tolist() == list(range(95, 105))
@@ -52,7 +51,7 @@ def test_nanogpt_s_files_without_header_are_read(tmp_path):
 
 @pytest.mark.parametrize('damage, words', [
     (lambda path: path.write_bytes(path.read_bytes()[:-2]),
-     'promises 100 tokens, the file holds 99'),
+     'says 100 tokens, the file holds 99'),
     (lambda path: path.write_bytes(b'\0' * 4 + path.read_bytes()[4:]), 'not a token shard'),
     (lambda path: path.write_bytes(b''), 'not a token shard'),
     (lambda path: path.write_bytes(path.read_bytes()[:4] + b'\7' + path.read_bytes()[5:]),
@@ -72,7 +71,7 @@ def test_an_id_outside_of_the_vocabulary_is_refused(tmp_path):
         found.read(900, 100)
 
 
-def test_a_data_set_that_is_not_there_says_how_to_make_it(tmp_path):
+def test_a_missing_data_set_says_how_to_make_it(tmp_path):
     command = 'python data/prepare.py --dataset=shakespeare --tokenizer=chars'
     with pytest.raises(ValueError, match=command):
         Tokens('shakespeare_char', 'train', 65, tmp_path)
@@ -109,41 +108,76 @@ def flip(path, place):
     path.write_bytes(raw)
 
 
-def test_preparing_text_needs_no_torch():
-    code = 'import sys, data.shards, data.prepare; print([m for m in sys.modules if m == "torch"])'
-    assert script('-c', code).stdout == '[]\n'
-
-
 @pytest.mark.parametrize('text', ['[]', '{"a": 1}', '3'])
-def test_a_manifest_that_says_too_little_is_damaged(stories, tmp_path, text):
+def test_a_manifest_without_its_keys_is_damaged(stories, tmp_path, text):
     shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
     (tmp_path / 'tiny/manifest.json').write_text(text)
     with pytest.raises(ValueError, match='manifest.json is damaged'):
-        load_data('tiny', tmp_path)
+        load_facts('tiny', tmp_path)
 
 
 @pytest.mark.parametrize('name', ['manifest.json', 'tokenizer.json'])
-def test_a_set_of_which_a_part_is_missing_is_not_taken_for_another(stories, tmp_path, name):
+def test_a_data_set_with_a_file_missing_is_refused(stories, tmp_path, name):
     shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
     (tmp_path / 'tiny' / name).unlink()
     with pytest.raises(ValueError, match=f'its {name} is missing'):
-        load_data('tiny', tmp_path)
+        load_facts('tiny', tmp_path)
 
 
-def test_shards_that_changed_places_are_refused(stories, tmp_path):
+def test_swapped_shards_are_refused(stories, tmp_path):
     shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
     train, val = (tmp_path / 'tiny' / f'{split}_000000.bin' for split in ('train', 'val'))
     raw = train.read_bytes()
     train.write_bytes(val.read_bytes())
     val.write_bytes(raw)
     with pytest.raises(ValueError, match='train_000000.bin: .* the manifest has'):
-        load_data('tiny', tmp_path)
+        Tokens('tiny', 'train', 300, tmp_path)
 
 
-def test_a_shard_that_is_written_anew_is_not_read_on(tmp_path):
+def test_a_shard_written_again_is_refused(tmp_path):
     found = tokens(tmp_path)
     found.read(0, 10)
     os.utime(tmp_path / 'd/train_000000.bin', ns=(1, 1))
     found.read(500, 10)
-    with pytest.raises(ValueError, match='train_000000.bin: has been written anew'):
+    with pytest.raises(ValueError, match='train_000000.bin: was written again'):
         found.read(0, 10)
+
+
+def plain_documents(ids, eot):
+    """Lists of the ids that stand between the ids `eot`, by hand."""
+    found = [[]]
+    for i in ids:
+        if i == eot:
+            found.append([])
+        else:
+            found[-1].append(i)
+    if not found[0]:
+        return found[1:]
+    return found[:-1] if len(found) > 1 and not found[-1] else found
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 7, 10 ** 6])
+def test_documents_are_what_stands_between_the_marks(tmp_path, size):
+    """Whatever the size of the pieces, also where documents are empty or longer than one."""
+    rng = random.Random(size)
+    for trial in range(40):
+        ids = rng.choices([0, 1, 2, 3], [trial % 5, 3, 2, 1], k=rng.randrange(1, 25))
+        write(tmp_path / 'd', ids)
+        tokens = Tokens('d', 'train', 4, tmp_path)
+        assert np.concatenate(list(tokens.chunks(size))).tolist() == ids
+        found, pieces = [], []
+        for part, ends in documents(tokens, 0, size):
+            assert part.dtype == np.uint16 and len(part) < 2 * size
+            pieces += part.tolist()
+            if ends:
+                found, pieces = [*found, pieces], []
+        assert found == plain_documents(ids, 0) and not pieces
+        whole = list(documents(tokens, None, size))
+        assert np.concatenate([part for part, _ in whole]).tolist() == ids
+        assert [ends for _, ends in whole] == [False] * (len(whole) - 1) + [True]
+
+
+def test_documents_refuse_ids_outside_of_the_vocabulary(tmp_path):
+    write(tmp_path / 'd', [0, 1, 9])
+    with pytest.raises(ValueError, match='holds token id 9, the vocabulary ends at 8'):
+        list(documents(Tokens('d', 'train', 9, tmp_path), 0))

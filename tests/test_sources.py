@@ -85,7 +85,7 @@ def prepare(hub, tmp_path, *flags, check=True, **env):
 
 def prepare_all(hub, tmp_path, *lines):
     """What went wrong in each of these command lines, '' for nothing, all in one process."""
-    code = ('import sys; from configurator import configure; from data import prepare\n'
+    code = ('import sys; from gpt.settings import configure; from data import prepare\n'
             'for line in sys.argv[1:]:\n'
             '    cfg = configure(prepare.Config, line.split())\n'
             '    try:\n'
@@ -96,7 +96,7 @@ def prepare_all(hub, tmp_path, *lines):
     flags = f'--tokenizer=bytes --data_dir={tmp_path}/data'
     done = script('-c', code, *(f'{line} {flags}' for line in lines), env=hub.env)
     partly = any('openwebtext' in line for line in lines)
-    assert ('converted only the first gigabytes of it' in done.stdout) == partly
+    assert ('reading only its first gigabytes' in done.stdout) == partly
     return [line.removeprefix('ended:') for line in done.stdout.splitlines()
             if line.startswith('ended:')]
 
@@ -197,7 +197,7 @@ def test_a_shard_that_stays_wrong_is_refused_and_the_right_ones_kept(hub, tmp_pa
     real('tiktoken_cache')
     hub.altered = 10 ** 6
     done = prepare(hub, tmp_path, '--dataset=fineweb-10B', '--shards=1', check=False)
-    assert done.returncode == 2 and 'the hub promises' in done.stderr
+    assert done.returncode == 2 and 'expected' in done.stderr
     assert not (tmp_path / 'data/fineweb-10B').exists() and not list(tmp_path.rglob('*.bin'))
     done = prepare(hub, tmp_path, '--dataset=fineweb-10B', '--tokenizer=bytes', check=False)
     assert done.returncode == 2 and 'tokens of gpt2 already' in done.stderr
@@ -214,10 +214,10 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
     assert names(str(tmp_path)) == ['a.jsonl.zst', 'b.txt', 'c.md']
     assert names(f'{tmp_path}/*.txt') == ['b.txt'] and names(f'{tmp_path}/**/*.md') == ['c.md']
     assert names(f'{tmp_path}/settings.json') == ['settings.json']
-    assert sources.of_files([f'{tmp_path}/a.jsonl.zst']).name == 'a'
-    assert sources.of_files([f'{tmp_path}/*.txt']).name == tmp_path.name
+    assert sources.from_files([f'{tmp_path}/a.jsonl.zst']).name == 'a'
+    assert sources.from_files([f'{tmp_path}/*.txt']).name == tmp_path.name
     monkeypatch.setenv('HOME', str(tmp_path))               # --input=~/… is left to us by a shell
-    assert sources.of_files(['~/deep']).name == 'deep'
+    assert sources.from_files(['~/deep']).name == 'deep'
     assert sources.find('~/b.txt', (), '', tmp_path).name == 'b'
     shutil.rmtree(tmp_path / 'deep')
     with pytest.raises(ValueError, match='no such file'):

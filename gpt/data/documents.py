@@ -1,10 +1,10 @@
 """
-Files of text, read as documents, in batches of about a megabyte: their order depends on the files
-alone, and memory is bounded by the longest document that is allowed.
+Files of text, read as documents in batches of about a megabyte.
 
-A document is a .txt or .md file (or what lies between two separators in it), a line of .jsonl, a
-row of .parquet; .gz and .zst are unpacked on the way. Batches hold bytes: to parse and decode them
-is left to texts(), for other processes to do.
+A document is a .txt or .md file (or a part of it between separators), a line of .jsonl, or a row
+of .parquet; .gz and .zst are decompressed. The order of the documents depends on the files alone;
+memory is bounded by the longest document allowed. Batches hold bytes: texts() parses and decodes
+them, in another process if wanted.
 """
 
 import ast
@@ -13,20 +13,23 @@ import inspect
 import json
 import re
 import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
-PACKED = ('.gz', '.zst')
-SUFFIXES = tuple(kind + packed for packed in ('', *PACKED) for kind in ('.txt', '.md', '.jsonl')
+COMPRESSED = ('.gz', '.zst')
+SUFFIXES = tuple(kind + packed for packed in ('', *COMPRESSED) for kind in ('.txt', '.md', '.jsonl')
                  ) + ('.parquet',)
 EXPECTED = '.txt, .md or .jsonl (these also as .gz or .zst) or .parquet'
 BATCH_BYTES = 2 ** 20
 BOM = b'\xef\xbb\xbf'
-TOO_LONG = 'over max_document_mb'
-ARRAY = "expected one object a line, as jq -c '.[]' makes of an array and jq -c . of objects"
-MARKED = 'with <|endoftext|> as text'
-WRAP_SLACK = 6                  # characters: lines were not always broken as late as possible
+ONE_PER_LINE = "expected one object per line (jq -c '.[]' converts an array, jq -c . objects)"
+WRAP_SLACK = 6                  # characters: lines are not always broken as late as possible
+
+TOO_LONG = 'over max_document_mb'                   # remarks, counted by texts()
+HAS_EOT = 'with <|endoftext|> as text'
+REPAIRED = 'repaired with U+FFFD'
 
 
 class Options(NamedTuple):
@@ -34,83 +37,104 @@ class Options(NamedTuple):
     text_key: str = 'text'          # the field or column that holds the text
     separator: str = ''             # ends a document within .txt and .md; '': a file is a document
     max_bytes: int = 64 * 2 ** 20   # a longer document (or line of .jsonl) is left out
-    errors: str = 'strict'          # 'strict', 'skip' or 'replace', see prepare.py
-    begins: str = ''                # a row of .parquet that matches begins a document; '': any
-    unwrap: bool = False            # one paragraph a line, see unwrapped()
+    errors: str = 'strict'          # 'strict', 'skip' or 'replace', see data/prepare.py
+    begins: str = ''                # pattern of a .parquet row that begins a document; '': any row
+    unwrap: bool = False            # one paragraph per line, see unwrapped()
+
+
+class Position(NamedTuple):
+    """Where reading starts or resumes."""
+    file: int                       # index of the file
+    offset: int                     # bytes (after decompression) or rows before it
+    number: int                     # documents of the file before it
 
 
 class Batch(NamedTuple):
-    """Documents that follow one another, not decoded yet."""
-    raws: list                      # the bytes of each
-    names: object                   # of each: a list, or what stands before its number
-    first: int                      # number of documents before these in the file
-    after: tuple                    # (file, offset, number) where reading goes on behind these
+    """Consecutive documents, not decoded yet."""
+    raws: list[bytes]
+    after: Position                 # where reading resumes after these
+    names: Sequence[str] = ()       # of each document; (): `label` and its number
+    label: str = ''
+    first: int = 0                  # documents of the file before these
     is_json: bool = False           # each is a line of JSON that holds the text
-    left_out: tuple = ()            # (what, name) of documents that were passed over before them
+    left_out: tuple = ()            # (remark, name) of documents left out before these
 
-    def name(self, i):
-        return self.names[i] if type(self.names) is list else f'{self.names}{self.first + i + 1}'
+    def name(self, i: int) -> str:
+        return self.names[i] if self.names else f'{self.label}{self.first + i + 1}'
 
-    def size(self):
+    def size(self) -> int:
         return sum(map(len, self.raws))
 
 
-def batches(files, start, options, path_of):
-    """Batches of the documents in `files` from `start`, the `after` of an earlier batch, on.
+class BadDocument(ValueError):
+    """A document that cannot be read: (remark, error message)."""
 
-    A file has a name, and path_of(i) says where the i-th lies. Raises ValueError for one that is
-    not what its name says.
+
+def batches(files: Sequence, start: Position, options: Options,
+            path_of: Callable[[int], Path]) -> Iterator[Batch]:
+    """Batches of the documents in `files`, from `start` on.
+
+    files: each has a `name`, and path_of(i) is the path of the i-th. Raises ValueError for a file
+    that is not what its name says.
     """
-    index, offset, number = start
-    small = []                                  # batches of files that are a document each
-    for i in range(index, len(files)):
-        for batch in read(files[i].name, path_of(i), options, i, offset, number):
-            if type(batch.names) is list:
+    start, small = Position(*start), []             # small: of one file each, to be joined
+    for i in range(start.file, len(files)):
+        if i > start.file:
+            start = Position(i, 0, 0)
+        for batch in read(files[i].name, path_of(i), options, start):
+            if not batch.label:
                 small.append(batch)
-            if small and (small[-1] is not batch or len(small) == 1024 or
-                          sum(one.size() for one in small) >= BATCH_BYTES):
+            full = len(small) == 1024 or sum(part.size() for part in small) >= BATCH_BYTES
+            if small and (batch.label or full):
                 yield joined(small)
                 small = []
-            if type(batch.names) is not list:
+            if batch.label:
                 yield batch
-        offset = number = 0
     if small:
         yield joined(small)
 
 
-def joined(small):
-    return Batch([raw for one in small for raw in one.raws],
-                 [name for one in small for name in one.names], 0, small[-1].after,
-                 left_out=tuple(what for one in small for what in one.left_out))
+def joined(small: list[Batch]) -> Batch:
+    return Batch([raw for batch in small for raw in batch.raws], small[-1].after,
+                 [name for batch in small for name in batch.names],
+                 left_out=tuple(remark for batch in small for remark in batch.left_out))
 
 
-def read(name, path, options, i, offset, number):
-    """Batches of file `i`, from its document `number` at `offset` (bytes, or rows) on."""
-    kind = Path(name.lower().removesuffix('.gz').removesuffix('.zst')).suffix
-    is_json, end = kind in ('.jsonl', '.json'), (i + 1, 0, 0)
+def read(name: str, path: Path, options: Options, start: Position) -> Iterator[Batch]:
+    """Batches of one file, from `start` on."""
+    kind, after = kind_of(name), Position(start.file + 1, 0, 0)
     if kind == '.parquet':
-        yield from parquet_batches(name, path, options, i, offset)
+        yield from parquet_batches(name, path, options, start)
     elif kind == '.py':
         raws = [text.encode() for text in python_documents(path) if text]
-        yield Batch(raws, [name] * len(raws), 0, end)
-    elif is_json or options.separator:
-        yield from parted_batches(name, path, is_json, options, i, offset, number)
+        yield Batch(raws, after, [name] * len(raws))
+    elif is_lines(name) or options.separator:
+        yield from separated_batches(name, path, options, start)
     else:
         with opened(name, path) as file:
             raw = file.read(options.max_bytes + len(BOM) + 1).removeprefix(BOM)
         if len(raw) > options.max_bytes:
-            yield Batch([], [], 0, end, left_out=((TOO_LONG, name),))
+            yield Batch([], after, left_out=((TOO_LONG, name),))
         else:
-            yield Batch([raw], [name], 0, end)
+            yield Batch([raw], after, [name])
+
+
+def kind_of(name: str) -> str:
+    """The suffix of a file name, lower case, without that of a compression."""
+    return Path(name.lower().removesuffix('.gz').removesuffix('.zst')).suffix
+
+
+def is_lines(name: str) -> bool:
+    return kind_of(name) in ('.jsonl', '.json')
 
 
 @contextmanager
-def opened(name, path):
-    """The bytes of a file, unpacked if need be; damage in it is a ValueError that names it."""
-    packed = Path(name.lower()).suffix
-    if packed == '.gz':
+def opened(name: str, path: Path) -> Iterator[IO[bytes]]:
+    """A file open for reading, decompressed; a damaged one raises ValueError with its name."""
+    compression = Path(name.lower()).suffix
+    if compression == '.gz':
         file = gzip.open(path)
-    elif packed == '.zst':
+    elif compression == '.zst':
         import pyarrow
         file = pyarrow.input_stream(str(path), compression='zstd')
     else:
@@ -119,47 +143,59 @@ def opened(name, path):
         with file:
             yield file
     except (EOFError, zlib.error, OSError) as error:
-        if packed not in PACKED:
+        if compression not in COMPRESSED:
             raise
-        raise ValueError(f'{name}: cannot be unpacked, damaged or cut off: {error}') from None
+        raise ValueError(f'{name}: damaged or truncated ({error}); get it again') from None
 
 
-def parted_batches(name, path, is_json, options, i, offset, number):
-    """Batches of the lines of a .jsonl, or of what options.separator parts."""
+# Lines, and parts between separators.
+
+def separated_batches(name: str, path: Path, options: Options, start: Position) -> Iterator[Batch]:
+    """Batches of the lines of a .jsonl, or of the parts between options.separator."""
+    is_json, (_, offset, number) = is_lines(name), start
     separator = b'\n' if is_json else options.separator.encode()
-    label, width = f'{name}:' if is_json else f'{name}: document ', len(separator)
+    label = f'{name}:' if is_json else f'{name}: document '
+    pending, too_long = bytearray(), False          # read from `offset` on, without a separator
     with opened(name, path) as file:
-        skip(file, offset)
-        held, too_long = bytearray(), False     # what was read from `offset` on, of which document
+        seek(file, offset)
         while chunk := file.read(BATCH_BYTES):
-            if not offset and not held and chunk.startswith(BOM):
+            if not offset and not pending and chunk.startswith(BOM):
                 chunk, offset = chunk[len(BOM):], len(BOM)
-            held += chunk
-            if held.find(separator, max(0, len(held) - len(chunk) - width + 1)) < 0:
-                too_long = too_long or len(held) > options.max_bytes + width
-                if too_long:                    # dropped, but for what may begin a separator
-                    cut = len(held) - width + 1
-                    del held[:cut]
-                    offset += cut
+            pending += chunk
+            if pending.find(separator, max(0, len(pending) - len(chunk) - len(separator) + 1)) < 0:
+                too_long = too_long or len(pending) > options.max_bytes + len(separator)
+                if too_long:                        # keep only what may begin a separator
+                    excess = len(pending) - len(separator) + 1
+                    del pending[:excess]
+                    offset += excess
                 continue
-            raws = bytes(held).split(separator)
-            offset += len(held) - len(raws[-1])
-            held, first, number = bytearray(raws.pop()), number, number + len(raws)
-            yield batch_of_parts(raws, label, first, (i, offset, number), is_json, too_long)
-            too_long = False
-    if held or too_long:
-        alone = () if number or is_json else (('without the separator', name),)
-        yield batch_of_parts([bytes(held)], label, number, (i + 1, 0, 0), is_json, too_long, alone)
+            raws = bytes(pending).split(separator)
+            pending = bytearray(raws.pop())
+            offset += sum(map(len, raws)) + len(separator) * len(raws)
+            after = Position(start.file, offset, number + len(raws))
+            yield without_too_long(Batch(raws, after, (), label, number, is_json), too_long)
+            number, too_long = after.number, False
+    if pending or too_long:
+        no_separator = not number and not is_json
+        last = Batch([bytes(pending)], Position(start.file + 1, 0, 0), (), label, number, is_json,
+                     (('without the separator', name),) if no_separator else ())
+        yield without_too_long(last, too_long)
 
 
-def batch_of_parts(raws, label, first, after, is_json, too_long, left_out=()):
-    if too_long:                                # only the end of it is there
-        raws, first, left_out = raws[1:], first + 1, ((TOO_LONG, f'{label}{first + 1}'),)
-    return Batch([raw.strip(b'\r\n') for raw in raws], label, first, after, is_json, left_out)
+def without_too_long(batch: Batch, too_long: bool) -> Batch:
+    """The batch with line ends stripped, and without its first document if that is too long.
+
+    Only the end of that document was kept.
+    """
+    raws = [raw.strip(b'\r\n') for raw in batch.raws]
+    if not too_long:
+        return batch._replace(raws=raws)
+    return batch._replace(raws=raws[1:], first=batch.first + 1,
+                          left_out=((TOO_LONG, batch.name(0)),))
 
 
-def skip(file, offset):
-    """Go on behind the first `offset` bytes."""
+def seek(file: IO[bytes], offset: int) -> None:
+    """Move to `offset`, also in a stream that cannot seek."""
     if file.seekable():
         file.seek(offset)
         return
@@ -167,53 +203,58 @@ def skip(file, offset):
         offset -= len(chunk)
 
 
-def parquet_batches(name, path, options, i, first):
-    """Batches of the rows from `first` on; a row group's text is held at most."""
+# Parquet.
+
+def parquet_batches(name: str, path: Path, options: Options, start: Position) -> Iterator[Batch]:
+    """Batches of rows; at most the text of one row group is in memory."""
     from pyarrow import ArrowException, parquet
-    key, end = options.text_key, (i + 1, 0, 0)
+    key = options.text_key
     try:
         with parquet.ParquetFile(path) as table:
             columns = {field.name: str(field.type) for field in table.schema_arrow}
             if re.match('(dictionary<values=)?(large_)?string', columns.get(key, '')):
-                found = column_batches(table, name, key, i, first)
-                yield from regrouped(found, options.begins, i, first) if options.begins else found
+                rows = row_batches(table, name, key, start)
+                yield from joined_rows(rows, options.begins, start) if options.begins else rows
                 return
     except (ArrowException, OSError) as error:
-        raise ValueError(f'{name}: not a parquet file, or a damaged one ({error})') from None
+        raise ValueError(f'{name}: not a parquet file, or damaged ({error})') from None
     if options.errors != 'skip':
-        why = (f'{key} is {columns[key]}, expected a text (string)' if key in columns else
-               f"no column {key!r} among {', '.join(columns)}")
-        raise ValueError(f'{name}: {why}; --text_key names another, --errors=skip leaves such '
-                         f'files out')
-    yield Batch([], f'{name}: row ', 0, end, left_out=((f'files without {key}', name),))
+        problem = f'no column {key!r} among {", ".join(columns)}'
+        if key in columns:
+            problem = f'{key} is {columns[key]}, expected a string'
+        raise ValueError(f'{name}: {problem}; --text_key names another column, --errors=skip '
+                         f'leaves such files out')
+    yield Batch([], Position(start.file + 1, 0, 0), label=f'{name}: row ',
+                left_out=((f'files without {key}', name),))
 
 
-def column_batches(table, name, key, i, first):
+def row_batches(table: Any, name: str, key: str, start: Position) -> Iterator[Batch]:
+    """Batches of column `key`, of about BATCH_BYTES and within a row group."""
     import pyarrow
     row, rows = 0, table.metadata.num_rows
-    for group in range(table.num_row_groups):
-        about = table.metadata.row_group(group)
-        if row + about.num_rows <= first:
-            row += about.num_rows
+    for i in range(table.num_row_groups):
+        group = table.metadata.row_group(i)
+        if row + group.num_rows <= start.offset:
+            row += group.num_rows
             continue
-        size = BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)
-        for part in table.iter_batches(min(max(1, size), 2 ** 16), row_groups=[group],
-                                       columns=[key]):
-            column = part.column(0)[max(0, first - row):]
+        size = BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
+        size = min(max(1, size), 2 ** 16)
+        for part in table.iter_batches(size, row_groups=[i], columns=[key]):
+            column = part.column(0)[max(0, start.offset - row):]
             row += len(part)
             if not len(column):
                 continue
             if pyarrow.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             raws = [raw or b'' for raw in column.cast(pyarrow.large_binary()).to_pylist()]
-            yield Batch(raws, f'{name}: row ', row - len(raws),
-                        (i, row, row) if row < rows else (i + 1, 0, 0))
+            after = Position(start.file, row, row) if row < rows else Position(start.file + 1, 0, 0)
+            yield Batch(raws, after, label=f'{name}: row ', first=row - len(raws))
 
 
-def regrouped(found, begins, i, first):
-    """Rows joined to documents, each from a row that matches `begins` to before the next one."""
-    pattern, rows, row, name = re.compile(begins.encode()), [], first, ''
-    for batch in found:
+def joined_rows(batches: Iterator[Batch], begins: str, start: Position) -> Iterator[Batch]:
+    """Rows joined to documents; a row that matches `begins` starts the next one."""
+    pattern, rows, row, name = re.compile(begins.encode()), [], start.offset, ''
+    for batch in batches:
         raws, names = [], []
         for k, raw in enumerate(batch.raws):
             if rows and pattern.match(raw):
@@ -223,17 +264,19 @@ def regrouped(found, begins, i, first):
             if not rows:
                 row, name = batch.first + k, batch.name(k)
             rows.append(raw)
-        yield Batch(raws, names, 0, (i, row, row))
-    yield Batch([b''.join(rows)], [name], 0, (i + 1, 0, 0))
+        yield Batch(raws, Position(start.file, row, row), names)
+    yield Batch([b''.join(rows)], Position(start.file + 1, 0, 0), [name])
 
 
-def python_documents(file):
-    """The docstrings of the module `file`, joined, or each topic of pydoc_data.topics;
-    nothing is imported."""
+def python_documents(file: Path) -> Iterator[str]:
+    """The docstrings of the module `file`, joined; of pydoc_data.topics, each topic.
+
+    Nothing is imported.
+    """
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
-        return                                                      # a deliberately broken example
+        return                                      # broken on purpose, as an example
     if file.parts[-2:] == ('pydoc_data', 'topics.py'):
         for node in tree.body:
             if isinstance(node, ast.Assign):
@@ -247,99 +290,115 @@ def python_documents(file):
 
 # From a batch to its texts.
 
-def texts(batch, options, counts):
+def texts(batch: Batch, options: Options, counts: dict[str, list]) -> Iterator[tuple[str, bytes]]:
     """(text, the same as UTF-8) of every document of `batch` that has text.
 
-    What was left out or mended is counted in `counts`: {what: [how many, where the first]}.
-    Raises ValueError, naming file and line, for what options.errors does not forgive.
+    counts: {remark: [how many, name of the first]}, to which documents left out or repaired are
+    added. Raises ValueError with file and line for what options.errors does not allow.
     """
-    for what, name in batch.left_out:
-        note(counts, what, name)
+    for remark, name in batch.left_out:
+        count(counts, remark, name)
     for i, raw in enumerate(batch.raws):
         if batch.is_json and not raw.strip():
-            continue                            # an empty line
-        if len(raw) > options.max_bytes:
-            note(counts, TOO_LONG, batch.name(i))
-            continue
+            continue                                # an empty line
         try:
-            text, whole = decoded(raw, options.errors)
-            text = field(text, options.text_key) if batch.is_json else text
-        except ValueError as error:
-            what, message = error.args
+            text, raw, remarks = parsed(raw, batch.is_json, options)
+        except BadDocument as error:
+            remark, message = error.args
             if options.errors != 'skip':
                 raise ValueError(f'{batch.name(i)}: {message}') from None
-            note(counts, what, batch.name(i))
-            continue
-        text = unwrapped(text) if options.unwrap else text
-        if not text:
-            note(counts, 'empty', batch.name(i))
-            continue
+            text, remarks = '', [remark]
+        for remark in remarks:
+            count(counts, remark, batch.name(i))
+        if text:
+            yield text, raw
+
+
+def parsed(raw: bytes, is_json: bool, options: Options) -> tuple[str, bytes, list[str]]:
+    """(text, the same as UTF-8, remarks) of a document; text '' leaves it out."""
+    if len(raw) > options.max_bytes:
+        return '', b'', [TOO_LONG]
+    text, intact = decoded(raw, options.errors)
+    if is_json:
+        text = json_text(text, options.text_key)
+    if options.unwrap:
+        text = unwrapped(text)
+    if not text:
+        return '', b'', ['empty']
+    if is_json or options.unwrap or not intact:
         try:
-            raw = raw if whole and not batch.is_json and not options.unwrap else text.encode()
-        except UnicodeEncodeError:              # lone surrogates, which UTF-8 has no form for
+            raw = text.encode()
+        except UnicodeEncodeError:                  # lone surrogates, which UTF-8 cannot encode
             text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-            raw, whole = text.encode(), False
-        if not whole:
-            note(counts, 'mended with U+FFFD', batch.name(i))
-        if b'\0' in raw:
-            note(counts, 'with NUL bytes, kept', batch.name(i))
-        if b'<|endoftext|>' in raw:
-            note(counts, MARKED, batch.name(i))
-        yield text, raw
+            raw, intact = text.encode(), False
+    remarks = []
+    if not intact:
+        remarks.append(REPAIRED)
+    if b'\0' in raw:
+        remarks.append('with NUL bytes, kept')
+    if b'<|endoftext|>' in raw:
+        remarks.append(HAS_EOT)
+    return text, raw, remarks
 
 
-def unwrapped(text):
-    """Text of lines broken at a width, as books of Project Gutenberg are, as a paragraph a line.
+def unwrapped(text: str) -> str:
+    """Text of lines broken at a width, as in books of Project Gutenberg, with a paragraph per line.
 
-    A paragraph ends before an empty line, and where a line ends early: the next line's first word
-    would have had room on it, and what it ends with is no comma and no small letter. Text of longer
-    lines than 100 characters (nine in ten are no longer) loses its empty lines only.
+    A paragraph ends before an empty line, and where a line ends early: the first word of the next
+    line would have fitted, and the line ends in neither a comma nor a small letter. Text with
+    lines over 100 characters (nine in ten are shorter) only loses its empty lines.
     """
     lines = [' '.join(line.split()) for line in text.splitlines()]
     lengths = sorted(len(line) for line in lines if line)
     width = lengths[len(lengths) * 9 // 10] if lengths else 0
     if width > 100:
         return '\n'.join(line for line in lines if line)
-    paragraphs, goes_on = [], False
+    paragraphs, continues = [], False
     for line, following in zip(lines, [*lines[1:], '']):
-        if line and goes_on:
+        if line and continues:
             paragraphs[-1] += ' ' + line
         elif line:
             paragraphs.append(line)
-        room = width - WRAP_SLACK - len(line)
-        goes_on = bool(following) and (len(following.split()[0]) >= room or
-                                       re.search('[a-z,]$', line) is not None) and bool(line)
+        continues = False
+        if line and following:
+            room = width - WRAP_SLACK - len(line)
+            no_room = len(following.split()[0]) >= room
+            continues = no_room or re.search('[a-z,]$', line) is not None
     return '\n'.join(paragraphs)
 
 
-def note(counts, what, name):
-    counts.setdefault(what, [0, name])[0] += 1
+def count(counts: dict[str, list], remark: str, name: str) -> None:
+    counts.setdefault(remark, [0, name])[0] += 1
 
 
-def decoded(raw, errors):
-    """(text, whether it is all that was there)."""
+def decoded(raw: bytes, errors: str) -> tuple[str, bool]:
+    """(text, whether all of it was UTF-8)."""
     try:
         return raw.decode(), True
     except UnicodeDecodeError as error:
         if errors == 'replace':
             return raw.decode(errors='replace'), False
-        it_may_be = 'utf-16' if raw[:2] in (b'\xff\xfe', b'\xfe\xff') else 'latin1'
-        raise ValueError('not UTF-8', f'byte {raw[error.start]:#04x} at {error.start:,} is not '
-                         f'UTF-8; convert it, as in: iconv -f {it_may_be} -t utf-8, or give '
-                         f'--errors=replace or --errors=skip') from None
+        encoding = 'utf-16' if raw[:2] in (b'\xff\xfe', b'\xfe\xff') else 'latin1'
+        raise BadDocument('not UTF-8', f'byte {raw[error.start]:#04x} at {error.start:,} is not '
+                          f'UTF-8; convert it (iconv -f {encoding} -t utf-8), or give '
+                          f'--errors=replace or --errors=skip') from None
 
 
-def field(line, text_key):
+def json_text(line: str, text_key: str) -> str:
     """The text in a line of JSON, '' for null."""
     try:
         text = json.loads(line)[text_key]
     except (ValueError, RecursionError) as error:   # RecursionError: thousands of brackets
-        words = f'not JSON: {error}' + f'; {ARRAY}' * (line.strip() in ('[', '{'))
-        raise ValueError('not JSON', words) from None
+        message = f'not JSON: {error}'
+        if line.strip() in ('[', '{'):
+            message += f'; {ONE_PER_LINE}'
+        raise BadDocument('not JSON', message) from None
     except (KeyError, TypeError):
-        raise ValueError(f'without {text_key}', ARRAY if line.startswith('[') else
-                         f'no field {text_key!r} here; --text_key names another') from None
+        message = f'no field {text_key!r}; --text_key names another'
+        if line.startswith('['):
+            message = ONE_PER_LINE
+        raise BadDocument(f'without {text_key}', message) from None
     if not isinstance(text, str | None):
-        raise ValueError(f'with a {text_key} that is no text',
-                         f'{text_key} is {type(text).__name__}, expected a text')
+        raise BadDocument(f'with a {text_key} that is not a string',
+                          f'{text_key} is {type(text).__name__}, expected a string')
     return text or ''

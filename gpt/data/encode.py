@@ -1,8 +1,8 @@
 """
-Documents to tokens, here or in several processes, and which of them are validation.
+Documents to tokens, in this process or several, and which documents are validation.
 
-Processes get batches of bytes and give back bytes of uint16; what comes of them, and in which
-order, does not depend on how many there are.
+Worker processes take batches of bytes and return uint16 as bytes. Results and their order do not
+depend on the number of processes.
 """
 
 import hashlib
@@ -11,18 +11,41 @@ import os
 import signal
 import threading
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
 
 from gpt.data import documents
 from gpt.tokenizer import encode_documents, load
 
 IN_FLIGHT_BYTES = 2 ** 26   # of batches that wait for a process or for being written
-SHARED = {}                 # what a process needs for every batch, see begin()
+WORKER = {}                 # what a process needs for every batch, see begin()
 
 
-def tokenized(batches, workers, *setup):
-    """(after, {split: (ids, tokens, documents, bytes)}, counts) of every batch, in order."""
+class SplitRule(NamedTuple):
+    """The rule by which a document is train or validation."""
+    seed: int
+    val_fraction: float
+    threshold: float        # of document_hash(): lower ones are validation; 0: cut one document
+
+
+class Encoded(NamedTuple):
+    """The part of a batch in one split."""
+    ids: bytes              # uint16
+    tokens: int
+    documents: int
+    bytes: int              # of the text as UTF-8
+
+
+def tokenized(batches: Iterable[documents.Batch], workers: int, vocabulary: Path,
+              options: documents.Options, rule: SplitRule) -> Iterator[tuple]:
+    """(after, {'train': Encoded, 'val': Encoded}, counts) of every batch, in order.
+
+    vocabulary: a tokenizer.json. counts: see documents.texts().
+    """
+    setup = vocabulary, options, rule
     if workers == 1:
         begin(*setup)
         yield from map(tokenize, batches)
@@ -32,30 +55,38 @@ def tokenized(batches, workers, *setup):
                              setup) as pool:
         try:
             for batch in batches:
-                while waiting and (len(waiting) > 3 * workers or
-                                   in_flight + batch.size() > IN_FLIGHT_BYTES):
-                    size, future = waiting.popleft()
+                size = batch.size()
+                while waiting and (len(waiting) > 3 * workers
+                                   or in_flight + size > IN_FLIGHT_BYTES):
+                    done, future = waiting.popleft()
                     yield result_of(future, pool)
-                    in_flight -= size
-                before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # for processes that begin
-                try:
-                    waiting.append((batch.size(), pool.submit(tokenize, batch)))
-                finally:
-                    signal.signal(signal.SIGINT, before)
-                in_flight += batch.size()
+                    in_flight -= done
+                waiting.append((size, submit(pool, batch)))
+                in_flight += size
             while waiting:
                 yield result_of(waiting.popleft()[1], pool)
         except BrokenProcessPool:
-            raise ChildProcessError('a process that tokenizes was killed (for want of memory?); '
-                                    'give fewer --workers, or a smaller --max_document_mb'
-                                    ) from None
+            raise ChildProcessError('a worker process was killed (out of memory?); give fewer '
+                                    '--workers or a smaller --max_document_mb') from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def result_of(future, pool):
-    """A process that is killed within its answer would be waited for without end: hence the look
-    at all of them every second."""
+def submit(pool: ProcessPoolExecutor, batch: documents.Batch) -> Future:
+    """Submit a batch; a process that starts for it ignores Ctrl-C, which is the parent's."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return pool.submit(tokenize, batch)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def result_of(future: Future, pool: ProcessPoolExecutor) -> tuple:
+    """The result of a submitted batch.
+
+    The pool would wait forever for a process killed while it sends a result, so all of them are
+    checked every second.
+    """
     while True:
         try:
             return future.result(timeout=1)
@@ -64,76 +95,80 @@ def result_of(future, pool):
             if not all(process.is_alive() for process in processes):
                 for process in processes:
                     process.kill()
-                pool._result_queue._writer.close()      # else half an answer is waited for here
+                pool._result_queue._writer.close()      # else the rest of the result is awaited
                 raise BrokenProcessPool from None
-        except ValueError as error:             # raised there, to be shown as one of ours
+        except ValueError as error:             # raised here, it is reported as one of ours
             raise ValueError(str(error)) from None
 
 
-def begin_process(*setup):
-    """The first thing in a process of its own; it ends when its parent is gone, however it went."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def begin_process(*setup) -> None:
+    """Set up a worker process, which exits as soon as its parent is gone."""
+    threading.Thread(target=exit_after_parent, daemon=True).start()
     begin(*setup)
 
 
-def begin(vocabulary, options, rule):
-    SHARED.update(enc=load(vocabulary), options=options, rule=rule)
+def exit_after_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-def tokenize(batch):
-    rule, found, counts = SHARED['rule'], {'train': ([], []), 'val': ([], [])}, {}
-    for text, raw in documents.texts(batch, SHARED['options'], counts):
-        for split, part, size in divide(text, raw, rule):
-            texts, sizes = found[split]
-            texts.append(part)
-            sizes.append(size)
+def begin(vocabulary: Path, options: documents.Options, rule: SplitRule) -> None:
+    WORKER.update(encoding=load(vocabulary), options=options, rule=rule)
+
+
+def tokenize(batch: documents.Batch) -> tuple:
+    """What tokenized() yields of one batch."""
+    texts, sizes, counts = {'train': [], 'val': []}, {'train': 0, 'val': 0}, {}
+    for text, raw in documents.texts(batch, WORKER['options'], counts):
+        for split, part, size in divide(text, raw, WORKER['rule']):
+            texts[split].append(part)
+            sizes[split] += size
     made = {}
-    for split, (texts, sizes) in found.items():
-        ids = encode_documents(SHARED['enc'], texts)
-        made[split] = (ids.tobytes(), len(ids), len(sizes), sum(sizes))
+    for split in texts:
+        ids = encode_documents(WORKER['encoding'], texts[split])
+        made[split] = Encoded(ids.tobytes(), len(ids), len(texts[split]), sizes[split])
     return batch.after, made, counts
 
 
-def cores():
-    """How many this process may use."""
+def cores() -> int:
+    """The number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
-# Which documents are validation: those whose hash is small, so that adding documents moves none,
-# and a text that comes twice is on one side only.
+# Documents with a small hash are validation: adding documents moves none, and equal texts are in
+# the same split.
 
-def document_hash(raw, seed):
+def document_hash(raw: bytes, seed: int) -> float:
     """A number from 0 to 1 that depends on (seed, text as UTF-8) alone."""
-    drawn = hashlib.blake2b(f'{seed}:'.encode(), digest_size=8)
-    drawn.update(raw)
-    return int.from_bytes(drawn.digest()) / 2 ** 64
+    digest = hashlib.blake2b(f'{seed}:'.encode(), digest_size=8)
+    digest.update(raw)
+    return int.from_bytes(digest.digest()) / 2 ** 64
 
 
-def val_threshold(texts, rule):
-    """Documents with a hash below it are validation: val_fraction,
-    unless one side would be empty then.
+def val_threshold(raws: Iterable[bytes], seed: int, val_fraction: float) -> float | None:
+    """The document_hash() below which a document (text as UTF-8) is validation.
 
-    0 for a corpus of one (distinct) document, which is split by position; None for one of none.
-    Reads until a document of each side was seen.
+    val_fraction, unless one split would be empty; 0 for a corpus of one distinct document, which
+    is split by position; None for an empty one. Reads until it has seen a document of each split.
     """
-    lowest, fraction = [], rule['val_fraction']     # the two lowest hashes, and the highest
-    highest = -1.0
-    for _, raw in texts:
-        drawn = document_hash(raw, rule['seed'])
-        lowest, highest = sorted({*lowest, drawn})[:2], max(highest, drawn)
-        if lowest[0] < fraction <= highest:
-            return fraction
+    lowest, highest = [], -1.0                      # the two lowest hashes, and the highest
+    for raw in raws:
+        value = document_hash(raw, seed)
+        lowest, highest = sorted({*lowest, value})[:2], max(highest, value)
+        if lowest[0] < val_fraction <= highest:
+            return val_fraction
     if not lowest:
         return None
-    return 0.0 if len(lowest) == 1 else highest if highest < fraction else lowest[1]
+    if len(lowest) == 1:
+        return 0.0
+    return highest if highest < val_fraction else lowest[1]
 
 
-def divide(text, raw, rule):
-    """[(split, text, its bytes)] of one document, given also as UTF-8."""
-    if rule['threshold'] == 0.0:
-        cut = int(len(text) * (1 - rule['val_fraction']))
+def divide(text: str, raw: bytes, rule: SplitRule) -> list[tuple[str, str, int]]:
+    """[('train' or 'val', text, its bytes)] of one document; `raw` is the text as UTF-8."""
+    if rule.threshold == 0.0:
+        cut = int(len(text) * (1 - rule.val_fraction))
         parts = ('train', text[:cut]), ('val', text[cut:])
         return [(split, part, len(part.encode())) for split, part in parts]
-    below = document_hash(raw, rule['seed']) < rule['threshold']
-    return [('val' if below else 'train', text, len(raw))]
+    is_val = document_hash(raw, rule.seed) < rule.threshold
+    return [('val' if is_val else 'train', text, len(raw))]

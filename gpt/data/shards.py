@@ -1,10 +1,10 @@
 """
-The format of prepared text, both ways, and what tells whether it is whole.
+The format of prepared text: writing, reading, verifying.
 
 A data set is a folder data/NAME:
 
     manifest.json     what it was made from, its tokenizer, tokens and sha256 of every shard
-    tokenizer.json    the vocabulary, as Hugging Face keeps one
+    tokenizer.json    the vocabulary, in Hugging Face's format
     train_000000.bin  shards: 256 little-endian int32 (magic 20240520, version 1, number of tokens,
     val_000000.bin    zeros), then that many uint16 token ids; the format of llm.c and its family
 
@@ -14,39 +14,49 @@ nanoGPT's train.bin and val.bin, uint16 without a header, are read as well.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import tiktoken
+
+from gpt import tokenizer
+from gpt.files import ROOT
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
-DATA_DIR = Path(__file__).resolve().parents[2] / 'data'
+DATA_DIR = ROOT / 'data'
 
 
 class ShardWriter:
-    """Writes one split into shards of shard_tokens tokens; memory does not grow with either.
+    """Writes one split into shards of shard_tokens tokens, in constant memory.
 
-    `state` of an earlier writer goes on behind what that one had synced.
+    state: what sync() of an earlier writer returned, to resume there.
     """
 
-    def __init__(self, folder, split, shard_tokens, eot=None, state=None):
+    def __init__(self, folder: str | Path, split: str, shard_tokens: int, eot: int | None = None,
+                 state: dict | None = None):
         self.folder, self.split = Path(folder), split
         self.shard_tokens, self.eot = shard_tokens, eot
-        self.shards, self.file, self.count = [], None, 0
+        self.shards, self.file, self.count = [], None, 0    # count: tokens in the open shard
         if state:
-            self.shards, self.count = list(state['shards']), state['count']
-            for path in self.folder.glob(f'{split}_*.bin'):         # written after that
-                if int(path.stem.rpartition('_')[2]) >= len(self.shards) + bool(self.count):
-                    path.unlink()
-            if self.count:
-                self.file = open(self.path(), 'r+b')
-                self.file.truncate(HEADER_BYTES + 2 * self.count)
-                self.file.seek(0, os.SEEK_END)
+            self.resume(state)
 
-    def path(self):
+    def resume(self, state: dict) -> None:
+        self.shards, self.count = list(state['shards']), state['count']
+        kept = len(self.shards) + bool(self.count)
+        for path in self.folder.glob(f'{self.split}_*.bin'):
+            if int(path.stem.rpartition('_')[2]) >= kept:           # written after sync()
+                path.unlink()
+        if self.count:
+            self.file = open(self.path(), 'r+b')
+            self.file.truncate(HEADER_BYTES + 2 * self.count)
+            self.file.seek(0, os.SEEK_END)
+
+    def path(self) -> Path:
         return self.folder / f'{self.split}_{len(self.shards):06d}.bin'
 
-    def write(self, ids):
-        """Append ids (uint16 array), going on in a new shard whenever one is full."""
+    def write(self, ids: np.ndarray) -> None:
+        """Append ids (uint16), in a new shard whenever one is full."""
         while len(ids):
             if self.file is None:
                 self.file, self.count = open(self.path(), 'w+b'), 0
@@ -57,16 +67,15 @@ class ShardWriter:
             if self.count == self.shard_tokens:
                 self.close()
 
-    def sync(self):
-        """What goes on from here if all that was written until now is on the disk, as it is then.
-        """
+    def sync(self) -> dict:
+        """Write everything to the disk; returns the state to resume from."""
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
         return {'shards': list(self.shards), 'count': self.count if self.file else 0}
 
-    def close(self):
-        """Finish the shard that is open, if one is; its header says how many tokens it has."""
+    def close(self) -> None:
+        """Finish the open shard, if there is one: write its header."""
         if self.file is None:
             return
         header = np.zeros(256, '<i4')
@@ -81,49 +90,57 @@ class ShardWriter:
         self.file, self.count = None, 0
 
 
-def read_shard(path, eot, token_sizes=None):
-    """({'tokens': …, 'documents': that begin in it, 'sha256': …}, largest id) of a shard; given
-    the bytes of each token (an array), also the 'bytes' of its text."""
-    count, offset = count_tokens(path)
-    sha256, largest, documents, size = hashlib.sha256(), 0, 0, 0
+def read_shard(path: Path, eot: int | None,
+               token_sizes: np.ndarray | None = None) -> tuple[dict, int]:
+    """({'tokens', 'sha256', 'documents'}, largest id) of a shard.
+
+    documents: the <|endoftext|> in it, left out without `eot`. With token_sizes, the bytes of each
+    token, also the 'bytes' of its text. Raises ValueError for a damaged one.
+    """
+    tokens, offset = count_tokens(path)
+    digest, largest, documents, size = hashlib.sha256(), 0, 0, 0
     with open(path, 'rb') as file:
-        sha256.update(file.read(offset))
+        digest.update(file.read(offset))
         while chunk := file.read(2 ** 22):
-            sha256.update(chunk)
+            digest.update(chunk)
             ids = np.frombuffer(chunk, '<u2')
             largest = max(largest, int(ids.max()))
             documents += int(np.count_nonzero(ids == eot))
-            size += 0 if token_sizes is None else int(token_sizes[ids].sum())
-    facts = {'tokens': count, 'sha256': sha256.hexdigest()}
-    facts |= {} if eot is None else {'documents': documents}
-    return facts | ({} if token_sizes is None else {'bytes': size}), largest
+            if token_sizes is not None:
+                size += int(token_sizes[ids].sum())
+    facts = {'tokens': tokens, 'sha256': digest.hexdigest()}
+    if eot is not None:
+        facts['documents'] = documents
+    if token_sizes is not None:
+        facts['bytes'] = size
+    return facts, largest
 
 
-def count_tokens(path):
-    """(tokens in the shard at `path`, bytes before the first), its header checked."""
+def count_tokens(path: Path) -> tuple[int, int]:
+    """(tokens in a shard, bytes before the first); ValueError for a wrong header or size."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise ValueError(f'{path} is missing; prepare the data set again') from None
+        raise ValueError(f'{path}: is missing; prepare the data set again') from None
     if path.name in ('train.bin', 'val.bin'):                       # nanoGPT's: no header
         if size % 2:
-            raise ValueError(f'{path}: {size:,} bytes are no whole number of 16-bit tokens')
+            raise ValueError(f'{path}: given {size:,} bytes, expected an even number of them')
         return size // 2, 0
     header = np.fromfile(path, '<i4', count=256)
     if len(header) < 256 or header[0] != MAGIC:
-        raise ValueError(f'{path}: this is not a token shard (its first number is not {MAGIC}); '
+        raise ValueError(f'{path}: not a token shard (its first number is not {MAGIC}); '
                          f'prepare the data set again')
     if header[1] != VERSION:
-        raise ValueError(f'{path}: shard format {header[1]}, this program reads format {VERSION}')
+        raise ValueError(f'{path}: shard format {header[1]}, expected {VERSION}')
     count = int(header[2])
     if size != HEADER_BYTES + 2 * count:
-        raise ValueError(f'{path}: the header promises {count:,} tokens, the file holds '
-                         f'{max(0, size - HEADER_BYTES) // 2:,}: truncated or still being copied; '
+        raise ValueError(f'{path}: the header says {count:,} tokens, the file holds '
+                         f'{max(0, size - HEADER_BYTES) // 2:,}; truncated or still being copied, '
                          f'prepare it again')
     return count, HEADER_BYTES
 
 
-def prepare_command(name, data_dir=''):
+def prepare_command(name: str, data_dir: str | Path = '') -> str:
     """The command that makes data set `name`, for error messages."""
     name = Path(name).name
     flags = {'pydocs': '', 'shakespeare': ' --dataset=shakespeare',
@@ -137,71 +154,80 @@ def prepare_command(name, data_dir=''):
 class Tokens:
     """The tokens of one split, all its shards read as one sequence."""
 
-    def __init__(self, name, split, vocab_size, data_dir=''):
+    def __init__(self, name: str, split: str, vocab_size: int, data_dir: str | Path = ''):
         folder = Path(data_dir or DATA_DIR) / name
         manifest = read_manifest(name, data_dir)
         shards = manifest['splits'][split]['shards'] if manifest else []
-        paths = [folder / shard['file'] for shard in shards] or sorted(
-            folder.glob(f'*{split}_*.bin')) or sorted(folder.glob(f'{split}.bin'))
-        if not paths and any(folder.glob('*.bin')):
-            raise ValueError(f'{folder}: there is no {split}.bin, nor *{split}_*.bin, beside '
-                             f'the other split')
-        if not paths:
-            others = sorted(path.parent.name for path in folder.parent.glob('[!.]*/manifest.json'))
-            raise ValueError(f'{folder}: the data set {name!r} is not prepared; run\n'
-                             f'    {prepare_command(name, data_dir)}'
-                             + f'\nThere is {", ".join(others)}' * bool(others))
-        self.paths, self.vocab_size = paths, vocab_size
-        counts, self.offsets = zip(*map(count_tokens, paths))
-        for path, count, shard in zip(paths, counts, shards):
+        self.paths = [folder / shard['file'] for shard in shards]
+        if not shards:
+            self.paths = sorted(folder.glob(f'*{split}_*.bin')) or [*folder.glob(f'{split}.bin')]
+        if not self.paths:
+            raise ValueError(missing(name, split, data_dir))
+        self.vocab_size = vocab_size
+        counts, self.offsets = zip(*map(count_tokens, self.paths))
+        for path, count, shard in zip(self.paths, counts, shards):
             if count != shard['tokens']:
                 raise ValueError(f"{path}: {count:,} tokens, the manifest has "
                                  f"{shard['tokens']:,}: another file, prepare the data set again")
         if not sum(counts):
-            raise ValueError(f'{folder}: there are no tokens in {split}')
+            raise ValueError(f'{folder}: {split} has no tokens; prepare the data set again')
         self.starts = np.cumsum([0, *counts])           # shard i holds starts[i] .. starts[i+1] - 1
-        self.changed = [path.stat().st_mtime_ns for path in paths]
+        self.modified = [path.stat().st_mtime_ns for path in self.paths]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def read(self, start, count):
-        """`count` ids (int64 array) from place `start` on;
-        after the last token comes the first again.
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` ids (int64) from `start` on; after the last token comes the first again.
 
-        Raises ValueError naming the shard when an id is outside of the vocabulary. The files are
-        read, not mapped: mapped pages would count as memory of the process.
+        Raises ValueError for an id outside of the vocabulary, or a shard written again since it was
+        opened. Files are read, not mapped: mapped pages count as memory of the process.
         """
         parts, start = [np.empty(0, '<u2')], start % len(self)
         while count:
             i = int(np.searchsorted(self.starts, start, side='right')) - 1
             n = min(count, int(self.starts[i + 1]) - start)
-            offset = self.offsets[i] + 2 * (start - int(self.starts[i]))
-            part = np.fromfile(self.paths[i], '<u2', count=n, offset=offset)
-            if self.paths[i].stat().st_mtime_ns != self.changed[i]:
-                raise ValueError(f'{self.paths[i]}: has been written anew since it was opened; '
-                                 f'what was made of it until now is of the text before')
-            if len(part) < n or part.max() >= self.vocab_size:
-                raise ValueError(f'{self.paths[i]}: ' + (
-                    'has become shorter' if len(part) < n else
-                    f'holds token id {part.max()}, the vocabulary ends at {self.vocab_size - 1}: '
-                    f'another tokenizer made it, or it is damaged'))
-            parts.append(part)
+            parts.append(self.read_part(i, start - int(self.starts[i]), n))
             count, start = count - n, (start + n) % len(self)
         return np.concatenate(parts).astype(np.int64)
 
-    def chunks(self, size=2 ** 22):
-        """All ids in order: uint16 arrays of `size`, the last with what is left."""
+    def read_part(self, i: int, start: int, count: int) -> np.ndarray:
+        """`count` ids (uint16) of shard `i`."""
+        path = self.paths[i]
+        ids = np.fromfile(path, '<u2', count=count, offset=self.offsets[i] + 2 * start)
+        if path.stat().st_mtime_ns != self.modified[i]:
+            raise ValueError(f'{path}: was written again since it was opened; start again')
+        if len(ids) < count:
+            raise ValueError(f'{path}: has become shorter; prepare the data set again')
+        if ids.max() >= self.vocab_size:
+            raise ValueError(f'{path}: holds token id {ids.max()}, the vocabulary ends at '
+                             f'{self.vocab_size - 1}; another tokenizer made it, or it is damaged')
+        return ids
+
+    def chunks(self, size: int = 2 ** 22) -> Iterator[np.ndarray]:
+        """All ids in order: uint16 arrays of `size`, the last one shorter."""
         for start in range(0, len(self), size):
             yield self.read(start, min(size, len(self) - start)).astype(np.uint16)
 
 
-def documents(tokens, eot_id, size=2 ** 22):
+def missing(name: str, split: str, data_dir: str | Path) -> str:
+    """The error message for a split without shards."""
+    folder = Path(data_dir or DATA_DIR) / name
+    if any(folder.glob('*.bin')):
+        return f'{folder}: has no {split}.bin and no *{split}_*.bin beside the other split'
+    message = (f'{folder}: the data set {name!r} is not prepared; run\n'
+               f'    {prepare_command(name, data_dir)}')
+    others = sorted(path.parent.name for path in folder.parent.glob('[!.]*/manifest.json'))
+    return f'{message}\nAvailable: {", ".join(others)}' if others else message
+
+
+def documents(tokens: Tokens, eot_id: int | None,
+              size: int = 2 ** 22) -> Iterator[tuple[np.ndarray, bool]]:
     """Every document of the split in order, as (ids without <|endoftext|>, whether it ends here).
 
-    One that is longer than `size` comes in several pieces, of which the last may be empty. What
-    stands before the first <|endoftext|> is a document too; then one at the very end begins none,
-    as in nanoGPT's files, where it stands behind each document. Without eot_id the split is one.
+    One longer than `size` comes in several pieces, the last may be empty. Tokens before the first
+    <|endoftext|> are a document too; then one at the very end starts none, as in nanoGPT's files,
+    where it follows each document. Without eot_id the split is one document.
     """
     rest, eots, leading, cut = np.empty(0, np.uint16), 0, False, False
     for chunk in tokens.chunks(size):
@@ -219,59 +245,79 @@ def documents(tokens, eot_id, size=2 ** 22):
         yield rest, True
 
 
-def read_manifest(name, data_dir=''):
-    """The manifest of data set `name`, or {} for shards that came without one."""
+def read_manifest(name: str, data_dir: str | Path = '') -> dict:
+    """The manifest of data set `name`, or {} for shards without one."""
     folder = Path(data_dir or DATA_DIR) / name
     try:
         manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
-        if missing := {'source', 'settings', 'tokenizer', 'splits'} - set(manifest):
-            raise ValueError(f"it says nothing of {', '.join(sorted(missing))}")
+        lacking = {'source', 'settings', 'tokenizer', 'splits'} - set(manifest)
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         return manifest
     except (FileNotFoundError, NotADirectoryError):
         if (folder / 'meta.pkl').exists():
-            raise ValueError(f'{folder}: nanoGPT prepared this with a vocabulary of its own, '
-                             f'kept as a pickle, which is not read here; run\n'
-                             f'    {prepare_command(name, data_dir)}') from None
+            raise ValueError(f'{folder}: made by nanoGPT with a vocabulary in meta.pkl; pickles '
+                             f'are not read, run\n    {prepare_command(name, data_dir)}') from None
         return {}
     except (ValueError, TypeError) as error:
         raise ValueError(f'{folder}/manifest.json is damaged ({error}); delete the folder and '
                          f'prepare the data set again') from None
 
 
-def verify(name, data_dir=''):
-    """Re-read all of data set `name`; returns what is wrong with it, one line each."""
+def load_facts(name: str, data_dir: str | Path = '') -> tuple[dict, tiktoken.Encoding]:
+    """(manifest, encoding) of a data set; shards without a manifest are taken for GPT-2's."""
+    manifest, folder = read_manifest(name, data_dir), Path(data_dir or DATA_DIR) / name
+    if not manifest and not (folder / 'tokenizer.json').exists():
+        Tokens(name, 'train', 2 ** 16, data_dir)        # raises ValueError if there are no shards
+        return {}, tokenizer.gpt2()
+    for file in ('manifest.json', 'tokenizer.json'):
+        if not (folder / file).exists():
+            raise ValueError(f'{folder}: its {file} is missing; prepare the data set again')
+    encoding = tokenizer.load(folder / 'tokenizer.json')
+    if tokenizer.fingerprint(encoding) != manifest['tokenizer']['fingerprint']:
+        raise ValueError(f'{folder}: its tokenizer.json is not the one that made it; '
+                         f'prepare the data set again')
+    return manifest, encoding
+
+
+def verify(name: str, data_dir: str | Path = '') -> list[str]:
+    """Read all shards of data set `name` again; returns the problems found, one line each."""
     folder = Path(data_dir or DATA_DIR) / name
     manifest = read_manifest(name, data_dir)
     if not manifest:
-        return [f'{folder}: there is no data set here, or no manifest.json to verify it against']
-    wrong, vocab = [], manifest['tokenizer']
+        return [f'{folder}: there is no data set, or no manifest.json to verify it against']
+    problems, vocabulary = [], manifest['tokenizer']
     for shard in (shard for facts in manifest['splits'].values() for shard in facts['shards']):
         path = folder / shard['file']
         try:
-            found, largest = read_shard(path, vocab['eot_id'])
+            facts, largest = read_shard(path, vocabulary['eot_id'])
         except (OSError, ValueError) as error:
-            wrong.append(str(error))
+            problems.append(str(error))
             continue
-        if differ := [key for key, value in found.items() if shard.get(key, value) != value]:
-            wrong.append(f"{path}: altered (not those in the manifest: {', '.join(differ)})")
-        if largest >= vocab['vocab_size']:
-            wrong.append(f'{path}: token id {largest} is outside of the vocabulary')
-    return wrong
+        changed = [key for key, value in facts.items() if shard.get(key, value) != value]
+        if changed:
+            problems.append(f"{path}: altered ({', '.join(changed)} not as in the manifest)")
+        if largest >= vocabulary['vocab_size']:
+            problems.append(f'{path}: token id {largest} is outside of the vocabulary')
+    return problems
 
 
-def leaked(name, data_dir=''):
-    """How many documents of train stand in val as well, token for token."""
-    vocab, seen, both = read_manifest(name, data_dir)['tokenizer'], set(), 0
-    if vocab['eot_id'] is None:
+def leaked(name: str, data_dir: str | Path = '') -> int:
+    """How many documents of train also appear in val, token for token."""
+    vocabulary = read_manifest(name, data_dir)['tokenizer']
+    if vocabulary['eot_id'] is None:
         return 0
+    seen, both = set(), 0
     for split in ('val', 'train'):
-        tokens, digest = Tokens(name, split, vocab['vocab_size'], data_dir), None
-        for ids, ends in documents(tokens, vocab['eot_id']):
-            digest = digest or hashlib.blake2b(digest_size=16)
+        tokens = Tokens(name, split, vocabulary['vocab_size'], data_dir)
+        digest = hashlib.blake2b(digest_size=16)
+        for ids, ends in documents(tokens, vocabulary['eot_id']):
             digest.update(ids)
-            if ends and split == 'val':
+            if not ends:
+                continue
+            if split == 'val':
                 seen.add(digest.digest())
-            elif ends:
-                both += digest.digest() in seen
-            digest = None if ends else digest
+            elif digest.digest() in seen:
+                both += 1
+            digest = hashlib.blake2b(digest_size=16)
     return both
