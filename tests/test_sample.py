@@ -55,7 +55,7 @@ def test_sample_k_is_the_one_drawn_with_seed_plus_k(trained, capsys, batch_size)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_greedy_is_the_model_s_likeliest(trained, capsys, dtype):
+def test_greedy_takes_the_most_likely(trained, capsys, dtype):
     found = say(capsys, f'--model={trained}', '-p', 'The fox', '-m', 6, '--temperature=0',
                 f'--dtype={dtype}')
     model, encoding = sample.checkpoints.load_model(trained, dtype=getattr(torch, dtype))
@@ -98,8 +98,8 @@ def test_a_conversation_goes_on_from_what_was_written(trained, capsys, monkeypat
     """Not from the text that stopped it, which nobody saw."""
     whole = say(capsys, f'--model={trained}', '-p', 'The fox', '--temperature=0', '-m', 40)
     real, read, stop = sample.draw, [], whole[25:30]
-    monkeypatch.setattr(sample, 'draw', lambda cfg, gpt, encoding, ids, seconds: (
-        read.append(ids) or real(cfg, gpt, encoding, ids, seconds)))
+    monkeypatch.setattr(sample, 'draw', lambda cfg, model, encoding, ids, seconds: (
+        read.append(ids) or real(cfg, model, encoding, ids, seconds)))
     monkeypatch.setattr(sys, 'stdin', io.StringIO('The fox\n\n'))
     sample.main(sample.Config(model=str(trained), interactive=True, stop=stop, device='cpu',
                               temperature=0.0, max_new_tokens=40))
@@ -164,17 +164,18 @@ def test_prompts_come_from_files_and_standard_input(trained, tmp_path, capsys, m
 
 def test_text_comes_in_whole_characters_and_ends_at_end_of_text():
     encoding = tokenizer.byte_pairs('bytes', [])
-    ids, seen = [*'aé世😀'.encode(), encoding.eot_token, *b'not this'], []
-    pieces = list(sample.as_text(iter(ids), encoding, seen))
-    assert ''.join(pieces) == 'aé世😀' and all('\ufffd' not in piece for piece in pieces)
-    assert seen == ids[:-8]
-    broken = ''.join(sample.as_text(iter('😀'.encode()[:2]), encoding, []))
-    assert broken == '\ufffd'
+    ids = [*'aé世😀'.encode(), encoding.eot_token, *b'not this']
+    one = sample.Sample(iter(ids), encoding)
+    pieces = list(one.pieces())
+    assert ''.join(pieces) == one.text == 'aé世😀'
+    assert all('\ufffd' not in piece for piece in pieces)
+    assert one.ids == ids[:-8] and not one.stopped
+    assert ''.join(sample.Sample(iter('😀'.encode()[:2]), encoding).pieces()) == '\ufffd'
 
 
 def test_without_any_checkpoint_an_untrained_model_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample.checkpoints, 'HERE', tmp_path)
+    monkeypatch.setattr(sample.checkpoints, 'ROOT', tmp_path)
     sample.main(sample.Config(max_new_tokens=3, device='cpu'))
     assert 'model: untrained' in capsys.readouterr().err
 
@@ -215,10 +216,12 @@ def test_a_sample_ends_before_the_text_that_stops_it(trained, capsys, rows):
         assert json.loads(line)['ended'] == ended
     for stop, pieces in (('abc', ['a', 'aa', 'b', 'ab', 'cd']), ('\n', 'aabab'), ('a', ['abc']),
                          ('abc', ['x', 'ab'])):
-        before = ''.join(pieces).partition(stop)[0]
-        assert ''.join(sample.until(stop, pieces)) == before
-    columns = [[i, i + 3] for i in range(60, 90)]                   # none is drawn in vain
-    assert list(sample.until_all_end('C', columns, ASCII)) == columns[:ord('C') - 60 + 1]
+        one = sample.Sample([], ASCII, stop)
+        one.decoded = lambda: iter(pieces)
+        before, found, _ = ''.join(pieces).partition(stop)
+        assert ''.join(one.pieces()) == one.text == before and one.stopped == bool(found)
+    rows = [[i, i + 3] for i in range(60, 90)]                      # none is drawn in vain
+    assert list(sample.until_all_end('C', rows, ASCII)) == rows[:ord('C') - 60 + 1]
 
 
 def test_a_seed_can_be_drawn_and_is_told(trained, capsys):
@@ -240,7 +243,7 @@ def test_nanogpt_s_names_are_known(trained, capsys):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['-i', '-p', '-'], 'not - with -i'), (['--batch_size=0'], '1 or more'),
+    (['-i', '-p', '-'], 'standard input; expected another'), (['--batch_size=0'], '1 or more'),
     (['--temperature=-1'], '0 or more'), (['--top_p=0'], 'more than 0'),
     (['--top_k=-1'], '0 or more'), (['--num_samples=0'], '1 or more')])
 def test_refusals(trained, capsys, flags, words):
