@@ -1,17 +1,16 @@
 """
-A look into prepared data: what is in it, how it reads, and whether test sets stand in it.
+What is in prepared data, how it reads, and whether test sets appear in it.
 
     python data/explore.py pydocs                           # a page of figures, and lengths.png
-    python data/explore.py pydocs --decode=train_000000:0   # the text that lies at a place
+    python data/explore.py pydocs --decode=train_000000:0   # the text at a position
     python data/explore.py pydocs --contamination=hellaswag,cbt,lambada,wikitext2
 
-Contamination is measured as the GPT-2 paper does (section 4): texts become lower-case words of
-letters and digits, and what counts is the share of a test set's 8-grams that stand in the training
-text; beside it that of 13-grams, which GPT-3's authors chose.
+Contamination is measured as in the GPT-2 paper (section 4): texts become lower-case words of
+letters and digits, and the measure is the fraction of a test set's 8-grams that appear in the
+training text; beside it that of 13-grams, as in the GPT-3 paper.
 """
 
 import json
-import os
 import random
 import re
 import sys
@@ -21,97 +20,121 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tiktoken
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
 from gpt import tokenizer
-from gpt.settings import run, settings
-from gpt.data import benchmarks
-from gpt.data import overlap
-from gpt.data import shards
-from gpt.data.shards import load_facts
+from gpt.data import benchmarks, overlap, shards
+from gpt.files import atomic_write
+from gpt.settings import check_bounds, run, settings
 
 # -----------------------------------------------------------------------------
-name = ()               # the data set, given bare: explore.py pydocs
+name = ()               # the data set, as a plain argument: explore.py pydocs
 decode = ''             # SHARD:OFFSET, as train_000000:0: show the text there, instead of the page
 count = 256             # tokens that are shown of it
 contamination = ()      # of hellaswag, cbt, lambada, wikitext2: look for these, instead of the
-                        # page; SET=PATH reads a file of one's own, cbt=PATH also a folder
+                        # page; SET=PATH reads your own file, cbt=PATH also a folder
 seed = 1337             # of the documents whose beginning the page shows
 width = 100             # columns of what is printed
 out = ''                # '': lengths.png or contamination.json in the folder of the data set
-data_dir = ''           # where prepared data lies; '': data/ beside this script
+data_dir = ''           # where prepared data is; '': data/ beside this script
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
 COLLECT = 'name'        # takes the argument without a flag
+BOUNDS = (('1 or more', lambda value: value >= 1, 'count'),
+          ('60 or more', lambda value: value >= 60, 'width'))
 TOP, SHOWN, WORST = 20, 5, 3        # tokens, documents, and overlaps of a test set that are printed
+QUANTILES = (('shortest', 0), ('10 % are up to', 0.1), ('half are up to', 0.5),
+             ('90 % are up to', 0.9), ('longest', 1))
 NGRAMS = (8, 13)
 # the GPT-2 paper on WebText: table 6, and for LAMBADA an average over its passages
 PAPER = {'lambada': 'of LAMBADA 1.2 % (mean over its passages)',
          'wikitext2': 'of WikiText-2 1.63 %'}
 
 
-class Data(NamedTuple):
+class Prepared(NamedTuple):
+    """A prepared data set."""
     folder: Path
-    manifest: dict          # {}: shards that came without one, taken for GPT-2's tokens
-    enc: object
+    manifest: dict          # {}: shards without one, taken for GPT-2's tokens
+    encoding: tiktoken.Encoding
     eot: int | None
     splits: dict            # {'train': Tokens, 'val': Tokens}
+
+
+class Survey(NamedTuple):
+    """What one pass over a split finds; 16 bytes of memory per document."""
+    lengths: np.ndarray     # tokens of each document, in order
+    hashes: np.ndarray      # of each document's ids
+    counts: np.ndarray      # of each token, <|endoftext|> left out
 
 
 def main(cfg):
     if len(cfg.name) != 1:
         raise ValueError(f"name: given {' '.join(cfg.name) or 'none'}, expected one data set, "
                          f"as in: python data/explore.py pydocs")
-    for key, least in (('count', 1), ('width', 60)):
-        if getattr(cfg, key) < least:
-            raise ValueError(f'{key}: given {getattr(cfg, key)}, expected {least} or more')
+    check_bounds(cfg, BOUNDS)
     data = open_data(cfg.name[0], cfg.data_dir)
     if cfg.decode:
         print(text_at(data, cfg.decode, cfg.count, cfg.width))
     elif cfg.contamination:
-        report(cfg, data)
+        report_contamination(cfg, data)
     else:
-        page(cfg, data)
+        print_page(cfg, data)
 
 
 def open_data(name, data_dir):
     folder = Path(data_dir or shards.DATA_DIR) / name
-    manifest, enc = load_facts(name, data_dir)
-    splits = manifest['splits'] if manifest else [
-        'train', *(['val'] if any(folder.glob('*val*.bin')) else [])]
-    tokens = {split: shards.Tokens(name, split, enc.n_vocab, data_dir) for split in splits}
-    return Data(folder, manifest, enc, tokenizer.eot_id(enc), tokens)
+    manifest, encoding = shards.load_facts(name, data_dir)
+    splits = ['train', 'val']
+    if not manifest and not any(folder.glob('*val*.bin')):
+        splits = ['train']
+    tokens = {split: shards.Tokens(name, split, encoding.n_vocab, data_dir) for split in splits}
+    return Prepared(folder, manifest, encoding, tokenizer.eot_id(encoding), tokens)
 
 
-def token_table(data, mark):
-    """The bytes of every token in order of its id, `mark` for <|endoftext|>."""
-    return [mark if i == data.eot else data.enc.decode_single_token_bytes(i)
-            for i in range(data.enc.n_vocab)]
+def token_table(data, eot_text):
+    """The bytes of every token in order of its id, `eot_text` for <|endoftext|>."""
+    return [eot_text if i == data.eot else data.encoding.decode_single_token_bytes(i)
+            for i in range(data.encoding.n_vocab)]
 
 
-def progress(tokens, what):
-    return tqdm(total=len(tokens), unit=' tokens', unit_scale=True, desc=what, leave=False,
+def progress_bar(tokens, split):
+    return tqdm(total=len(tokens), unit=' tokens', unit_scale=True, desc=split, leave=False,
                 disable=not sys.stderr.isatty())
 
 
-# The page. Memory for each document is 16 bytes, once more to sort them.
+# The page.
 
-class Survey(NamedTuple):
-    lengths: np.ndarray     # tokens of each document, in order
-    hashes: np.ndarray      # of each document's ids
-    counts: np.ndarray      # how often each token occurs, <|endoftext|> left out
+def print_page(cfg, data):
+    found = {split: survey(data, split) for split in data.splits}
+    print(f'{data.folder.name}: {describe_source(data.manifest)}\n')
+    print(' ' * 22 + ''.join(f'{split:>18}' for split in found))
+    for label, texts in figures(data, found):
+        print(f'{label:<22}' + ''.join(f'{text:>18}' for text in texts))
+    if data.eot is None:
+        print('\nThese tokens have no <|endoftext|>: document boundaries are not known.')
+    else:
+        print(f'\n{histogram(found, cfg.width)}')
+    print(f'\nmost frequent in train\n{most_frequent(data.encoding, found["train"].counts)}')
+    print('\nsampled from train, by', 'position' if data.eot is None else 'length in tokens')
+    print(*samples(cfg, data, found['train'].lengths), sep='\n')
+    if data.eot is not None:
+        path = Path(cfg.out) if cfg.out else data.folder / 'lengths.png'
+        draw(path, data.folder.name, found)
+        print(f'\n{path}')
 
 
 def survey(data, split):
-    tokens, counts = data.splits[split], np.zeros(data.enc.n_vocab, np.int64)
+    """The Survey of a split, in two passes."""
+    tokens, counts = data.splits[split], np.zeros(data.encoding.n_vocab, np.int64)
     for ids in tokens.chunks():
         counts += np.bincount(ids, minlength=len(counts))
     if data.eot is not None:
         counts[data.eot] = 0
     lengths, hashes, length, digest = array('q'), bytearray(), 0, blake2b(digest_size=8)
-    with progress(tokens, split) as bar:
+    with progress_bar(tokens, split) as bar:
         for ids, ends in shards.documents(tokens, data.eot):
             digest.update(ids)
             length += len(ids)
@@ -123,63 +146,46 @@ def survey(data, split):
     return Survey(np.asarray(lengths), np.frombuffer(hashes, '<u8'), counts)
 
 
-def page(cfg, data):
-    found = {split: survey(data, split) for split in data.splits}
-    print(f'{data.folder.name}: {source(data.manifest)}\n\n{"":22}' + ''.join(
-        f'{split:>18}' for split in found))
-    for label, texts in figures(data, found):
-        print(f'{label:<22}' + ''.join(f'{text:>18}' for text in texts))
-    if data.eot is None:
-        print('\nThere is no <|endoftext|> among these tokens: document boundaries are not known.')
-    else:
-        print(f'\n{histogram(found, cfg.width)}')
-    print(f'\nmost frequent in train\n{most_frequent(data.enc, found["train"].counts)}')
-    print('\nread at random in train, by', 'place' if data.eot is None else 'length in tokens')
-    print(*beginnings(cfg, data, found['train'].lengths), sep='\n')
-    if data.eot is not None:
-        path = Path(cfg.out) if cfg.out else data.folder / 'lengths.png'
-        draw(path, data.folder.name, found)
-        print(f'\n{path}')
-
-
-def source(manifest):
-    """What the manifest says that the data set was made from."""
+def describe_source(manifest):
+    """What the data set was made from, according to its manifest."""
     if not manifest:
         return 'shards without a manifest, taken for tokens of gpt2'
     files = manifest['source'].get('files')
     if not files:
         return ', '.join(map(str, manifest['source'].values()))
-    names = ', '.join(file for file, *_ in files[:2]) + (', …' if len(files) > 2 else '')
-    return (f'{names} ({len(files):,} file{"s" * (len(files) > 1)}, '
-            f'{sum(size for _, size, *_ in files):,} bytes)')
+    names = [file for file, *_ in files[:2]]
+    if len(files) > 2:
+        names.append('…')
+    number = '1 file' if len(files) == 1 else f'{len(files):,} files'
+    return f"{', '.join(names)} ({number}, {sum(size for _, size, *_ in files):,} bytes)"
 
 
 def figures(data, found):
     """(label, a text for each split) of every line of the page's table."""
-    splits, parts = [data.splits[split] for split in found], found.values()
-    sizes = np.array([len(piece) for piece in token_table(data, b'')])
-    texts = [int(part.counts @ sizes) for part in parts]
+    splits, surveys = [data.splits[split] for split in found], found.values()
+    sizes = np.array([len(token) for token in token_table(data, b'')])
+    sizes = [int(part.counts @ sizes) for part in surveys]          # bytes of the text
     kind = data.manifest['tokenizer']['name'] if data.manifest else 'gpt2'
+    vocab_size = data.encoding.n_vocab
     yield 'tokens', [f'{len(tokens):,}' for tokens in splits]
-    yield 'bytes of text', [f'{size:,}' for size in texts]
-    yield 'bytes a token', [f'{size / len(tokens):.3f}' for size, tokens in zip(texts, splits)]
+    yield 'bytes of text', [f'{size:,}' for size in sizes]
+    yield 'bytes a token', [f'{size / len(tokens):.3f}' for size, tokens in zip(sizes, splits)]
     yield 'shards', [f'{len(tokens.paths):,}' for tokens in splits]
-    yield f'{kind}, {data.enc.n_vocab:,} tokens', [
-        f'{np.count_nonzero(part.counts) / data.enc.n_vocab:.1%} used' for part in parts]
+    yield f'{kind}, {vocab_size:,} tokens', [
+        f'{np.count_nonzero(part.counts) / vocab_size:.1%} used' for part in surveys]
     if data.eot is None:
         return
-    yield 'documents', [f'{len(part.lengths):,}' for part in parts]
-    again = [len(part.hashes) - len(overlap.distinct(part.hashes)) for part in parts]
+    yield 'documents', [f'{len(part.lengths):,}' for part in surveys]
+    repeated = [len(part.hashes) - len(overlap.distinct(part.hashes)) for part in surveys]
     yield '  exact duplicates', [f'{n:,} ({n / len(part.hashes):.2%})'
-                                 for n, part in zip(again, parts)]
+                                 for n, part in zip(repeated, surveys)]
     if 'val' in found:
         both = np.isin(found['val'].hashes, found['train'].hashes).sum()
         yield '  also in train', ['', f'{both:,} ({both / len(found["val"].hashes):.2%})']
-    for label, share in (('shortest', 0), ('10 % are up to', 0.1), ('half are up to', 0.5),
-                         ('90 % are up to', 0.9), ('longest', 1)):
-        yield f'  {label}', [f"{np.quantile(part.lengths, share, method='inverted_cdf'):,} tokens"
-                             for part in parts]
-    yield '  mean', [f'{part.lengths.mean():,.1f} tokens' for part in parts]
+    for label, q in QUANTILES:
+        yield f'  {label}', [f"{np.quantile(part.lengths, q, method='inverted_cdf'):,} tokens"
+                             for part in surveys]
+    yield '  mean', [f'{part.lengths.mean():,.1f} tokens' for part in surveys]
 
 
 def histogram(found, width):
@@ -190,8 +196,8 @@ def histogram(found, width):
     bins = {split: np.bincount(part, minlength=high + 1) for split, part in powers.items()}
     room = (width - 25) // len(bins) - 10                           # columns of the longest bar
     largest = max((part / part.sum()).max() for part in bins.values())
-    lines = ['tokens of a document'.ljust(25) + ''.join(
-        f'{split:>7}{"":{room + 3}}' for split in bins)]
+    lines = ['tokens of a document'.ljust(25)
+             + ''.join(f'{split:>7}'.ljust(room + 10) for split in bins)]
     for i in range(int(low), int(high) + 1):
         line = f'{2 ** i if i else 0:>10,} to {2 ** (i + 1) - 1:>9,}  '
         for part in bins.values():
@@ -201,9 +207,13 @@ def histogram(found, width):
     return '\n'.join(line.rstrip() for line in lines)
 
 
-def most_frequent(enc, counts):
-    cells = [f'{readable(enc.decode_single_token_bytes(i)):>12} {counts[i] / counts.sum():6.2%}    '
-             for i in np.argsort(-counts, kind='stable')[:TOP].tolist() if counts[i]]
+def most_frequent(encoding, counts):
+    """The most frequent tokens and their fractions, in four columns."""
+    cells = []
+    for i in np.argsort(-counts, kind='stable')[:TOP].tolist():
+        if counts[i]:
+            token = readable(encoding.decode_single_token_bytes(i))
+            cells.append(f'{token:>12} {counts[i] / counts.sum():6.2%}    ')
     rows = -(-len(cells) // 4)
     return '\n'.join(''.join(cells[row::rows]).rstrip() for row in range(rows))
 
@@ -215,81 +225,87 @@ def readable(raw):
         return repr(raw)
 
 
-def beginnings(cfg, data, lengths):
-    """How some documents of train begin, a line each; without documents, what some places say."""
+def samples(cfg, data, lengths):
+    """The beginnings of some documents of train, a line each; without documents, some positions."""
     tokens, rng = data.splits['train'], random.Random(cfg.seed)
     if data.eot is None:
         places = [(start, start, len(tokens) - start)
                   for start in sorted(rng.sample(range(len(tokens)), min(SHOWN, len(tokens))))]
     else:
-        first = int(tokens.read(0, 1)[0] == data.eot)   # 0: nothing stands before the first one
+        first = int(tokens.read(0, 1)[0] == data.eot)   # 0: nothing before the first document
         places = [(int(lengths[i]), first + i + int(lengths[:i].sum()), int(lengths[i]))
                   for i in sorted(rng.sample(range(len(lengths)), min(SHOWN, len(lengths))))]
     for label, start, length in places:
-        raw = data.enc.decode_bytes(tokens.read(start, min(length, cfg.width)).tolist())
+        raw = data.encoding.decode_bytes(tokens.read(start, min(length, cfg.width)).tolist())
         line = re.sub(r'\s*\n\s*', ' ↵ ', raw.decode('utf-8', 'replace').strip())
         line = ''.join(char if char.isprintable() else ' ' for char in line)
         yield f'{label:>12,}  {line}'[:cfg.width]
 
 
-def draw(path, name, found):
+def draw(path, title, found):
     """Write a picture of the lengths, two bars for each power of two."""
     from matplotlib.figure import Figure
     figure = Figure((8, 4.5), layout='constrained')
     axes = figure.subplots()
-    powers = {split: np.log2(np.maximum(part.lengths, 1)) for split, part in found.items()}
-    low, high = min(map(np.min, powers.values())), max(map(np.max, powers.values()))
-    edges = 2 ** np.arange(np.floor(low), np.floor(high) + 1.5, 0.5)
-    looks = ({'color': 'C0', 'alpha': 0.5}, {'color': 'C1', 'histtype': 'step', 'linewidth': 2})
-    for (split, part), look in zip(found.items(), looks):
-        middle, many = np.median(part.lengths), len(part.lengths)
-        axes.hist(np.maximum(part.lengths, 1), edges, weights=np.full(many, 100 / many),
-                  label=f'{split}: {many:,}, median {middle:,.0f} tokens', **look)
-        axes.axvline(max(middle, 1), color=look['color'], linestyle='--', linewidth=1)
+    lengths = {split: np.maximum(part.lengths, 1) for split, part in found.items()}
+    low = np.floor(np.log2(min(map(np.min, lengths.values()))))
+    high = np.floor(np.log2(max(map(np.max, lengths.values()))))
+    edges = 2 ** np.arange(low, high + 1.5, 0.5)
+    styles = ({'color': 'C0', 'alpha': 0.5}, {'color': 'C1', 'histtype': 'step', 'linewidth': 2})
+    for (split, part), style in zip(lengths.items(), styles):
+        median = np.median(found[split].lengths)
+        axes.hist(part, edges, weights=np.full(len(part), 100 / len(part)),
+                  label=f'{split}: {len(part):,}, median {median:,.0f} tokens', **style)
+        axes.axvline(max(median, 1), color=style['color'], linestyle='--', linewidth=1)
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('{x:,.0f}')
-    axes.set(xlabel='tokens of a document', ylabel='% of the documents', title=name)
+    axes.set(xlabel='tokens of a document', ylabel='% of the documents', title=title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     try:
         figure.savefig(path, dpi=150)
-    except ValueError as error:                                     # a format it does not know
+    except ValueError as error:                                     # an unknown format
         raise ValueError(f'out: given {path}: {error}') from None
 
 
-# Text at a place.
+# Text at a position.
 
 def text_at(data, place, count, width):
-    """The text of `count` tokens from SHARD:OFFSET on, below a line that says where it is."""
+    """The text of `count` tokens from SHARD:OFFSET on, below a line that describes the position."""
     shard, _, offset = place.rpartition(':')
     if not shard or not offset.isdecimal():
         raise ValueError(f'decode: given {place!r}, expected SHARD:OFFSET, such as train_000000:0')
     known = {path.stem: (tokens, i) for tokens in data.splits.values()
              for i, path in enumerate(tokens.paths)}
-    if (stem := shard.removesuffix('.bin')) not in known:
-        raise ValueError(f"decode: there is no shard {shard!r}, expected one of "
-                         f"{', '.join(list(known)[:4])}{', …' if len(known) > 4 else ''}")
+    stem, offset = shard.removesuffix('.bin'), int(offset)
+    if stem not in known:
+        raise ValueError(f"decode: given shard {shard!r}, expected one of {', '.join(known)}")
     tokens, i = known[stem]
-    start, end, offset = int(tokens.starts[i]), int(tokens.starts[i + 1]), int(offset)
-    if start + offset >= end:
-        raise ValueError(f'decode: given the offset {offset:,}, expected less than '
-                         f'{end - start:,}, the tokens of {stem}')
-    ids = tokens.read(start + offset, min(count, end - start - offset))
-    until = start + offset + 1
-    begun = sum(int((tokens.read(at, min(2 ** 20, until - at)) == data.eot).sum())
-                for at in range(start, until, 2 ** 20))
-    where = ('' if data.eot is None else f'in document {begun:,} of those that begin in this shard'
-             if begun else 'before the first <|endoftext|> of this shard')
-    mark = f'\n──── <|endoftext|> {"─" * (width - 19)}\n'.encode()
-    table = token_table(data, mark)
-    return (f'{stem}: tokens {offset:,} to {offset + len(ids) - 1:,} of {end - start:,}'
-            f'{where and ", " + where}\n'
-            + b''.join(table[id] for id in ids.tolist()).decode('utf-8', 'replace'))
+    first, size = int(tokens.starts[i]), int(tokens.starts[i + 1] - tokens.starts[i])
+    if offset >= size:
+        raise ValueError(f'decode: given the offset {offset:,}, expected less than {size:,}, '
+                         f'the tokens of {stem}')
+    ids = tokens.read(first + offset, min(count, size - offset))
+    head = f'{stem}: tokens {offset:,} to {offset + len(ids) - 1:,} of {size:,}'
+    started = count_eot(tokens, data.eot, first, first + offset + 1)
+    if started:
+        head += f', in document {started:,} of those that begin in this shard'
+    elif data.eot is not None:
+        head += ', before the first <|endoftext|> of this shard'
+    rule = f'\n──── <|endoftext|> {"─" * (width - 19)}\n'.encode()
+    table = token_table(data, rule)
+    return f'{head}\n' + b''.join(table[id] for id in ids.tolist()).decode('utf-8', 'replace')
 
 
-# Contamination: the n-grams of the test sets are kept, the shards go by.
+def count_eot(tokens, eot, start, end):
+    """How many of the tokens from start to end are `eot`; 0 for None."""
+    return sum(int((tokens.read(at, min(2 ** 20, end - at)) == eot).sum())
+               for at in range(start, end, 2 ** 20))
 
-def report(cfg, data):
+
+# Contamination: the n-grams of the test sets are in memory, the shards are streamed.
+
+def report_contamination(cfg, data):
     """Look for the n-grams of the test sets in train; print and write what was found."""
     sets = {name: (items, facts) for name, items, facts in map(read_set, cfg.contamination)}
     if len(sets) < len(cfg.contamination):
@@ -297,18 +313,20 @@ def report(cfg, data):
                          f"once; look for them one after another, each with its own --out")
     grams = {name: {n: overlap.ngrams_of(items, n) for n in NGRAMS}
              for name, (items, _) in sets.items()}
-    known = {n: overlap.distinct(np.concatenate([of[n][0] for of in grams.values()]))
+    known = {n: overlap.distinct(np.concatenate([of_set[n][0] for of_set in grams.values()]))
              for n in NGRAMS}
-    with progress(data.splits['train'], 'train') as bar:
+    train = data.splits['train']
+    with progress_bar(train, 'train') as bar:
         found = overlap.look_up(pieces(data, bar), known)
-    result = {name: judge(items, facts, grams[name], known, found)
-              for name, (items, facts) in sets.items()}
-    print(shown(data, result, cfg.width))
+    result = {}
+    for name, (items, facts) in sets.items():
+        hits = {n: found[n][np.searchsorted(known[n], hashes)]
+                for n, (hashes, _) in grams[name].items()}
+        result[name] = {**facts, 'items': len(items), **measure(items, grams[name], hits)}
+    print(format_report(data, result, cfg.width))
     path = Path(cfg.out) if cfg.out else data.folder / 'contamination.json'
-    aside = path.with_name(f'.{path.name}.partial')
-    aside.write_text(json.dumps({'dataset': data.folder.name, 'settings': vars(cfg),
-                                 'tokens': len(data.splits['train']), 'sets': result}, indent=1))
-    os.replace(aside, path)
+    atomic_write(path, json.dumps({'dataset': data.folder.name, 'settings': vars(cfg),
+                                   'tokens': len(train), 'sets': result}, indent=1))
     print(f'\n{path}')
 
 
@@ -333,28 +351,31 @@ def read_set(entry):
 def read_cbt(path):
     """(texts, facts) of the questions with their answers, common nouns and named entities."""
     file = Path(path).expanduser()
-    subsets = ['NE' if '_NE_' in file.name else 'CN'] if file.is_file() else ['CN', 'NE']
+    subsets = ['CN', 'NE']
+    if file.is_file():
+        subsets = ['NE'] if '_NE_' in file.name else ['CN']
     sets = [benchmarks.cbt(subset, 'valid', path) for subset in subsets]
-    texts = [' '.join([*asked.sentences, asked.query.replace('XXXXX', asked.answer)])
-             for questions, _ in sets for asked in questions]
-    facts = [found for _, found in sets]
-    return [re.sub(r'-[LR][RSC]B-', ' ', text).replace(" n't", "n't") for text in texts], {
-        'path': ', '.join(found['path'] for found in facts),
-        'sha256': '-'.join(found['sha256'] for found in facts),
-        'official': all(found['official'] for found in facts)}
+    texts = []
+    for questions, _ in sets:
+        for asked in questions:
+            text = ' '.join([*asked.sentences, asked.query.replace('XXXXX', asked.answer)])
+            texts.append(re.sub(r'-[LR][RSC]B-', ' ', text).replace(" n't", "n't"))
+    return texts, {'path': ', '.join(facts['path'] for _, facts in sets),
+                   'sha256': '-'.join(facts['sha256'] for _, facts in sets),
+                   'official': all(facts['official'] for _, facts in sets)}
 
 
 def pieces(data, bar):
-    """The bytes of train in pieces that end between words, documents parted by overlap.MARK."""
+    """The bytes of train in pieces that end between words, overlap.MARK between documents."""
     table, rest = token_table(data, overlap.MARK), b''
-    every, sizes = np.frombuffer(b''.join(table), np.uint8), np.array([len(raw) for raw in table])
+    joined, sizes = np.frombuffer(b''.join(table), np.uint8), np.array([len(raw) for raw in table])
     starts = np.cumsum(sizes) - sizes
     for ids in data.splits['train'].chunks(2 ** 15):
         size = sizes[ids]                           # in numpy, twice as fast as joining the table's
         ends = np.cumsum(size)
         places = np.repeat(starts[ids] - (ends - size), size) + np.arange(ends[-1])
-        raw = rest + every[places].tobytes()
-        cut = max(raw.rfind(blank) for blank in (b' ', b'\n', overlap.MARK)) + 1
+        raw = rest + joined[places].tobytes()
+        cut = max(raw.rfind(between) for between in (b' ', b'\n', overlap.MARK)) + 1
         if not cut and len(raw) > 2 ** 22:
             cut = len(raw)                                          # no word is that long
         rest = raw[cut:]
@@ -363,47 +384,48 @@ def pieces(data, bar):
     yield rest
 
 
-def judge(items, facts, grams, known, found):
-    """What was found of a test set: {n: figures} and the longest overlaps."""
-    result = {**facts, 'items': len(items), 'ngrams': {}, 'longest': []}
+def measure(items, grams, hits):
+    """{'ngrams': {n: figures}, 'longest': the longest overlaps} of a test set.
+
+    grams: {n: (hashes, of)}, see overlap.ngrams_of(); hits: {n: which of them are in train}.
+    """
+    ngrams = {}
     for n, (hashes, of) in grams.items():
-        hits = found[n][np.searchsorted(known[n], hashes)]
-        total, hit = np.bincount(of), np.bincount(of, hits)
-        long = total > 0
-        result['ngrams'][n] = {
-            'items': int(long.sum()), 'distinct': len(overlap.distinct(hashes)),
-            'found': len(overlap.distinct(hashes[hits])), 'touched': int((hit > 0).sum()),
-            'half': int((2 * hit >= total)[long].sum())}
-        if n == NGRAMS[0]:
-            for item, first, count in overlap.longest(hits, hashes, of, WORST):
-                words = overlap.normalize(items[item].encode()).split()[first:first + count + n - 1]
-                result['longest'].append({'item': item, 'words': len(words),
-                                          'text': b' '.join(words).decode()})
-    return result
+        total, hit = np.bincount(of), np.bincount(of, hits[n])
+        ngrams[n] = {
+            'items': int((total > 0).sum()), 'distinct': len(overlap.distinct(hashes)),
+            'found': len(overlap.distinct(hashes[hits[n]])), 'touched': int((hit > 0).sum()),
+            'half': int((2 * hit >= total)[total > 0].sum())}
+    longest, n = [], NGRAMS[0]
+    for item, first, count in overlap.longest(hits[n], *grams[n], WORST):
+        words = overlap.normalize(items[item].encode()).split()[first:first + count + n - 1]
+        longest.append({'item': item, 'words': len(words), 'text': b' '.join(words).decode()})
+    return {'ngrams': ngrams, 'longest': longest}
 
 
-def shown(data, result, width):
-    """The report as it is printed."""
+def format_report(data, result, width):
     lines = [f"{data.folder.name}: {len(data.splits['train']):,} tokens of train, searched for the "
              f"n-grams of test sets", '',
              f'{"":10}{"items":>8}{"n":>5}{"long enough":>13}{"n-grams":>12}{"found":>10}'
              f'{"items touched":>16}{"by half or more":>18}']
     for name, facts in result.items():
-        for n, got in facts['ngrams'].items():
-            items = got['items'] or 1
-            head = f"{name:10}{facts['items']:>8,}" if n == min(NGRAMS) else ' ' * 18
-            lines.append(f"{head}{n:>5}{got['items']:>13,}{got['distinct']:>12,}"
-                         f"{got['found'] / (got['distinct'] or 1):>10.3%}"
-                         f"{got['touched'] / items:>16.2%}{got['half'] / items:>18.2%}")
-    if paper := [PAPER[name] for name, facts in result.items()
-                 if name in PAPER and facts['official']]:
+        head = f"{name:10}{facts['items']:>8,}"
+        for n, row in facts['ngrams'].items():
+            items = row['items'] or 1
+            lines.append(f"{head}{n:>5}{row['items']:>13,}{row['distinct']:>12,}"
+                         f"{row['found'] / (row['distinct'] or 1):>10.3%}"
+                         f"{row['touched'] / items:>16.2%}{row['half'] / items:>18.2%}")
+            head = ' ' * 18
+    paper = [PAPER[name] for name, facts in result.items() if name in PAPER and facts['official']]
+    if paper:
         lines.append(f"\nThe GPT-2 paper found in WebText, of the 8-grams {', '.join(paper)}")
-    lines.append('\nlongest overlaps')
+    if any(facts['longest'] for facts in result.values()):
+        lines.append('\nlongest overlaps')
     for name, facts in result.items():
         for worst in facts['longest']:
             line = f"{name}, item {worst['item'] + 1:,}, {worst['words']:,} words: {worst['text']}"
             lines.append(f'  {line}' if len(line) < width - 1 else f'  {line[:width - 4]} …')
-    return '\n'.join(lines if any(facts['longest'] for facts in result.values()) else lines[:-1])
+    return '\n'.join(lines)
 
 
 if __name__ == '__main__':

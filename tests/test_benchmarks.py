@@ -1,18 +1,17 @@
 """The readers of the test sets: what they read, what they refuse, where the files come from."""
 
 import hashlib
-import http.server
 import io
 import json
 import tarfile
-import threading
 import time
 import zipfile
 
 import pytest
+from test_files import Server, server
 
+from gpt import files
 from gpt.data import benchmarks
-from gpt import files as fetch
 
 ROW = {'ctx': 'A man sits. he', 'label': 2, 'endings': ['a b.', 'c d.', 'e.', 'f g.']}
 CANDIDATES = 'fox|hen|dog|cat|cow|ant|bee|elk|owl|pig'
@@ -35,18 +34,18 @@ def test_hellaswag_rows_are_read(tmp_path):
     text = json.dumps(ROW) + '\r\n\n' + json.dumps({**ROW, 'label': '3'}) + '\n'
     rows, facts = benchmarks.hellaswag(write(tmp_path / 'a', b'\xef\xbb\xbf' + text.encode()))
     assert [row['label'] for row in rows] == [2, 3] and not facts['official']
-    assert facts['sha256'] == fetch.digest(tmp_path / 'a')
+    assert facts['sha256'] == files.sha256(tmp_path / 'a')
 
 
 @pytest.mark.parametrize('content, words', [
-    ('', 'there is nothing in this file'),
+    ('', 'this file is empty'),
     ('<!DOCTYPE html><html>', 'is a web page, not the data'),
     ('version https://git-lfs.github.com/spec/v1\noid sha256:00', 'is a Git LFS pointer'),
-    (json.dumps(ROW) + '\n' + json.dumps(ROW)[:30], 'a:2: not JSON, or cut off'),
-    ('[1, 2]', 'a:1: expected an object'),
-    (json.dumps({**ROW, 'ctx': ' '}), "a:1: expected a text 'ctx', given ' '"),
-    (json.dumps({**ROW, 'endings': ['a', 'b', 'c']}), "a:1: expected four texts 'endings'"),
-    (json.dumps({**ROW, 'endings': ['a', 'b', 'c', ' ']}), "a:1: expected four texts 'endings'"),
+    (json.dumps(ROW) + '\n' + json.dumps(ROW)[:30], 'a:2: not JSON, or truncated'),
+    ('[1, 2]', 'a:1: .*expected an object'),
+    (json.dumps({**ROW, 'ctx': ' '}), "a:1: ctx: given ' ', expected a text"),
+    (json.dumps({**ROW, 'endings': ['a', 'b', 'c']}), 'a:1: endings: .*expected four texts'),
+    (json.dumps({**ROW, 'endings': ['a', 'b', 'c', ' ']}), 'a:1: endings: .*expected four texts'),
     (json.dumps({k: v for k, v in ROW.items() if k != 'label'}), 'label: given None.*test set'),
     (json.dumps({**ROW, 'label': ''}), "label: given '', expected 0 to 3"),
     (json.dumps({**ROW, 'label': 4}), 'label: given 4, expected 0 to 3'),
@@ -60,7 +59,7 @@ def test_hellaswag_refuses_by_file_and_line(tmp_path, content, words):
 @pytest.mark.parametrize('content', ['{"text": "one"}', '{"text": "one\\ntwo"}', '{"text": 3}',
                                      '{"ctx": "a b"}'])
 def test_lambada_refuses_what_has_no_last_word(tmp_path, content):
-    with pytest.raises(ValueError, match="a:1: expected a 'text' of two words"):
+    with pytest.raises(ValueError, match='a:1: text: .*expected two words'):
         benchmarks.lambada(write(tmp_path / 'a', content))
 
 
@@ -76,22 +75,22 @@ def test_cbt_questions_are_read(tmp_path, end):
 
 
 @pytest.mark.parametrize('content, words', [
-    (question().replace('2 Sentence 2', '3 Sentence 2'), 'a:2: expected line 2 of 21'),
-    (question().replace('\n5 Sentence', '\nSentence'), 'a:5: expected line 5 of 21'),
+    (question().replace('2 Sentence 2', '3 Sentence 2'), 'a:2: .*expected line 2 of 21'),
+    (question().replace('\n5 Sentence', '\nSentence'), 'a:5: .*expected line 5 of 21'),
     ('\n'.join(question().split('\n')[:15]), 'a:15: this question has 15 lines, expected 21'),
-    (question().rstrip('\n') + '\n22 and one more\n', 'a:22: expected line 22 of 21'),
-    (question(query='No blank .'), 'a:21: expected one XXXXX'),
-    (question(query='XXXXX and XXXXX .'), 'a:21: expected one XXXXX'),
-    (question(query='XXXXX , the XXXXX-man .'), 'a:21: expected one XXXXX'),
-    (question(query='The XXXXX-man .'), 'a:21: expected one XXXXX'),
-    (b'\x1f\x8b\x08packed', 'a: is packed .gzip.: unpack it'),
-    (question(candidates=CANDIDATES[4:]), 'expected 10 different candidates, given 9'),
-    (question(candidates=CANDIDATES + '|yak'), 'expected 10 different candidates, given 11'),
-    (question(candidates=CANDIDATES.replace('owl', 'fox')), 'expected 10 different candidates'),
-    (question(candidates=CANDIDATES.replace('owl', '')), 'expected 10 different candidates'),
+    (question().rstrip('\n') + '\n22 and one more\n', 'a:22: .*expected line 22 of 21'),
+    (question(query='No gap .'), 'a:21: .*expected one XXXXX'),
+    (question(query='XXXXX and XXXXX .'), 'a:21: .*expected one XXXXX'),
+    (question(query='XXXXX , the XXXXX-man .'), 'a:21: .*expected one XXXXX'),
+    (question(query='The XXXXX-man .'), 'a:21: .*expected one XXXXX'),
+    (b'\x1f\x8b\x08packed', 'a: is compressed .gzip.; decompress it'),
+    (question(candidates=CANDIDATES[4:]), 'given 9 candidates .*expected 10 different'),
+    (question(candidates=CANDIDATES + '|yak'), 'given 11 candidates .*expected 10 different'),
+    (question(candidates=CANDIDATES.replace('owl', 'fox')), 'expected 10 different ones'),
+    (question(candidates=CANDIDATES.replace('owl', '')), 'expected 10 different ones'),
     (question(answer='yak'), "the answer 'yak' is not one of"),
     (question().replace('Sentence 3', 'Séntence').encode('latin-1'), 'a:3: not UTF-8'),
-    ('\n\n', 'there is nothing in this file')])
+    ('\n\n', 'this file is empty')])
 def test_cbt_refuses_by_file_and_line(tmp_path, content, words):
     with pytest.raises(ValueError, match=words):
         benchmarks.cbt('CN', 'valid', write(tmp_path / 'a', content))
@@ -125,39 +124,11 @@ def test_articles_begin_at_headings_of_the_first_level():
                                          ' = C D = \n Three . \n']
 
 
-# Where the files come from: a server that breaks off, goes on by Range, or lies.
-
-class Server(http.server.BaseHTTPRequestHandler):
-    files, ranges, break_after = {}, [], None
-
-    def do_GET(self):
-        body = self.files.get(self.path)
-        if body is None:
-            return self.send_error(404)
-        asked = self.headers.get('Range')
-        self.ranges.append(asked)
-        start = int(asked[6:-1]) if asked and self.path != '/no_ranges' else 0
-        if start >= len(body):
-            return self.send_error(416)
-        self.send_response(206 if start else 200)
-        self.send_header('Content-Length', str(len(body) - start))
-        self.end_headers()
-        end = start + self.break_after if self.break_after else len(body)
-        self.wfile.write(body[start:end])
-
-    def log_message(self, *words):
-        pass
-
+# Where the files come from.
 
 @pytest.fixture
-def server(monkeypatch, tmp_path):
-    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
-    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+def place(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmarks, 'PLACE', tmp_path / 'benchmarks')
-    Server.files, Server.ranges, Server.break_after = {}, [], None
-    yield f'http://127.0.0.1:{httpd.server_port}'
-    httpd.shutdown()
 
 
 def serve(monkeypatch, url, name, path, content, member=''):
@@ -166,38 +137,7 @@ def serve(monkeypatch, url, name, path, content, member=''):
     monkeypatch.setitem(benchmarks.SOURCES, name, (url + path, sha256, member))
 
 
-@pytest.mark.parametrize('path', ['/file', '/no_ranges'])
-def test_a_download_that_broke_off_goes_on(server, tmp_path, path):
-    """Within one call where tries are left, else in the next; nothing is fetched twice from a
-    server that can go on, and one that cannot is read from the start."""
-    body = bytes(range(256)) * 40
-    Server.files[path], Server.break_after = body, 4096
-    sha256, place = hashlib.sha256(body).hexdigest(), tmp_path / 'x'
-    with pytest.raises(ValueError, match='the connection broke off'):
-        fetch.fetch(server + path, place, sha256, tries=2)
-    assert not place.exists() and (tmp_path / 'x.partial').exists()
-    if path == '/no_ranges':
-        Server.break_after = None
-    fetch.fetch(server + path, place, sha256)
-    assert place.read_bytes() == body and not (tmp_path / 'x.partial').exists()
-    if path == '/file':
-        assert Server.ranges == [None, 'bytes=4096-', 'bytes=8192-']
-    fetch.fetch(server + path, place, sha256)                       # there already
-    assert len(Server.ranges) == 3
-
-
-def test_what_was_left_behind_wrong_is_fetched_anew(server, tmp_path):
-    """A partial file of other bytes, shorter or longer than the right one, harms nothing."""
-    body = b'the right bytes' * 99
-    Server.files['/file'], sha256 = body, hashlib.sha256(body).hexdigest()
-    for garbage in (b'wrong', body + b'and more'):
-        write(tmp_path / 'x.partial', garbage)
-        fetch.fetch(server + '/file', tmp_path / 'x', sha256)
-        assert (tmp_path / 'x').read_bytes() == body
-        (tmp_path / 'x').unlink()
-
-
-def test_test_sets_are_downloaded_once_checked_and_unpacked(server, monkeypatch, tmp_path):
+def test_test_sets_are_downloaded_once_checked_and_unpacked(server, place, monkeypatch, tmp_path):
     serve(monkeypatch, server, 'hellaswag', '/hellaswag_val.jsonl', json.dumps(ROW).encode())
     zipped = io.BytesIO()
     with zipfile.ZipFile(zipped, 'w') as archive:

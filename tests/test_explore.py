@@ -12,17 +12,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from test_benchmarks import question
+from test_overlap import plain_ngrams, strange_text
+from test_shards import plain_documents
 
-from gpt import tokenizer
-from gpt.settings import configure
-from gpt.data import overlap
-from gpt.data import shards
 from data import explore, prepare
+from gpt import tokenizer
+from gpt.data import overlap, shards
 from gpt.data.encode import document_hash
-
-STRANGE = ['It’s', '“naïve”', 'co-op', 'snake_case', "don't", 'ÉCOLE', '３', '42', 'Straße', 'ΣΑΣ',
-           '北京', 'a', 'b', 'the', 'x²', '—', 'İstanbul', '…', 'n', 't', '_', '‘tis', 'e\u0301']
-
+from gpt.settings import configure
 
 def explored(capsys, *args):
     """What explore.py prints with these arguments."""
@@ -45,46 +42,6 @@ def shard(path, ids):
     writer = shards.ShardWriter(path.parent, path.name.partition('_')[0], 10 ** 6)
     writer.write(np.array(ids, np.uint16))
     writer.close()
-
-
-def plain_documents(ids, eot):
-    """Lists of the ids that stand between the ids `eot`, by hand."""
-    found = [[]]
-    for i in ids:
-        if i == eot:
-            found.append([])
-        else:
-            found[-1].append(i)
-    if not found[0]:
-        return found[1:]
-    return found[:-1] if len(found) > 1 and not found[-1] else found
-
-
-@pytest.mark.parametrize('size', [1, 2, 3, 7, 10 ** 6])
-def test_documents_are_what_stands_between_the_marks(tmp_path, size):
-    """Whatever the size of the pieces, also where documents are empty or longer than one."""
-    rng = random.Random(size)
-    for trial in range(40):
-        ids = rng.choices([0, 1, 2, 3], [trial % 5, 3, 2, 1], k=rng.randrange(1, 25))
-        shard(tmp_path / 'd/train_000000.bin', ids)
-        tokens = shards.Tokens('d', 'train', 4, tmp_path)
-        assert np.concatenate(list(tokens.chunks(size))).tolist() == ids
-        found, pieces = [], []
-        for part, ends in shards.documents(tokens, 0, size):
-            assert part.dtype == np.uint16 and len(part) < 2 * size
-            pieces += part.tolist()
-            if ends:
-                found, pieces = [*found, pieces], []
-        assert found == plain_documents(ids, 0) and not pieces
-        whole = list(shards.documents(tokens, None, size))
-        assert np.concatenate([part for part, _ in whole]).tolist() == ids
-        assert [ends for _, ends in whole] == [False] * (len(whole) - 1) + [True]
-
-
-def test_documents_refuse_ids_outside_of_the_vocabulary(tmp_path):
-    shard(tmp_path / 'd/train_000000.bin', [0, 1, 9])
-    with pytest.raises(ValueError, match='holds token id 9, the vocabulary ends at 8'):
-        list(shards.documents(shards.Tokens('d', 'train', 9, tmp_path), 0))
 
 
 def test_the_page_is_a_plain_recount(stories, capsys):
@@ -121,7 +78,7 @@ def test_the_page_is_a_plain_recount(stories, capsys):
     assert re.search(rf'bpe:300, 300 tokens +{used[0]} +{used[1]}\n', page)
     assert 'tiny.jsonl (1 file, ' in page
     top, n = every[0].most_common(1)[0]
-    shown = repr(data.enc.decode([top]))
+    shown = repr(data.encoding.decode([top]))
     assert re.search(rf'{re.escape(shown)} +{n / sum(every[0].values()):.2%}', page)
     assert max(map(len, page.splitlines()[:-1])) <= 100
 
@@ -172,7 +129,7 @@ def test_nanogpt_s_files_without_header_are_read(tmp_path, capsys, gpt2, behind)
     page = explored(capsys, 'd', f'--data_dir={tmp_path}')
     assert 'taken for tokens of gpt2' in page and re.search(r'documents +7 +1\n', page)
     assert re.search(rf'bytes of text +{sum(map(len, texts))} +{len(texts[0])}\n', page)
-    read = page.partition('read at random')[2]
+    read = page.partition('sampled from train')[2]
     sampled = re.findall(r'(\d+)  (Story \d: .*)', read)
     assert len(sampled) == 5 and all(
         any(text.startswith(line) and len(enc.encode(text)) == int(length) for text in texts)
@@ -216,13 +173,13 @@ def test_decode_shows_exactly_the_text(tmp_path, capsys):
 
 def test_a_plain_text_comes_back_from_decode(stories, capsys):
     data = explore.open_data('tiny', str(stories))
-    documents = [data.enc.decode(part.tolist())
+    documents = [data.encoding.decode(part.tolist())
                  for part, _ in shards.documents(data.splits['train'], data.eot)]
     shown = explored(capsys, 'tiny', f'--data_dir={stories}', '--decode=train_000000:0',
                      '--count=1000000')
     assert re.split(r'\n── *[─ ]+<\|endoftext\|> ─+\n', shown.partition('\n')[2])[1:] == [
         *documents[:-1], documents[-1] + '\n']
-    second = 1 + len(tokenizer.encode(data.enc, documents[0]))
+    second = 1 + len(tokenizer.encode(data.encoding, documents[0]))
     shown = explored(capsys, 'tiny', f'--data_dir={stories}', f'--decode=train_000000:{second + 1}')
     assert 'in document 2 of' in shown and shown.splitlines()[1].startswith(documents[1][:40])
 
@@ -250,39 +207,14 @@ def test_a_set_is_given_once(stories, tmp_path, capsys):
 
 
 def test_it_needs_no_torch_of_its_own():
-    """Nothing that explore.py uses is torch's; data/shards.py is what may import it."""
-    for name in ('explore', 'overlap'):
-        assert 'torch' not in (ROOT / f'data/{name}.py').read_text()
+    for name in ('data/explore.py', 'gpt/data/overlap.py'):
+        assert 'torch' not in (ROOT / name).read_text()
     done = subprocess.run([sys.executable, ROOT / 'data/explore.py', '--help'], text=True,
                           capture_output=True, check=True)
     assert 'SHARD:OFFSET' in done.stdout
 
 
 # Contamination, against sets of tuples of words.
-
-def plain_words(text):
-    return re.findall(r'[^\W_]+', text.casefold())
-
-
-def plain_ngrams(text, n):
-    words = plain_words(text)
-    return [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
-
-
-def strange_text(rng, most):
-    """A text of few different words, so that n-grams recur, with what may stand between words."""
-    between = [' ', ' ', '\n', ', ', ' — ', '_', "'", '”', '  ']
-    return ''.join(rng.choice(STRANGE) + rng.choice(between) for _ in range(rng.randrange(most)))
-
-
-def test_normalized_words_are_those_of_a_plain_reading():
-    rng = random.Random(1)
-    for _ in range(300):
-        text = strange_text(rng, 30)
-        assert overlap.normalize(text.encode()).decode().split() == plain_words(text)
-    every = ''.join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x30000)]))
-    assert overlap.normalize(every.encode()).decode().split() == plain_words(every)
-
 
 @pytest.mark.parametrize('kind', ['bytes', 'gpt2'])
 @pytest.mark.parametrize('chunk', [5, pytest.param(64, marks=pytest.mark.slow),
@@ -296,13 +228,13 @@ def test_counts_are_those_of_sets_of_tuples(tmp_path, monkeypatch, request, kind
     items = [strange_text(rng, 40) for _ in range(20)] + [texts[0] + texts[1], texts[2], '', '!']
     data = explore.open_data('d', str(prepared(tmp_path, texts, tokenizer=kind)))
     chunks = shards.Tokens.chunks
-    train = [data.enc.decode(part)
+    train = [data.encoding.decode(part)
              for part in plain_documents(data.splits['train'].read(
                  0, len(data.splits['train'])).tolist(), data.eot)]
     monkeypatch.setattr(shards.Tokens, 'chunks', lambda self, size: chunks(self, chunk))
     grams = {n: overlap.ngrams_of(items, n) for n in (2, 3, 5)}
     known = {n: overlap.distinct(hashes) for n, (hashes, _) in grams.items()}
-    found = overlap.look_up(explore.pieces(data, explore.progress([], '')), known)
+    found = overlap.look_up(explore.pieces(data, explore.progress_bar([], '')), known)
     for n, (hashes, of) in grams.items():
         there = {gram for text in train for gram in plain_ngrams(text, n)}
         plain = [(gram, i) for i, text in enumerate(items) for gram in plain_ngrams(text, n)]
@@ -310,15 +242,6 @@ def test_counts_are_those_of_sets_of_tuples(tmp_path, monkeypatch, request, kind
         assert len(known[n]) == len({gram for gram, _ in plain})
         hits = found[n][np.searchsorted(known[n], hashes)]
         assert hits.tolist() == [gram in there for gram, _ in plain] and 0 < hits.sum() < len(hits)
-
-
-def test_the_longest_runs_and_none_twice():
-    texts = ['a b c d e f g', 'x b c d e y', 'p q r s', 'a b z']
-    grams, of = overlap.ngrams_of(texts, 2)
-    there = {('b', 'c'), ('c', 'd'), ('d', 'e'), ('q', 'r'), ('a', 'b')}
-    hits = np.array([gram in there for text in texts for gram in plain_ngrams(text, 2)])
-    assert overlap.longest(hits, grams, of, 3) == [(0, 0, 4), (2, 1, 1)]
-    assert overlap.longest(hits[:0], grams[:0], of[:0], 3) == []
 
 
 def words(rng, count):
@@ -396,7 +319,7 @@ def test_real_text_against_itself_is_found_whole(real, tmp_path, capsys):
     items = [path.read_text()]
     grams = overlap.ngrams_of(items, 8)[0]
     known = {8: overlap.distinct(grams)}
-    assert overlap.look_up(explore.pieces(data, explore.progress([], '')), known)[8].all()
+    assert overlap.look_up(explore.pieces(data, explore.progress_bar([], '')), known)[8].all()
     assert len(known[8]) == len(set(plain_ngrams(items[0], 8)))
 
 
@@ -418,6 +341,6 @@ def test_empty_documents_and_the_end_of_the_text_are_met(tmp_path, capsys):
     words = capsys.readouterr().out
     assert re.search(r'documents +4 +4\n', words) and re.search(r'0 to +1 ', words)
     prepare.main(prepare.Config(input=(str(tmp_path / 'a.txt'),), tokenizer='chars', name='c',
-                                data_dir=str(tmp_path)))
+                                data_dir=str(tmp_path), val_fraction=0.3))
     explore.main(configure(explore.Config, ['c', f'--data_dir={tmp_path}'], None, 'name'))
     assert 'hello therehello' not in capsys.readouterr().out

@@ -1,26 +1,25 @@
 """
-The test sets of the evaluations: one table of where they come from, one reader for each.
+The test sets of the evaluations: one table of their origins, one reader for each.
 
-A file that is not there is downloaded, once, into data/benchmarks/, and checked; a file of one's
-own is read from `path`. Every reader gives (what is in it, facts), where facts say which file it
-was, its sha256, and whether it is the official one, with which published numbers were measured.
-Raises ValueError naming file and line where a file is not what it should be.
+A missing file is downloaded once into data/benchmarks/ and checked; your own file is read from
+`path`. Every reader returns (its content, facts): path, sha256, and whether it is the official
+file, with which published numbers were measured. All raise ValueError with file and line.
 """
 
 import hashlib
 import io
 import json
-import os
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt.files import fetch
+from gpt.files import ROOT, atomic_write, download
 
-PLACE = Path(__file__).resolve().parents[2] / 'data' / 'benchmarks'
+PLACE = ROOT / 'data' / 'benchmarks'
 WIKITEXT = 'https://wikitext.smerity.com/'
-SOURCES = {     # name: (url, sha256 of what it gives, the file in an archive)
+SOURCES = {     # name: (url, its sha256, the file in an archive)
     'hellaswag': ('https://raw.githubusercontent.com/rowanz/hellaswag/master/data/'
                   'hellaswag_val.jsonl',
                   '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588', ''),
@@ -46,13 +45,13 @@ SOURCES = {     # name: (url, sha256 of what it gives, the file in an archive)
             '01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e',
             '1-billion-word-language-modeling-benchmark-r13output/'
             'heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050'),
-    'ptb': ('ptb.test.txt',         # not to be downloaded
+    'ptb': ('ptb.test.txt',         # licensed: cannot be downloaded
             'dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0', ''),
 }
-KNOWN = {       # sha256 of files taken out of these archives
+KNOWN = {       # sha256 of the files in these archives
     'wikitext2-raw': '173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08',
     'enwik8': '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'}
-CBT_BLOBS = {   # git's names (sha1) of the unmodified files begin so
+CBT_BLOBS = {   # the beginnings of git's hashes (sha1) of the unmodified files
     'cbtest_CN_valid_2000ex.txt': 'dbe54c05', 'cbtest_CN_test_2500ex.txt': 'dd2475af',
     'cbtest_NE_valid_2000ex.txt': '7f702d10', 'cbtest_NE_test_2500ex.txt': '212bb2d0',
     'cbtest_V_valid_2000ex.txt': '19ceb44a', 'cbtest_V_test_2500ex.txt': '2959302b',
@@ -60,146 +59,154 @@ CBT_BLOBS = {   # git's names (sha1) of the unmodified files begin so
 
 
 class Question(NamedTuple):
-    """One of the Children's Book Test (Hill et al. 2015), in tokens between blanks."""
-    sentences: list         # 20 of them
-    query: str              # the 21st, with XXXXX in the place of a word
+    """A question of the Children's Book Test (Hill et al. 2015), tokens separated by spaces."""
+    sentences: list[str]    # 20
+    query: str              # the 21st, with XXXXX for a word
     answer: str
-    candidates: list        # 10, the answer among them
+    candidates: list[str]   # 10, the answer among them
     where: str              # file:line
 
 
-def obtain(name, path=''):
-    """(bytes, facts) of the test set `name`, or of the file `path`, which may be its .zip."""
-    url, sha256, member = SOURCES[name]
+def obtain(name: str, path: str | Path = '') -> tuple[bytes, dict]:
+    """(content, facts) of the test set `name`, or of the file `path`, which may be its .zip."""
+    url, expected, member = SOURCES[name]
     place = PLACE / Path(url).name
     if name == '1bw' and not path:
         path = unpack(name, [member])
         raw = read_bytes(path)
         return raw, {**facts(path, raw), 'official': place.exists()}    # of a verified archive
     if name == 'ptb' and not path and not place.exists():
-        raise ValueError(f'the Penn Treebank is licensed by the LDC and not to be had freely: '
-                         f'put its test set, {url} (449,945 bytes, sha256 {sha256}), at {place}')
+        raise ValueError(f'the Penn Treebank is licensed by the LDC and cannot be downloaded; '
+                         f'put its test set, {url} (449,945 bytes, sha256 {expected}), at {place}')
     if name != 'ptb' and not path:
-        fetch(url, place, sha256)
+        download(url, place, expected)
     path = path or place
     raw = read_bytes(path)
-    found = facts(path, raw, {sha256, KNOWN.get(name)})
-    return unzip(raw, member, path) if member and raw[:2] == b'PK' else raw, found
+    about = facts(path, raw, {expected, KNOWN.get(name)})
+    if member and raw[:2] == b'PK':
+        raw = unzip(raw, member, path)
+    return raw, about
 
 
-def facts(path, raw, known=()):
-    digest = hashlib.sha256(raw).hexdigest()
-    return {'path': str(path), 'sha256': digest, 'official': digest in known}
+def facts(path: str | Path, raw: bytes, known: set | tuple = ()) -> dict:
+    """{'path', 'sha256', 'official': whether the sha256 is in `known`} of a file."""
+    sha256 = hashlib.sha256(raw).hexdigest()
+    return {'path': str(path), 'sha256': sha256, 'official': sha256 in known}
 
 
-def read_bytes(path):
-    """The bytes of a file, which is refused where something else was downloaded in its place."""
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file; ValueError for what is often downloaded instead of it."""
     try:
         raw = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise ValueError(f'{path}: cannot read this file ({error.strerror})') from None
     if raw[:2] == b'\x1f\x8b':
-        raise ValueError(f'{path}: is packed (gzip): unpack it, and name the file in it')
+        raise ValueError(f'{path}: is compressed (gzip); decompress it first')
     head = raw[:200].lstrip(b'\xef\xbb\xbf \r\n').lower()
-    for start, what in ((b'<!doctype', 'a web page'), (b'<html', 'a web page'),
+    for start, kind in ((b'<!doctype', 'a web page'), (b'<html', 'a web page'),
                         (b'version https://git-lfs', 'a Git LFS pointer')):
         if head.startswith(start):
-            raise ValueError(f'{path}: is {what}, not the data: download the file itself')
+            raise ValueError(f'{path}: is {kind}, not the data; download the file itself')
     return raw
 
 
-def unzip(raw, member, path):
+def unzip(raw: bytes, member: str, path: str | Path) -> bytes:
     try:
         return zipfile.ZipFile(io.BytesIO(raw)).read(member)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f'{path}: cannot be unpacked ({error})') from None
 
 
-def unpack(name, members):
-    """The Path of the first of these files of the .tar.gz of `name`, which are kept beside it; all
-    of them are unpacked if it is not there."""
+def unpack(name: str, members: list[str]) -> Path:
+    """The first of these files of the .tar.gz of `name`, in PLACE; if missing, all are unpacked."""
     wanted = {member: PLACE / Path(member).name for member in members}
     first = wanted[members[0]]
-    if not first.exists():
-        url, sha256, _ = SOURCES[name]
-        with tarfile.open(fetch(url, PLACE / Path(url).name, sha256)) as archive:
-            for entry in archive:
-                if path := wanted.pop(entry.name.removeprefix('./'), None):
-                    aside = path.with_name(f'{path.name}.{os.getpid()}.partial')
-                    aside.write_bytes(archive.extractfile(entry).read())
-                    os.replace(aside, path)
-                if not wanted:
-                    break
+    if first.exists():
+        return first
+    url, expected, _ = SOURCES[name]
+    with tarfile.open(download(url, PLACE / Path(url).name, expected)) as archive:
+        for entry in archive:
+            path = wanted.pop(entry.name.removeprefix('./'), None)
+            if path:
+                atomic_write(path, archive.extractfile(entry).read())
+            if not wanted:
+                break
     return first
 
 
-def lines_of(raw, path):
-    """(file:line, text) of every line, whatever ends it; a byte order mark is passed over."""
+def lines_of(raw: bytes, path: str | Path) -> Iterator[tuple[str, str]]:
+    """('file:line', text) of every line, whatever ends it; a byte order mark is skipped."""
     for number, line in enumerate(raw.removeprefix(b'\xef\xbb\xbf').split(b'\n'), start=1):
         where = f'{path}:{number}'
         yield where, decode(line, where).removesuffix('\r')
 
 
-def decode(raw, where):
+def decode(raw: bytes, where: str) -> str:
+    """UTF-8 to text."""
     try:
         return raw.decode('utf-8')
     except UnicodeDecodeError as error:
         raise ValueError(f'{where}: not UTF-8 ({error.reason} at byte {error.start})') from None
 
 
-def json_lines(raw, path):
+def json_lines(raw: bytes, path: str | Path) -> Iterator[tuple[str, dict]]:
+    """('file:line', object) of every line of JSON."""
     for where, line in lines_of(raw, path):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                raise ValueError(f'{where}: not JSON, or cut off: {line[:60]!r}') from None
-            if not isinstance(row, dict):
-                raise ValueError(f'{where}: expected an object, given {line[:60]!r}')
-            yield where, row
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise ValueError(f'{where}: not JSON, or truncated: {line[:60]!r}') from None
+        if not isinstance(row, dict):
+            raise ValueError(f'{where}: given {line[:60]!r}, expected an object')
+        yield where, row
 
 
-def hellaswag(path=''):
-    """Rows of HellaSwag's validation set (Zellers et al. 2019): dicts with at least ctx, four
-    endings and the label, 0 to 3."""
-    raw, found = obtain('hellaswag', path)
+def not_empty(rows: list, about: dict) -> tuple[list, dict]:
+    if not rows:
+        raise ValueError(f"{about['path']}: this file is empty; get it again")
+    return rows, about
+
+
+def hellaswag(path: str | Path = '') -> tuple[list[dict], dict]:
+    """(rows, facts) of HellaSwag's validation set (Zellers et al. 2019).
+
+    rows: dicts with at least ctx, four endings and the label, 0 to 3.
+    """
+    raw, about = obtain('hellaswag', path)
     rows = []
-    for where, row in json_lines(raw, found['path']):
+    for where, row in json_lines(raw, about['path']):
         endings, label = row.get('endings'), row.get('label')
         if not isinstance(row.get('ctx'), str) or not row['ctx'].strip():
-            raise ValueError(f"{where}: expected a text 'ctx', given {row.get('ctx')!r}")
+            raise ValueError(f"{where}: ctx: given {row.get('ctx')!r}, expected a text")
         if not (isinstance(endings, list) and len(endings) == 4
                 and all(isinstance(ending, str) and ending.strip() for ending in endings)):
-            raise ValueError(f"{where}: expected four texts 'endings', given {endings!r}")
+            raise ValueError(f'{where}: endings: given {endings!r}, expected four texts')
         if str(label) not in ('0', '1', '2', '3'):
             raise ValueError(f'{where}: label: given {label!r}, expected 0 to 3 '
-                             f'(the test set comes without labels)')
+                             f'(the test set has no labels)')
         rows.append({**row, 'label': int(label)})
-    return some(rows, found)
+    return not_empty(rows, about)
 
 
-def some(rows, found):
-    if not rows:
-        raise ValueError(f"{found['path']}: there is nothing in this file")
-    return rows, found
-
-
-def lambada(path=''):
-    """The 5,153 passages of LAMBADA (Paperno et al. 2016), as OpenAI keeps them."""
-    raw, found = obtain('lambada', path)
+def lambada(path: str | Path = '') -> tuple[list[str], dict]:
+    """(texts, facts) of the 5,153 passages of LAMBADA (Paperno et al. 2016), OpenAI's version."""
+    raw, about = obtain('lambada', path)
     texts = []
-    for where, row in json_lines(raw, found['path']):
+    for where, row in json_lines(raw, about['path']):
         if not isinstance(row.get('text'), str) or ' ' not in row['text'].strip():
-            raise ValueError(f"{where}: expected a 'text' of two words or more with a blank "
-                             f"between, given {row.get('text')!r}")
+            raise ValueError(f"{where}: text: given {row.get('text')!r}, expected two words or "
+                             f"more, separated by spaces")
         texts.append(row['text'])
-    return some(texts, found)
+    return not_empty(texts, about)
 
 
-def cbt(subset, split, path='', skip_bad=False):
-    """(Questions, facts) of the Children's Book Test; facts count those that were skipped.
+def cbt(subset: str, split: str, path: str | Path = '',
+        skip_bad: bool = False) -> tuple[list[Question], dict]:
+    """(Questions, facts) of the Children's Book Test; facts['skipped'] counts malformed ones.
 
-    path: the file, or a folder in which it lies under its own name.
+    path: the file, or a folder that holds it under its own name.
     """
     name = f"cbtest_{subset}_{split}_{2000 if split == 'valid' else 2500}ex.txt"
     if path:
@@ -222,18 +229,18 @@ def cbt(subset, split, path='', skip_bad=False):
                     raise
                 skipped += 1
             block = []
-    return some(questions, {**facts(path, raw), 'skipped': skipped,
-                            'official': blob.startswith(CBT_BLOBS[name])})
+    return not_empty(questions, {**facts(path, raw), 'skipped': skipped,
+                                 'official': blob.startswith(CBT_BLOBS[name])})
 
 
-def question(block):
-    """The Question of 21 (file:line, text); ValueError says where it is not one."""
+def question(block: list[tuple[str, str]]) -> Question:
+    """The Question of 21 ('file:line', text)."""
     texts = []
     for number, (where, line) in enumerate(block, start=1):
         found, _, text = line.partition(' ')
         if found != str(number) or number > 21:
-            raise ValueError(f'{where}: expected line {number} of 21 of a question, '
-                             f'given {line[:60]!r}')
+            raise ValueError(f'{where}: given {line[:60]!r}, expected line {number} of 21 of a '
+                             f'question')
         texts.append(text)
     where = block[-1][0]
     if len(block) < 21:
@@ -241,18 +248,20 @@ def question(block):
     query, answer, _, candidates, *_ = (*texts[20].split('\t'), '', '', '')
     candidates = candidates.split('|')
     if query.count('XXXXX') != 1 or 'XXXXX' not in query.split(' '):
-        raise ValueError(f'{where}: expected one XXXXX, given {query!r}')
+        raise ValueError(f'{where}: given {query!r}, expected one XXXXX')
     if len(candidates) != 10 or len(set(candidates)) != 10 or not all(candidates):
-        raise ValueError(f"{where}: expected 10 different candidates, "
-                         f"given {len(candidates)}: {'|'.join(candidates)!r}")
+        raise ValueError(f"{where}: given {len(candidates)} candidates ({'|'.join(candidates)}), "
+                         f"expected 10 different ones")
     if answer not in candidates:
         raise ValueError(f'{where}: the answer {answer!r} is not one of {candidates}')
     return Question(texts[:20], query, answer, candidates, where)
 
 
-def cbt_books(split, path=''):
-    """{sentence: book} of the books from which the questions of a split were made; {} if the file
-    cbt_valid.txt or cbt_test.txt does not lie beside them."""
+def cbt_books(split: str, path: str | Path = '') -> dict[str, str]:
+    """{sentence: book} of the books from which the questions of a split were made.
+
+    Read from cbt_valid.txt or cbt_test.txt beside them; {} without it.
+    """
     path = Path(path or PLACE).expanduser()
     file = (path if path.is_dir() else path.parent) / f'cbt_{split}.txt'
     books, book = {}, ''
@@ -264,15 +273,15 @@ def cbt_books(split, path=''):
     return books
 
 
-def articles(text):
-    """The 62 articles of WikiText's test set as lm-eval-harness takes them apart, headings and all.
+def articles(text: str) -> list[str]:
+    """The 62 articles of WikiText's test set as lm-eval-harness divides it, with all headings.
 
     An article begins at a heading of the first level.
     """
     found, lines = [], []
     for line in text.split('\n'):
-        plain = line.replace('= = =', '===').replace('= =', '==').strip()
-        if plain.startswith('= ') and plain.endswith(' ='):
+        heading = line.replace('= = =', '===').replace('= =', '==').strip()
+        if heading.startswith('= ') and heading.endswith(' ='):
             found.append('\n'.join(lines))
             lines = []
         lines.append(line)
