@@ -46,7 +46,7 @@ def run(stories, tmp_path_factory):
 def evaluated(folder, task):
     """A result, as an evaluation would keep it, of the checkpoint in `folder`."""
     measure = results.accuracy([True] * 30 + [False] * 70, published=[(31.14, 'lm-eval')])
-    results.write(results.folder(str(folder)) / f'{task}.json', {
+    results.write(results.folder_of(str(folder)) / f'{task}.json', {
         'task': task, 'protocol': 'completion', 'name': task, 'first': 100,
         'data': {'official': False, 'sha256': '0', 'path': 'x'}, 'measures': {'acc': measure},
         'model': {'name': str(folder), 'folder': str(folder)}})
@@ -88,7 +88,7 @@ def test_a_page_tells_what_the_files_tell(html, stories):
 
 
 def test_texts_are_escaped_and_nothing_comes_from_elsewhere(run, html):
-    assert html.count('&lt;script&gt;alert(&quot;&amp;&quot;)&lt;/script&gt;') == 2
+    assert html.count('&lt;script&gt;alert(&#34;&amp;&#34;)&lt;/script&gt;') == 2
     assert '/script&gt;\ufffd\ufffd\ufffd<' in html
     assert '<script' not in html and 'alert("' not in html
     assert not re.findall(r'(?:src|href|srcset)="(?!data:)|url\(|@import|https?://', html)
@@ -122,21 +122,22 @@ def test_what_is_not_there_is_said_in_a_line(tmp_path, monkeypatch):
     assert (tmp_path / 'page.html').read_text(encoding='utf-8') == html
 
 
-def test_a_data_set_without_a_list_of_files_shows_none(stories):
+def test_a_data_set_without_a_list_of_files_shows_none(run, html, stories, monkeypatch):
     """As that of Python's own library, the default: its manifest names the version alone."""
-    facts = read_manifest('tiny', stories)
-    assert 'files' in report.manifest(facts) and 'made from' in report.manifest(facts)
-    html = report.manifest({**facts, 'source': {'pydocs': 'Python 3.12.1'}})
-    assert 'files' not in html and 'Python 3.12.1' in html
+    assert 'made from' in section(html, 'Data') and '<td class="">files</td>' in html
+    manifest = {**read_manifest('tiny', stories), 'source': {'pydocs': 'Python 3.12.1'}}
+    monkeypatch.setattr(report, 'read_manifest', lambda name, data_dir: manifest)
+    html = section(made(run), 'Data')
+    assert 'made from' not in html and '>files<' not in html and 'Python 3.12.1' in html
 
 
-def test_long_tables_are_cut_and_say_so():
-    html = report.table(('n',), ((i,) for i in range(1234)), 'r', 'log.jsonl')
+def test_long_tables_are_cut_and_say_so(tmp_path):
+    lines = [{'step': 1, 'tokens': 5, 'loss': 2.0}]
+    lines += [{'step': i, 'event': 'spike', 'words': 'x'} for i in range(1234)]
+    (tmp_path / 'log.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    html = section(made(tmp_path), 'Events')
     assert html.count('<tr>') == 201 and '1,034 more are in log.jsonl' in html
-
-
-def test_the_defaults_are_those_of_train():
-    assert report.defaults() == vars(train.Config())
+    assert '<td class="mono right">199</td>' in html and '1,199' not in html
 
 
 # In a browser.
