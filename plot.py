@@ -5,30 +5,30 @@ The curves of one or more runs as a picture, a page about a run, or which of sev
     python plot.py out/a out/b --out=both.png
     python plot.py out/quickstart --report                  # writes out/quickstart/report.html
     python plot.py out/a out/b --compare                    # losses, speed, and a verdict
-    python plot.py out/a* out/b* --compare --target=3.28    # seeds of each: what is only noise?
+    python plot.py out/a* out/b* --compare --target=3.28    # with several seeds: is it noise?
 """
 
 import io
 import re
 from pathlib import Path
 
-from gpt.settings import run, settings
 from gpt.curves import compared, limits, points, read_log, settings_of, smoothed, summary, thinned
+from gpt.settings import run, settings
 
 # -----------------------------------------------------------------------------
-runs = ()           # folders of runs, given bare: plot.py out/a out/b
+runs = ()           # folders of runs, as plain arguments: plot.py out/a out/b
 out = ''            # the file to write, '': loss.png or report.html in the folder of the first run
 theme = 'light'     # of the picture, or 'dark'; a report has both
 smooth = 0          # logged training losses averaged around each point; 0: a hundredth of all
-report = False      # True: no picture, but a page about the first run with all that its folder
-                    # tells; the curves of the others are drawn beside its own
-compare = False     # True: no picture, but a table of final losses and speeds, and a verdict. Runs
-                    # that differ in nothing but the seed are taken as one
-target = 0.0        # of --compare: a validation loss; 0: one that all of them reached
+report = False      # True: instead of a picture a page about the first run, with all that its
+                    # folder tells; the curves of the others are drawn beside its own
+compare = False     # True: instead of a picture a table of final losses and speeds, and a verdict;
+                    # runs that differ in nothing but the seed count as one
+target = 0.0        # of --compare: a validation loss; 0: the lowest that all of them reached
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
-COLLECT = 'runs'    # takes the arguments without a flag
+COLLECT = 'runs'    # takes the plain arguments
 
 REFERENCES = {      # validation loss (nats per token) that others reached on the same data set
     'shakespeare_char': [("nanoGPT's CPU run", 1.88), ("nanoGPT's GPU run", 1.4697)],
@@ -37,7 +37,7 @@ REFERENCES = {      # validation loss (nats per token) that others reached on th
     'fineweb-edu-10B': [('GPT-2 124M', 3.2924)],                    # build-nanogpt, play.ipynb
 }
 
-PANELS = {          # keys of the log, and what stands above their curves
+PANELS = {          # keys of the log, and the titles of their panels
     'loss': 'Loss, nats per token',
     'lr': 'Learning rate',
     'grad_norm': 'Gradient norm',
@@ -46,7 +46,7 @@ PANELS = {          # keys of the log, and what stands above their curves
 }
 FROM_ZERO = 'lr', 'grad_norm', 'tokens_per_second'
 
-THEMES = {          # of the runs one after another, told apart by the colour-blind too
+THEMES = {          # the colours of runs can be told apart by the colour-blind
     'light': {'page': '#fdfdfb', 'ink': '#22262a', 'quiet': '#62686e', 'rule': '#e3e4e1',
               'runs': ('#1f6aa5', '#b8500b', '#2b7d4f', '#8a4a9e', '#a8324a', '#5d6b2d')},
     'dark': {'page': '#15181b', 'ink': '#e3e5e6', 'quiet': '#a0a7ad', 'rule': '#30353a',
@@ -59,43 +59,46 @@ def main(cfg):
         raise ValueError('runs: expected the folder of a run, as in: python plot.py out/quickstart')
     if cfg.theme not in THEMES:
         raise ValueError(f"theme: given {cfg.theme!r}, expected 'light' or 'dark'")
-    given = list({path.resolve(): path for path in map(Path, cfg.runs)}.values())       # each once
-    folders = [path for path in given if not path.is_dir() or (path / 'log.jsonl').exists()]
-    if len(folders) < len(given) and folders:           # of a pattern: a run that did not start
-        print('passing over', *(path for path in given if path not in folders), '(no log.jsonl)')
-    folders = folders or given
+    folders = folders_with_logs(cfg.runs)
     if cfg.compare:
-        print('\n'.join(compared(folders, cfg.target)))
-        return
+        return print('\n'.join(compared(folders, cfg.target)))
     logs = [read_log(folder / 'log.jsonl') for folder in folders]
     for folder, records in zip(folders, logs):
         print(f'{folder}: {summary(records)}')
     path = Path(cfg.out or folders[0] / ('report.html' if cfg.report else 'loss.png'))
     if cfg.report:
-        from gpt.report import page                     # brings torch, which a picture does not need
+        from gpt.report import page             # imports torch, which a picture does not need
         pictures = {(theme, wide): as_svg(draw(folders, logs, cfg.smooth, theme, wide))
                     for theme in THEMES for wide in (False, True)}
         path.write_text(page(folders[0], logs[0], pictures), encoding='utf-8')
     else:
         try:
             draw(folders, logs, cfg.smooth, cfg.theme).savefig(path, dpi=220)
-        except ValueError as error:                                 # a format it does not know
+        except ValueError as error:             # an unknown format
             raise ValueError(f'out: given {path}: {error}') from None
     print(path)
 
 
+def folders_with_logs(runs):
+    """The folders given, each once, without those of runs that did not start; all of them if none
+    did."""
+    given = list({path.resolve(): path for path in map(Path, runs)}.values())
+    skipped = [path for path in given if path.is_dir() and not (path / 'log.jsonl').exists()]
+    folders = [path for path in given if path not in skipped]
+    if not folders:
+        return given                            # read_log says what is wrong
+    if skipped:
+        print('skipping', *skipped, '(no log.jsonl)')
+    return folders
+
+
 def draw(folders, logs, smooth, theme, wide=False):
-    """A figure of panels over tokens: one below the other, to be read on a phone, or `wide`, the
-    small ones side by side."""
+    """A figure of panels over tokens: one below the other for a phone, or `wide`, with the small
+    ones side by side."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     colours = THEMES[theme]
-    known = {key for records in logs for record in records for key in record}
-    small = [key for key in PANELS if key in known and key != 'loss']
-    rows = [['loss'], *([key] for key in small)]
-    if wide and small:
-        columns = 2 if len(small) == 4 else len(small)
-        rows = [['loss'] * columns, *(small[i:i + columns] for i in range(0, len(small), columns))]
+    rows = layout(logs, wide)
     size = (9, 3.9 + 1.9 * (len(rows) - 1)) if wide else (4.6, 3.7 + 1.35 * (len(rows) - 1))
     with rc_context(style(colours)):
         figure = Figure(size, layout='constrained')
@@ -113,8 +116,18 @@ def draw(folders, logs, smooth, theme, wide=False):
     return figure
 
 
+def layout(logs, wide):
+    """Rows of keys: a panel for the loss, and one for every other key that a log has."""
+    logged = {key for records in logs for record in records for key in record}
+    small = [key for key in PANELS if key in logged and key != 'loss']
+    if not wide or not small:
+        return [['loss'], *([key] for key in small)]
+    columns = 2 if len(small) == 4 else len(small)
+    return [['loss'] * columns, *(small[i:i + columns] for i in range(0, len(small), columns))]
+
+
 def style(colours):
-    """matplotlib's settings: quiet axes, text that a phone can show."""
+    """matplotlib's settings: light axes, text that can be read on a phone."""
     return {'font.size': 10.5, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left',
             'axes.titlecolor': colours['ink'], 'text.color': colours['ink'],
             'axes.labelcolor': colours['quiet'], 'xtick.labelcolor': colours['quiet'],
@@ -131,9 +144,10 @@ def short(value):
     """2500000.0 -> '2.5M', 0.00025 -> '2.5e-4'."""
     if 0 < abs(value) < 0.01:
         return f'{value:.1e}'.replace('.0e', 'e').replace('e-0', 'e-')
-    size, letter = next((pair for pair in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k'))
-                         if abs(value) >= pair[0]), (1, ''))
-    return f'{value / size:g}{letter}'
+    for unit, letter in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
+        if abs(value) >= unit:
+            return f'{value / unit:g}{letter}'
+    return f'{value:g}'
 
 
 def draw_panel(axes, key, logs, smooth, colours):
@@ -141,34 +155,40 @@ def draw_panel(axes, key, logs, smooth, colours):
     from matplotlib.ticker import MaxNLocator
     drawn = []
     for i, records in enumerate(logs):
-        line = {'color': colours['runs'][i % len(colours['runs'])], 'linewidth': 1.3}
+        line = {'color': run_colour(i, colours), 'linewidth': 1.3}
         curve = points(records, key)
         if key == 'hellaswag':
-            drawn.append((curve[0], [100 * share for share in curve[1]]))
-            axes.plot(*drawn[-1], **dotted(drawn[-1]), **line)
-            continue
-        drawn.append(thinned(curve if key == 'lr' else smoothed(curve, smooth)))
-        axes.plot(*drawn[-1], alpha=0.7 if key == 'loss' else 1, **line)
+            curve = curve[0], [100 * accuracy for accuracy in curve[1]]
+            axes.plot(*curve, **dotted(curve), **line)
+        else:
+            curve = thinned(curve if key == 'lr' else smoothed(curve, smooth))
+            axes.plot(*curve, alpha=0.7 if key == 'loss' else 1, **line)
+        drawn.append(curve)
         if key == 'loss':
-            drawn.append(points(records, 'val_loss'))
-            axes.plot(*drawn[-1], **dotted(drawn[-1]), **line)
+            curve = points(records, 'val_loss')
+            axes.plot(*curve, **dotted(curve), **line)
+            drawn.append(curve)
     axes.set_title(PANELS[key])
     axes.set_ylim(limits(drawn, low=0 if key in FROM_ZERO else None))
-    most = max(1, *(records[-1]['tokens'] for records in logs))
-    axes.set_xlim(-0.01 * most, 1.01 * most)                        # whole dots at both ends
-    for axis, most in ((axes.xaxis, 4), (axes.yaxis, 5 if key == 'loss' else 3)):
-        axis.set_major_locator(MaxNLocator(most, steps=(1, 2, 2.5, 5, 10)))
-        axis.set_major_formatter(lambda value, place: short(value))
+    end = max(1, *(records[-1]['tokens'] for records in logs))
+    axes.set_xlim(-0.01 * end, 1.01 * end)                          # room for dots at both ends
+    for axis, n in ((axes.xaxis, 4), (axes.yaxis, 5 if key == 'loss' else 3)):
+        axis.set_major_locator(MaxNLocator(n, steps=(1, 2, 2.5, 5, 10)))
+        axis.set_major_formatter(lambda value, _: short(value))
+
+
+def run_colour(i, colours):
+    return colours['runs'][i % len(colours['runs'])]
 
 
 def dotted(curve):
-    """How the curve of a few measurements is drawn: a dot at each, or at some if they are many."""
+    """The style of a curve of few measurements: a dot at each, or at about 40 of many."""
     return {'marker': 'o', 'markersize': 3.5, 'markevery': -(-len(curve[0]) // 40) or 1}
 
 
 def draw_levels(axes, levels, side, colours):
-    """Dashed lines at what others reached, named at the side where the curves are not; the panel
-    grows until all are in."""
+    """Dashed lines at published levels, named at the side away from the curves; the panel grows to
+    include them."""
     for name, level in levels.items():
         low, high = axes.get_ylim()
         room = 0.06 * (high - low)
@@ -180,10 +200,10 @@ def draw_levels(axes, levels, side, colours):
 
 
 def draw_legend(figure, folders, colours):
-    """One for all panels: the runs by colour, then what lines with and without dots are."""
+    """One legend for all panels: the runs by colour, and lines with and without dots."""
     from matplotlib.lines import Line2D
     names = [folder.resolve().name[:40] for folder in folders]
-    runs = [Line2D([], [], color=colours['runs'][i % len(colours['runs'])], linewidth=3, label=name)
+    runs = [Line2D([], [], color=run_colour(i, colours), linewidth=3, label=name)
             for i, name in enumerate(names)]
     kinds = [Line2D([], [], color=colours['quiet'], linewidth=1.3, alpha=0.7, label='training'),
              Line2D([], [], color=colours['quiet'], linewidth=1.3, marker='o', markersize=3.5,
@@ -193,8 +213,8 @@ def draw_legend(figure, folders, colours):
 
 
 def as_svg(figure):
-    """The text of the figure as SVG without a background, to a tenth of a point, the same for the
-    same curves."""
+    """The figure as the text of an SVG without a background, to a tenth of a point; the same for
+    the same curves."""
     from matplotlib import rc_context
     file = io.StringIO()
     with rc_context({'svg.hashsalt': 'gpt'}):

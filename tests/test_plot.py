@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT
 
 from gpt import curves
 import plot
@@ -39,10 +39,10 @@ def test_a_picture_of_several_runs(run, tmp_path, capsys):
     assert (tmp_path / 'b.png').stat().st_size > 10_000
 
 
-def test_a_folder_of_a_pattern_where_no_run_began_is_passed_over(run, tmp_path, capsys):
+def test_a_folder_without_a_log_is_skipped(run, tmp_path, capsys):
     (tmp_path / 'b').mkdir()
     plot.main(plot.Config(runs=(str(run), str(tmp_path / 'b'))))
-    assert f"passing over {tmp_path / 'b'} (no log.jsonl)" in capsys.readouterr().out
+    assert f"skipping {tmp_path / 'b'} (no log.jsonl)" in capsys.readouterr().out
     with pytest.raises(ValueError, match='expected the folder of a run, with a log.jsonl in it'):
         plot.main(plot.Config(runs=(str(tmp_path / 'b'),)))
 
