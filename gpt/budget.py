@@ -1,298 +1,271 @@
 """
-What a run needs and what it takes: the division of its batch, its disk, its memory, its time.
+What a run needs and takes: how its batch is divided, its disk, its memory, its time.
 """
 
 import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from gpt import checkpoints
-from gpt import distributed
-from gpt.data.order import load_data
-from model import GPT, GPTConfig
-from gpt.optimizers import update
-from gpt.validation import validate
+from gpt.data.order import Batch
+from gpt.settings import section
+from gpt.trainer import Trainer
+from gpt.validation import Validation, ValidationConfig
+from gpt.world import World, peak_memory
 
-TRIAL = 20                  # updates that are measured
+MEASURED_UPDATES = 20
+MEASURED_SECONDS = 60       # at most; of --minutes a tenth
+DISK_BYTES_PER_SECOND = 300e6       # of an ordinary disk
 FITTED = 'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'batch_warmup_iters'
 
 
-def batch_at(step, cfg, world_size):
-    """divide_batch, for the update after `step` updates."""
-    warm = cfg.batch_warmup_iters
-    return divide_batch(cfg, world_size, 4 if 2 * step < warm else 2 if step < warm else 1)
+# The batch.
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What train.py's header says of it."""
+    batch_size: int                     # sequences in a micro-batch, at most
+    block_size: int
+    total_batch_size: int = 0           # tokens
+    gradient_accumulation_steps: int = 0
+    batch_warmup_iters: int = 0
 
 
-def divide_batch(cfg, world_size, share=1):
-    """(sequences in an update, sequences in a micro-batch, micro-batches of each process), of the
-    whole batch or of a half or a quarter of it, `share` 2 or 4.
+class BatchPlan:
+    """The batch of every update. While it grows it is a quarter, then a half of the full one."""
 
-    Raises ValueError, with the nearest size that works, when the batch cannot be divided evenly.
-    """
-    if cfg.total_batch_size and cfg.gradient_accumulation_steps:
-        raise ValueError(f'given total_batch_size={cfg.total_batch_size} and '
-                         f'gradient_accumulation_steps={cfg.gradient_accumulation_steps}, expected '
-                         f'one of them: both say how large an update is')
+    def __init__(self, config: BatchConfig, world_size: int):
+        """Raises ValueError, with the nearest size that works, if it cannot be divided evenly."""
+        self.config, self.world_size = config, world_size
+        if config.total_batch_size and config.gradient_accumulation_steps:
+            raise ValueError(f'given total_batch_size={config.total_batch_size} and '
+                             f'gradient_accumulation_steps={config.gradient_accumulation_steps}, '
+                             f'expected one of them: both set the size of an update')
+        self.tokens_per_update = config.total_batch_size or (
+            max(1, config.gradient_accumulation_steps) * config.batch_size * config.block_size)
+        self.divisors = (1, 2, 4) if config.batch_warmup_iters else (1,)
+        for divisor in reversed(self.divisors):
+            if not self.divide(self.tokens_per_update, divisor):
+                self.refuse(divisor)
 
-    def divided(tokens, share):
-        sequences = tokens // share // cfg.block_size
-        micro_batch = min(cfg.batch_size, max(1, sequences // world_size))
-        even = tokens % (micro_batch * world_size * cfg.block_size * share) == 0
-        return even and (sequences, micro_batch, sequences // (micro_batch * world_size))
+    @property
+    def full(self) -> Batch:
+        return self.divide(self.tokens_per_update, 1)
 
-    tokens = (cfg.total_batch_size or
-              max(1, cfg.gradient_accumulation_steps) * cfg.batch_size * cfg.block_size)
-    if found := divided(tokens, share):
-        return found
-    unit = world_size * cfg.block_size * max(shares(cfg))
-    near = round(tokens / unit)
-    sizes = (n * unit for i in count() for n in sorted(
-        (near + i, near - i), key=lambda n: abs(n * unit - tokens)) if n > 0)
-    nearest = next(size for size in sizes if all(divided(size, part) for part in shares(cfg)))
-    raise ValueError(f"{'' if share == 1 else f'1/{share} of '}an update of {tokens:,} tokens "
-                     f'cannot be shared by {world_size} process{"es" * (world_size > 1)} in equal '
-                     f'micro-batches of up to {cfg.batch_size} x {cfg.block_size} tokens; '
-                     f'the nearest that can: --total_batch_size={nearest}')
+    def at(self, step: int) -> Batch:
+        """The Batch of the update after `step` updates."""
+        warmup = self.config.batch_warmup_iters
+        divisor = 4 if 2 * step < warmup else 2 if step < warmup else 1
+        return self.divide(self.tokens_per_update, divisor)
 
+    def divide(self, tokens: int, divisor: int) -> Batch | None:
+        """The Batch of tokens / divisor; None if it cannot be divided evenly."""
+        c, n = self.config, self.world_size
+        sequences = tokens // divisor // c.block_size
+        micro_batch = min(c.batch_size, max(1, sequences // n))
+        if tokens % (micro_batch * n * c.block_size * divisor):
+            return None
+        return Batch(sequences, micro_batch, sequences // (micro_batch * n))
 
-def shares(cfg):
-    """The parts of a batch that a run uses: the whole, and while it grows a half and a quarter."""
-    return (1, 2, 4) if cfg.batch_warmup_iters else (1,)
+    def refuse(self, divisor: int) -> None:
+        tokens, n, c = self.tokens_per_update, self.world_size, self.config
+        unit = n * c.block_size * max(self.divisors)
+        near = round(tokens / unit)
+        sizes = (multiple * unit for i in count() for multiple in sorted(
+            (near + i, near - i), key=lambda m: abs(m * unit - tokens)) if multiple > 0)
+        nearest = next(size for size in sizes if all(self.divide(size, d) for d in self.divisors))
+        part = '' if divisor == 1 else f'1/{divisor} of '
+        processes = 'process' if n == 1 else 'processes'
+        raise ValueError(f'{part}an update of {tokens:,} tokens cannot be divided over {n} '
+                         f'{processes} in equal micro-batches of up to {c.batch_size} x '
+                         f'{c.block_size} tokens; the nearest that can: '
+                         f'--total_batch_size={nearest}')
 
+    def full_updates(self, max_iters: int, step: int = 0) -> float:
+        """How many updates of a full batch read as much as those from `step` to max_iters."""
+        warmup = self.config.batch_warmup_iters
+        quarter, half = min(max_iters, -(-warmup // 2)), min(max_iters, warmup)
+        return (max(0, quarter - step) / 4 + max(0, half - max(step, quarter)) / 2 +
+                max(0, max_iters - max(step, half)))
 
-def look(cfg):
-    """Print how all that a run needs stands, and what mends what is missing; whether all is well,
-    on all processes."""
-    world, known = distributed.World(0, 1, torch.device('cpu')), {}
-
-    def device():
-        nonlocal world
-        world = distributed.join(cfg.device, cfg.timeout_minutes)
-        return f'{world.device}, {world.size} process' + 'es' * (world.size > 1)
-
-    def dtype():
-        known['dtype'], why = distributed.pick_dtype(cfg.dtype, world.device, True)
-        return f'{str(known["dtype"])[6:]}: {why}'
-
-    def compiler():
-        wanted, why = distributed.pick_compile(cfg.compile, world.device, known['dtype'], math.inf)
-        if world.device.type != 'cpu' or cfg.compile != 'auto':
-            return why
-        return (f'{why}; on Debian and Ubuntu: apt-get install g++' if not wanted else
-                'there is one; used if the run is long enough')
-
-    def data():
-        sets, known['encoding'] = load_data(cfg.dataset, cfg.data_dir)
-        counts = ', '.join(f'{data.name} {len(data.train):,} + {len(data.val):,}' for data in sets)
-        return f'{counts} tokens to train on and to validate'
-
-    def vocabulary():
-        encoding = known['encoding']
-        return f'{encoding.name}, {encoding.n_vocab:,} tokens'
-
-    def batch():
-        parts = [divide_batch(cfg, world.size, share) for share in shares(cfg)]
-        sequences, micro_batch, micro_steps = parts[0]
-        return (f'{sequences * cfg.block_size:,} tokens an update, {micro_steps} micro-batches of '
-                f'{micro_batch} x {cfg.block_size} on each process'
-                + f'; less in the first {cfg.batch_warmup_iters:,} updates' * (len(parts) > 1))
-
-    def disk():
-        if is_fine_tune(cfg):
-            return f'not known before {cfg.init_from} is loaded'
-        with torch.device('meta'):
-            gpt = GPT(GPTConfig(cfg.block_size, known['encoding'].n_vocab, cfg.n_layer, cfg.n_head,
-                                cfg.n_embd, bias=cfg.bias))
-        return check_disk(cfg, gpt)
-
-    lines = []
-    for part in (device, dtype, compiler, data, vocabulary, batch, disk):
-        try:
-            words = part()
-        except (ValueError, OSError) as error:
-            words = f'FAILS: {error}'
-        except KeyError:                                # an earlier part could not say it
-            words = 'not known, see above'
-        lines.append(f'{part.__name__:11} {words}')
-    found = distributed.gather(lines)
-    for rank, theirs in enumerate(found if world.is_main else ()):
-        for line in theirs:
-            if rank == 0:
-                print(line)
-            elif 'FAILS' in line and line not in found[0]:
-                print(f'{line} (rank {rank})')
-    return not any('FAILS' in line for theirs in found for line in theirs)
+    def describe(self) -> str:
+        _, micro_batch, micro_steps = self.full
+        processes = f'{self.world_size} process' + ('' if self.world_size == 1 else 'es')
+        steps = f'{micro_steps} micro-batch' + ('' if micro_steps == 1 else 'es')
+        return (f'{self.tokens_per_update:,} tokens = {processes} x {steps} x {micro_batch} x '
+                f'{self.config.block_size}')
 
 
-def is_fine_tune(cfg):
-    return cfg.init_from not in ('auto', 'scratch', 'resume')
+def less_memory(cfg: Any, world_size: int, error: BaseException) -> str:
+    """What to try after an out-of-memory error: the same update, in smaller micro-batches."""
+    full = BatchPlan(section(cfg, BatchConfig), world_size).full
+    same_update = section(cfg, BatchConfig, total_batch_size=full.sequences * cfg.block_size,
+                          gradient_accumulation_steps=0)
+    advice = ''
+    for batch_size in range(full.micro_batch // 2, 0, -1):
+        with suppress(ValueError):                      # raised for what cannot be divided
+            BatchPlan(replace(same_update, batch_size=batch_size), world_size)
+            advice = f'--batch_size={batch_size} --total_batch_size={same_update.total_batch_size}'
+            break
+    if advice and cfg.gradient_accumulation_steps:
+        advice += ' --gradient_accumulation_steps=0'
+    if advice and cfg.eval_iters:
+        advice += f' --eval_iters={cfg.eval_iters * cfg.batch_size // batch_size}'
+    if not cfg.checkpoint_activations:
+        advice += ', or ' if advice else ''
+        advice += '--checkpoint_activations=True'
+    advice = advice or 'a smaller --block_size or model, or with several GPUs --parallel=fsdp'
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+    return f'out of memory ({first_line}). The same update with less memory: {advice}'
 
 
-def checkpoint_bytes(cfg, model):
-    """Of one checkpoint: float32 weights and moments, one for Muon's matrices, two for all else."""
-    moments = sum((1 if cfg.optimizer == 'muon' and p.dim() >= 2 and name.startswith('h.') else 2)
-                  * p.numel() for name, p in model.named_parameters())
+# The disk.
+
+def checkpoint_bytes(model, optimizer: str) -> int:
+    """Of one checkpoint: float32 weights and moments, one for Muon's matrices, two for the rest."""
+    moments = 0
+    for name, p in model.named_parameters():
+        muon = optimizer == 'muon' and p.dim() >= 2 and name.startswith('h.')
+        moments += (1 if muon else 2) * p.numel()
     return 4 * (moments + sum(p.numel() for p in model.parameters()))
 
 
-def newest_kept(cfg):
-    """How many checkpoints stay, besides the best."""
+def newest_kept(cfg: Any) -> int:
+    """How many checkpoints are kept besides the best."""
     return cfg.keep if cfg.always_save_checkpoint or cfg.rollback else 1
 
 
-def check_disk(cfg, model):
-    """How much room there is for the checkpoints that the run will hold: the newest, the best, and
-    one that is being written. ValueError if too little."""
-    one, there = checkpoint_bytes(cfg, model), Path(cfg.out_dir).resolve()
-    kept = sum(file.stat().st_size for folder in checkpoints.steps(there).values()
-               for file in folder.iterdir())
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f'out_dir: {there} cannot be written; give another --out_dir')
-    many = newest_kept(cfg) + 2
-    need, free = many * one - kept, shutil.disk_usage(there).free
-    words = (f'{many} checkpoints of {amount(one)} in {cfg.out_dir}'
-             + f', {amount(kept)} of which are there' * bool(kept) + f'; {amount(free)} are free')
-    if need > free:
-        raise ValueError(f'disk: {words}. Make room, give another --out_dir'
-                         + ', or --keep=1' * (many > 3 and not cfg.rollback))
-    return words
+def check_disk(cfg: Any, model) -> str:
+    """How much room there is for the checkpoints a run holds: the newest, the best, and one being
+    written. ValueError if there is too little."""
+    one, folder = checkpoint_bytes(model, cfg.optimizer), Path(cfg.out_dir).resolve()
+    used = sum(file.stat().st_size for step in checkpoints.steps(folder).values()
+               for file in step.iterdir())
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f'out_dir: {folder} cannot be written; give another --out_dir')
+    number = newest_kept(cfg) + 2
+    needed, free = number * one - used, shutil.disk_usage(folder).free
+    text = f'{number} checkpoints of {amount(one)} in {cfg.out_dir}'
+    text += f', {amount(used)} of it used already' if used else ''
+    text += f'; {amount(free)} free'
+    if needed > free:
+        smaller = ', or --keep=1' if number > 3 and not cfg.rollback else ''
+        raise ValueError(f'disk: {text}. Make room, give another --out_dir{smaller}')
+    return text
 
 
-def amount(size):
+def amount(size: float) -> str:
     return f'{size / 1e9:.1f} GB' if size >= 1e9 else f'{size / 1e6:.1f} MB'
 
 
-def trial(compute, now, cfg, optimizers, scaler, world):
-    """(seconds of the passes of an update, of its step): medians of TRIAL of them, with at most two
-    micro-batches each, counted up to a whole one. The learning rate is 0, and everything is left as
-    it was."""
-    _, micro_batch, micro_steps = divide_batch(cfg, world.size)
+# The time.
+
+class Cost(NamedTuple):
+    """Seconds."""
+    passes: float           # forward and backward passes of a full update
+    step: float             # the rest of it
+    visit: float            # a validation and a save
+
+    @property
+    def update(self) -> float:
+        return self.passes + self.step
+
+
+def measure(trainer: Trainer, passes: Callable[[Batch], torch.Tensor], plan: BatchPlan,
+            minutes: float) -> tuple[float, float]:
+    """Seconds of (the passes, the step) of a full update: medians of MEASURED_UPDATES, of at most
+    two micro-batches each, scaled up. The trainer is left as it was.
+
+    passes(batch): the forward and backward passes of an update, for the loss.
+    """
+    world, (_, micro_batch, micro_steps) = trainer.world, plan.full
     few = min(2, micro_steps)
-    small = replace(cfg, total_batch_size=few * micro_batch * world.size * cfg.block_size,
-                    gradient_accumulation_steps=0, batch_warmup_iters=0)
-    scale, times, left = scaler.state_dict(), [], TRIAL
-    budget = min(60, 6 * cfg.minutes or 60)                 # seconds
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group['lr'] = 0.0
-    while left:
-        began = time.perf_counter()
-        loss, norm, _ = compute(now, small, optimizers)
-        loss = distributed.all_reduce(loss)
-        loss.item()                                         # a GPU has come this far
-        halfway = time.perf_counter()
-        update(optimizers, loss, norm, cfg.grad_clip)
-        scaler.update()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        if world.device.type == 'cuda':
-            torch.cuda.synchronize()
-        times.append((halfway - began, time.perf_counter() - halfway))
-        if left == TRIAL:                                   # of slow ones fewer, at least three
-            left = min(TRIAL, max(3, int(budget / sum(times[0]))))
-        left = distributed.broadcast(left - 1)
-    for optimizer in optimizers:
-        optimizer.state.clear()
-    scaler.load_state_dict(scale)
-    passes, steps = (sorted(part)[len(times) // 2] for part in zip(*times))
-    return distributed.broadcast((passes * micro_steps / few, steps))
+    small = Batch(few * micro_batch * world.size, micro_batch, few)
+    limit = min(MEASURED_SECONDS, 6 * minutes or MEASURED_SECONDS)
+    times, left = [], MEASURED_UPDATES
+    with trainer.dry_run():
+        while left:
+            start = time.perf_counter()
+            loss = world.reduce(passes(small))
+            norm = trainer.grad_norm()
+            loss.item()                                     # waits for a GPU
+            halfway = time.perf_counter()
+            trainer.step(loss, norm)
+            if world.device.type == 'cuda':
+                torch.cuda.synchronize()
+            times.append((halfway - start, time.perf_counter() - halfway))
+            if left == MEASURED_UPDATES:                    # of slow ones fewer, at least three
+                left = min(MEASURED_UPDATES, max(3, int(limit / sum(times[0]))))
+            left = world.broadcast(left - 1)
+    in_passes, in_step = (sorted(part)[len(times) // 2] for part in zip(*times))
+    return world.broadcast((in_passes * micro_steps / few, in_step))
 
 
-def time_visit(model, sets, cfg, world, autocast):
-    """Seconds of a validation, by four micro-batches of it, and of a save, on an ordinary disk."""
-    began, tokens = time.perf_counter(), world.size * 4 * cfg.batch_size * cfg.block_size
-    *_, count = validate(model, sets, replace(cfg, eval_iters=0, eval_tokens=tokens), world,
-                         autocast)
-    wanted = cfg.eval_iters * cfg.batch_size * cfg.block_size or cfg.eval_tokens
-    wanted = min(wanted, sum(len(data.val) for data in sets))
-    checking = (time.perf_counter() - began) * max(1, wanted / count)
-    return distributed.broadcast(checking + checkpoint_bytes(cfg, model) / 300e6)
+def time_validation_and_save(validate: Callable[[ValidationConfig], Validation],
+                             config: ValidationConfig, available: int, trainer: Trainer) -> float:
+    """Seconds of both, from a validation of four batches of each process; the split has so many
+    tokens `available`."""
+    start, world = time.perf_counter(), trainer.world
+    tokens = 4 * world.size * config.batch_size * config.block_size
+    counted = validate(replace(config, eval_iters=0, eval_tokens=tokens)).tokens
+    seconds = (time.perf_counter() - start) * max(1, min(config.tokens, available) / counted)
+    size = checkpoint_bytes(trainer.model, trainer.optimizer.config.optimizer)
+    return world.broadcast(seconds + size / DISK_BYTES_PER_SECOND)
 
 
-def whole_updates(cfg, step=0):
-    """How many updates of a whole batch read as much as those after `step` do: see batch_at."""
-    quarter, half = (min(cfg.max_iters, n) for n in (-(-cfg.batch_warmup_iters // 2),
-                                                     cfg.batch_warmup_iters))
-    return (max(0, quarter - step) / 4 + max(0, half - max(step, quarter)) / 2 +
-            max(0, cfg.max_iters - max(step, half)))
+def update_seconds(cfg: Any, plan: BatchPlan, cost: Cost, step: int = 0) -> float:
+    """Seconds of a mean update after `step`, with its part of the validations and saves."""
+    mean_batch = plan.full_updates(cfg.max_iters, step) / max(1, cfg.max_iters - step)
+    return cost.passes * mean_batch + cost.step + cost.visit / cfg.eval_interval
 
 
-def update_seconds(cfg, times, step=0):
-    """Seconds of an update after `step` on average, with its share of the validations and saves;
-    `times` are those of its passes, of its step and of a validation with its save."""
-    passes, own, visit = times
-    mean_batch = whole_updates(cfg, step) / max(1, cfg.max_iters - step)
-    return passes * mean_batch + own + visit / cfg.eval_interval
-
-
-def fit(cfg, times, spent):
-    """cfg with as many updates as fit into cfg.minutes, of which so many seconds are spent, and its
-    schedule stretched to them."""
-    ends, each = 2 * times[2], update_seconds(cfg, times)
+def fit(cfg: Any, plan: BatchPlan, cost: Cost, spent: float) -> dict[str, int]:
+    """The schedule's settings, scaled so that the run ends cfg.minutes after its start, `spent`
+    seconds ago."""
+    ends, each = 2 * cost.visit, update_seconds(cfg, plan, cost)
     room = 60 * cfg.minutes - spent - ends
     if room < each:
         raise ValueError(f'minutes: given {cfg.minutes}; starting and measuring ({spent:.0f} s), '
                          f'two validations ({ends:.0f} s) and one update ({each:.1f} s) take '
                          f'{(spent + ends + each) / 60:.2f}')
-    stretch = int(room / each) / cfg.max_iters
-    return replace(cfg, **{key: round(getattr(cfg, key) * stretch) for key in FITTED})
+    factor = int(room / each) / cfg.max_iters
+    return {key: round(getattr(cfg, key) * factor) for key in FITTED}
 
 
-def as_fitted(cfg, saved):
-    """cfg with what was fitted to its minutes when the run began, whose settings are `saved`."""
+def fitted(cfg: Any, saved: dict) -> dict[str, int]:
+    """What was fitted to its minutes when the run began, with the settings `saved`."""
     if not cfg.minutes:
-        return cfg
+        return {}
     if saved.get('minutes') != cfg.minutes:
-        raise ValueError(f'minutes: given {cfg.minutes}, but the run in {cfg.out_dir} was begun '
+        raise ValueError(f'minutes: given {cfg.minutes}, but the run in {cfg.out_dir} began '
                          f'with {saved.get("minutes")}; give that, or --minutes=0 --max_iters=…')
-    return replace(cfg, **{key: saved[key] for key in FITTED})
+    return {key: saved[key] for key in FITTED}
 
 
-def describe_trial(model, world, times, tokens, peak):
-    took = times[0] + times[1]
-    rate = tokens / took
-    mfu = f', mfu {model.flops_per_token() * rate / (peak * world.size):.0%}' if peak else ''
-    most = distributed.peak_memory(world.device)
-    memory = f'; memory of this process at its peak: {amount(most)}' if most else ''
-    return f'a whole update takes {took:.3g} s: {rate:,.0f} tokens/s{mfu}{memory}'
+def describe_cost(trainer: Trainer, cost: Cost, tokens: int) -> str:
+    """A full update of so many tokens."""
+    rate, used = tokens / cost.update, peak_memory(trainer.world.device)
+    flops = trainer.model.flops_per_token() * rate
+    mfu = f', mfu {flops / trainer.peak:.0%}' if trainer.peak else ''
+    memory = f'; peak memory of this process: {amount(used)}' if used else ''
+    return f'a full update takes {cost.update:.3g} s: {rate:,.0f} tokens/s{mfu}{memory}'
 
 
-def describe_length(cfg, step, times, tokens):
-    """What is left after `step` updates; `tokens` are those of a whole update."""
-    left = max(0, cfg.max_iters - step)
-    hours = (left * update_seconds(cfg, times, step) + 2 * times[2]) / 3600
+def describe_length(cfg: Any, plan: BatchPlan, cost: Cost, step: int) -> str:
+    """What is left after `step` updates."""
+    left, tokens = max(0, cfg.max_iters - step), plan.tokens_per_update
+    hours = (left * update_seconds(cfg, plan, cost, step) + 2 * cost.visit) / 3600
     takes = f'{hours:.1f} hours' if hours > 1 else f'{60 * hours:.1f} minutes'
-    return f'{left:,} updates, {tokens * whole_updates(cfg, step) / 1e6:,.1f}M tokens: {takes}'
-
-
-def less_memory(cfg, error):
-    """What to try when memory does not suffice: the same update, in smaller micro-batches."""
-    size = distributed.size()
-    sequences, micro_batch, _ = divide_batch(cfg, size)
-    first = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-    smaller = replace(cfg, total_batch_size=sequences * cfg.block_size,
-                      gradient_accumulation_steps=0)
-    for half in range(micro_batch // 2, 0, -1):
-        with suppress(ValueError):                      # raised by what cannot be divided
-            for share in shares(cfg):
-                divide_batch(replace(smaller, batch_size=half), size, share)
-            advice = f'--batch_size={half} --total_batch_size={smaller.total_batch_size}'
-            if cfg.gradient_accumulation_steps:
-                advice += ' --gradient_accumulation_steps=0'
-            if cfg.eval_iters:
-                advice += f' --eval_iters={cfg.eval_iters * cfg.batch_size // half}'
-            if not cfg.checkpoint_activations:
-                advice += ', or --checkpoint_activations=True'
-            break
-    else:
-        advice = ('--checkpoint_activations=True' if not cfg.checkpoint_activations else
-                  'a smaller --block_size or model, or with several GPUs --parallel=fsdp')
-    return f'out of memory ({first}). The same update in less: {advice}'
+    millions = tokens * plan.full_updates(cfg.max_iters, step) / 1e6
+    return f'{left:,} updates, {millions:,.1f}M tokens: {takes}'

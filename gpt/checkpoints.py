@@ -5,8 +5,8 @@ The only reader and writer of checkpoints. A checkpoint is a Hugging Face model 
         config.json         GPT-2 as transformers knows it
         model.safetensors   weights under transformers' names and shapes
         tokenizer.json, tokenizer_config.json
-        training.pt         what a resume needs besides: optimizer, step, settings
-        manifest.json       size and sha256 of each; its presence is the commit mark
+        training.pt         what a resume needs besides: optimizer, progress, settings
+        manifest.json       size and sha256 of each file; written last, it commits the checkpoint
 """
 
 import hashlib
@@ -15,38 +15,42 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
-from difflib import get_close_matches
+from dataclasses import asdict, fields, replace
 from itertools import count
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import tiktoken
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gpt import tokenizer
-from gpt import files as fetch
-from gpt.distributed import on_main, pick_dtype
+from gpt import hub, tokenizer
 from gpt.cpu import pack
+from gpt.files import ROOT, atomic_write, sha256
+from gpt.hub import INDEX, WEIGHTS
+from gpt.world import World, pick_dtype
 from model import GPT, SIZES, GPTConfig
-from gpt.replicas import like, whole
 
-ROOT = Path(__file__).resolve().parent.parent
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
-WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
-MANIFEST = 'manifest.json'
-TRAINING = 'training.pt'
-NOT_OF_THE_MODEL = TRAINING,                        # most of the bytes; only a resume reads it
-HUB_NAMES = {**{name: f'openai-community/{name}' for name in SIZES},
-             'distilgpt2': 'distilbert/distilgpt2'}
+MANIFEST, TRAINING = 'manifest.json', 'training.pt'
+ONLY_FOR_RESUME = TRAINING,             # most of the bytes: not read where only the model is
+HUGGING_FACE_KEYS = {                   # of config.json, for the fields of GPTConfig
+    'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer',
+    'n_head': 'n_head', 'n_embd': 'n_embd', 'bias': 'bias'}
+
+
+class Loaded(NamedTuple):
+    model: GPT
+    encoding: tiktoken.Encoding
 
 
 # Names and shapes: transformers keeps these four matrices as (in, out), nn.Linear as (out, in).
 
-def to_hugging_face(model):
-    """{transformers' name: tensor}: rows of the true vocabulary only,
-    zeros for biases we do not have."""
+def to_hugging_face(model: GPT) -> dict[str, torch.Tensor]:
+    """{transformers' name: tensor}: rows of the true vocabulary only, zeros for biases we lack."""
     tensors = {}
     for name, p in model.state_dict().items():
         p = p[:model.config.vocab_size] if name == 'wte.weight' else p
@@ -59,9 +63,8 @@ def to_hugging_face(model):
 
 
 @torch.no_grad()
-def from_hugging_face(model, tensors):
-    """Fill `model` from an iterator of (transformers' name, tensor);
-    every parameter must be there."""
+def from_hugging_face(model: GPT, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Fill `model` from (transformers' name, tensor) pairs; every parameter must be there."""
     missing = dict(model.named_parameters())
     for name, tensor in tensors:
         name = name.removeprefix('transformer.')
@@ -83,104 +86,70 @@ def from_hugging_face(model, tensors):
                          f"({len(missing)} in all)")
 
 
-def config_json(config, eot_id):
-    """The config.json of a GPTConfig, as a dict; `bias` is ours, transformers passes over it."""
+# config.json. Fields of GPTConfig that transformers does not know are kept under gpt_config, by
+# their names. Where one is not at its default, the folder is no plain GPT-2: model_type says so,
+# and transformers refuses it.
+
+def config_json(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
+    """The config.json of a model."""
+    own = own_settings(config)
+    is_plain = own == own_settings(GPTConfig())
     return {
-        'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2',
-        'activation_function': 'gelu_new',
-        'n_layer': config.n_layer, 'n_head': config.n_head, 'n_embd': config.n_embd,
-        'n_positions': config.block_size, 'n_ctx': config.block_size,
-        'vocab_size': config.vocab_size,
+        'architectures': ['GPT2LMHeadModel' if is_plain else 'GPT'],
+        'model_type': 'gpt2' if is_plain else 'gpt2-variant', 'activation_function': 'gelu_new',
+        **{key: getattr(config, name) for name, key in HUGGING_FACE_KEYS.items()},
+        **({'gpt_config': own} if own else {}), 'n_ctx': config.block_size,
         'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout,
-        'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True, 'bias': config.bias,
+        'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True,
         'bos_token_id': eot_id, 'eos_token_id': eot_id}
 
 
-def read_config(folder):
-    """The GPTConfig in the config.json of `folder`;
-    ValueError when it is not a GPT-2 as we build one."""
+def own_settings(config: GPTConfig) -> dict[str, Any]:
+    """The settings of a model that transformers' GPT-2 does not have."""
+    return {name: value for name, value in asdict(config).items()
+            if name not in HUGGING_FACE_KEYS and name != 'dropout'}
+
+
+def read_config(folder: str | Path) -> GPTConfig:
+    """The GPTConfig in the config.json of `folder`, without dropout; ValueError if it is not a
+    GPT-2 that model.py builds."""
     try:
-        facts = dict(json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8')))
+        config = dict(json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8')))
     except (ValueError, TypeError) as error:
         raise ValueError(f'{folder}/config.json is damaged ({error})') from None
     for key in ('model_type', 'n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-        if key not in facts:
+        if key not in config:
             raise ValueError(f"{folder}: not a GPT-2: its config.json has no '{key}'")
     for key, allowed in {
-            'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
-            'n_inner': [None, 4 * facts['n_embd']], 'tie_word_embeddings': [True],
+            'model_type': ['gpt2-variant', 'gpt2'],
+            'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
+            'n_inner': [None, 4 * config['n_embd']], 'tie_word_embeddings': [True],
             'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
             'scale_attn_by_inverse_layer_idx': [False]}.items():
-        if facts.get(key, allowed[0]) not in allowed:
+        if config.get(key, allowed[0]) not in allowed:
             raise ValueError(f'{folder}: not a GPT-2 that this program can run: '
-                             f'{key} is {facts[key]!r}, expected {allowed[-1]!r}')
-    return GPTConfig(block_size=facts['n_positions'], vocab_size=facts['vocab_size'],
-                     n_layer=facts['n_layer'], n_head=facts['n_head'], n_embd=facts['n_embd'],
-                     dropout=0.0, bias=facts.get('bias', True))
+                             f'{key} is {config[key]!r}, expected {allowed[-1]!r}')
+    own = config.get('gpt_config', {})
+    for name in set(own) - {field.name for field in fields(GPTConfig)}:
+        raise ValueError(f'{folder}: its model was built with {name}={own[name]!r}, a setting that '
+                         f'model.py does not have')
+    known = {name: config[key] for name, key in HUGGING_FACE_KEYS.items() if key in config}
+    return GPTConfig(**known, **own)
 
 
-def load_weights(model, folder):
-    """Fill `model` from the weights in `folder`."""
-    files = weight_files(folder)
+# Reading a model.
 
-    def tensors():
-        for file in files:
-            with safe_open(file, framework='pt') as opened:
-                names = opened.keys()
-            for name in names:      # opened anew for each: what was read of a mapped file adds up
-                with safe_open(file, framework='pt') as opened:
-                    yield name, opened.get_tensor(name)
-    try:
-        from_hugging_face(model, tensors())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f'{folder}: its weights are damaged or only half there ({error}); fetch '
-                         f'them again (where git brought them, by `git lfs pull`)') from None
-    except ValueError as error:
-        raise ValueError(f'{folder}: {error}') from None
-
-
-def weight_files(folder):
-    """The safetensors that hold the weights in `folder`: one file, or those that an index names."""
-    if (single := Path(folder, WEIGHTS)).exists():
-        return [single]
-    index = Path(folder, INDEX)
-    if not index.exists():
-        raise ValueError(f'{folder}: there is no {WEIGHTS} here; pytorch_model.bin is not read, '
-                         f'since a pickle can run programs: load it once with transformers, if you '
-                         f'trust it, whose save_pretrained() writes safetensors')
-    try:
-        names = json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f'{index} is damaged ({error}); fetch it again') from None
-    return [Path(folder, name) for name in sorted(set(names))]
-
-
-def load_encoding(folder, vocab_size):
-    """The tiktoken.Encoding of the model in `folder`, of which it has vocab_size rows: as many as
-    there are tokens, or some more for padding, which are left out."""
-    gpt2 = SIZES['gpt2']
-    if file := tokenizer.stored(folder):
-        encoding = tokenizer.load(file)
-    elif gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
-        encoding = tokenizer.gpt2()
-    else:
-        raise ValueError(f'{folder}: there is no tokenizer.json, nor vocab.json and merges.txt; '
-                         f"put the model's there (save_pretrained() of its tokenizer writes them)")
-    if encoding.n_vocab > vocab_size:
-        raise ValueError(f'{folder}: its tokenizer has {encoding.n_vocab:,} tokens, the model '
-                         f'knows {vocab_size:,}')
-    return encoding
-
-
-def load_model(name, device='cpu', dtype=torch.float32):
-    """(model, encoding) of the model called `name` (see find), on `device`, in eval mode."""
+def load_model(name: str | Path, device: str | torch.device = 'cpu',
+               dtype: torch.dtype = torch.float32) -> Loaded:
+    """(model, tokenizer) of the model called `name` (see find), on `device`, in eval mode."""
     return load_folder(find(name), device, dtype=dtype)
 
 
-def load_folder(folder, device='cpu', dropout=0.0, dtype=torch.float32):
-    """load_model() of a folder that find() gave.
+def load_folder(folder: str | Path, device: str | torch.device = 'cpu', dropout: float = 0.0,
+                dtype: torch.dtype = torch.float32) -> Loaded:
+    """load_model() of a folder that find() returned.
 
-    The weights are read into the model tensor by tensor: there is never a second one in memory.
+    The weights are read into the model tensor by tensor: memory never holds a second copy.
     """
     if str(folder).startswith('random:'):
         return random_model(str(folder)[7:], device, dropout, dtype)
@@ -191,145 +160,144 @@ def load_folder(folder, device='cpu', dropout=0.0, dtype=torch.float32):
         model = GPT(config)
     model.to(dtype).to_empty(device=device)
     load_weights(model, folder)
-    return model.eval(), encoding
+    return Loaded(model.eval(), encoding)
 
 
-def open_for(world, name, dtype):
-    """(model, encoding, facts) of an evaluation, on every process of `world`.
+def load_for_evaluation(world: World, name: str, dtype: str) -> tuple[GPT, tiktoken.Encoding, dict]:
+    """(model, tokenizer, facts) on every process; rank 0 finds, and downloads, for all.
 
-    name '' is the newest run; rank 0 finds, and downloads, for all. facts identify the weights as
-    they are used. On a GPU float32 products may be of TF32, as those of published numbers were; on
-    a CPU the model is packed.
+    name '' is the newest run. facts, on rank 0 alone, identify the weights as they are used. On a
+    GPU float32 products may be of TF32, as those of published numbers were; on a CPU the model is
+    packed.
     """
-    where = on_main(world, find, name or newest_of_all() or '')
+    folder = world.on_main(find, name or newest_run() or '')
     if world.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
-    model, encoding = load_folder(where, world.device, dtype=pick_dtype(dtype, world.device)[0])
-    weights = hashlib.sha256()
-    for key, p in sorted(model.state_dict().items()):
-        weights.update(key.encode() + p.cpu().contiguous().view(torch.uint8).numpy().data)
-    facts = {'name': name or str(where), 'folder': str(where), 'sha256': weights.hexdigest(),
-             'parameters': model.num_parameters(),
-             'dtype': str(model.wte.weight.dtype)[6:]}
+    model, encoding = load_folder(folder, world.device, dtype=pick_dtype(dtype, world.device)[0])
+    facts = {}
+    if world.is_main:
+        facts = {'name': name or str(folder), 'folder': str(folder), 'sha256': weights_hash(model),
+                 'parameters': model.num_parameters(), 'dtype': str(model.wte.weight.dtype)[6:]}
     return pack(model), encoding, facts
 
 
-def official_name(name):
+def weights_hash(model: GPT) -> str:
+    """sha256 over the names and bytes of all parameters."""
+    total = hashlib.sha256()
+    for key, p in sorted(model.state_dict().items()):
+        total.update(key.encode() + p.cpu().contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def load_weights(model: GPT, folder: str | Path) -> None:
+    """Fill `model` from the weights in `folder`."""
+    files = weight_files(folder)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for file in files:
+            with safe_open(file, framework='pt') as opened:
+                names = opened.keys()
+            for name in names:      # reopened for each: what was read of a mapped file adds up
+                with safe_open(file, framework='pt') as opened:
+                    yield name, opened.get_tensor(name)
+    try:
+        from_hugging_face(model, tensors())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f'{folder}: its weights are damaged or incomplete ({error}); download '
+                         f'them again (if git brought them, by `git lfs pull`)') from None
+    except ValueError as error:
+        raise ValueError(f'{folder}: {error}') from None
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors that hold the weights in `folder`: one file, or those an index names."""
+    single, index = Path(folder, WEIGHTS), Path(folder, INDEX)
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise ValueError(f'{folder}: no {WEIGHTS} in this folder; pytorch_model.bin is not read, '
+                         f'since a pickle can run programs: load it once with transformers, if you '
+                         f'trust it, whose save_pretrained() writes safetensors')
+    try:
+        names = json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f'{index} is damaged ({error}); download it again') from None
+    return [Path(folder, name) for name in sorted(set(names))]
+
+
+def load_encoding(folder: str | Path, vocab_size: int) -> tiktoken.Encoding:
+    """The tokenizer of the model in `folder`, which has vocab_size rows: as many as there are
+    tokens, or some more for padding, which are left out."""
+    gpt2 = SIZES['gpt2']
+    if file := tokenizer.stored(folder):
+        encoding = tokenizer.load(file)
+    elif gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
+        encoding = tokenizer.gpt2()
+    else:
+        raise ValueError(f'{folder}: no tokenizer.json, nor vocab.json and merges.txt; '
+                         f"put the model's there (save_pretrained() of its tokenizer writes them)")
+    if encoding.n_vocab > vocab_size:
+        raise ValueError(f'{folder}: its tokenizer has {encoding.n_vocab:,} tokens, the model '
+                         f'{vocab_size:,}')
+    return encoding
+
+
+def official_name(name: str) -> str:
     """'gpt2' … 'gpt2-xl' if `name` stands for OpenAI's weights, else ''."""
     name = name.removeprefix('openai-community/')
     return name if name in SIZES else ''
 
 
-def random_model(size, device, dropout, dtype):
-    """What 'random:gpt2' stands for: a model of that size as it is before training, by seed 0."""
+def random_model(size: str, device, dropout: float, dtype: torch.dtype) -> Loaded:
+    """What 'random:gpt2' stands for: an untrained model of that size, made with seed 0."""
     if size not in SIZES:
         raise ValueError(f"random:{size}: expected random: and one of {', '.join(SIZES)}")
     torch.manual_seed(0)
-    return GPT(replace(SIZES[size], dropout=dropout)).to(device, dtype).eval(), tokenizer.gpt2()
+    model = GPT(replace(SIZES[size], dropout=dropout)).to(device, dtype).eval()
+    return Loaded(model, tokenizer.gpt2())
 
 
-def find(name):
-    """The folder that holds the model called `name`: a folder of the Hugging Face kind, one of our
-    steps, a run (its best step, else its newest), 'gpt2' … 'gpt2-xl', or another GPT-2 on the hub.
-    'random:gpt2' stands for itself.
+def find(name: str | Path) -> Path | str:
+    """The folder of the model called `name`: a Hugging Face folder, one of our steps, a run (its
+    best step, else its newest), 'gpt2' … 'gpt2-xl', or another GPT-2 on the hub. 'random:gpt2'
+    stands for itself.
 
-    Raises ValueError when there is none, saying what to do.
+    Raises ValueError if there is none, saying what to do.
     """
     name, folder = str(name), Path(name).expanduser()
     if name.startswith('random:'):
         return name
     if (folder / 'config.json').exists():
         ours = re.fullmatch(r'step_\d{7,}', folder.name) or (folder / MANIFEST).exists()
-        if ours and (wrong := problem(folder, NOT_OF_THE_MODEL)):
-            raise ValueError(f'{folder}: {wrong}; an earlier step of the run may be whole')
+        wrong = ours and problem(folder, ONLY_FOR_RESUME)
+        if wrong:
+            raise ValueError(f'{folder}: {wrong}; an earlier step of the run may be intact')
         return folder
     if folder.is_dir():
-        found = best_step(folder) or newest_step(folder, unread=NOT_OF_THE_MODEL)[0]
-        if found is None:
-            theirs = "; nanoGPT's ckpt.pt is not read, being a pickle"
-            raise ValueError(f'{folder}: there is no checkpoint in this folder, and no config.json '
-                             f'of a model{theirs * (folder / "ckpt.pt").exists()}')
-        return found
+        step = best_step(folder) or newest_step(folder, unread=ONLY_FOR_RESUME)[0]
+        if step:
+            return step
+        nanogpt = (folder / 'ckpt.pt').exists()
+        hint = "; nanoGPT's ckpt.pt is not read, since it is a pickle" if nanogpt else ''
+        raise ValueError(f'{folder}: no checkpoint in this folder, and no config.json of a model'
+                         f'{hint}')
     if folder.is_file():
-        raise ValueError(f'{name}: is a file, expected the folder of a model')
-    owner, *repo = folder.parts
-    if owner == 'out' or name.startswith(('.', '/', '~')) or len(repo) > 1 or (
-            repo and Path(owner).exists()):
-        raise ValueError(f'{name}: there is no such folder')
-    return from_hub(HUB_NAMES.get(name, name))
+        raise ValueError(f'{name}: given a file, expected the folder of a model')
+    first, *rest = folder.parts
+    is_path = first == 'out' or name.startswith(('.', '/', '~')) or len(rest) > 1
+    if is_path or (rest and Path(first).exists()):
+        raise ValueError(f'{name}: no such folder')
+    return hub.model_folder(name, read_config, weight_files)
 
 
-def from_hub(repo):
-    """The folder, in the Hugging Face cache, of the model `repo` on the hub.
+# Saving: to a temporary folder, synced to the disk, renamed. Nothing incomplete has the final name.
 
-    What is whole in the cache is taken as it is, without a network; else it is downloaded, or the
-    download goes on. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE do what they always do.
-    """
-    from huggingface_hub import errors
-    try:
-        with suppress(errors.LocalEntryNotFoundError, ValueError):
-            return hub_files(repo, local_files_only=True)
-        return hub_files(repo)
-    except Exception as error:                          # each way to fail has a class of its own
-        if type(error) is ValueError:
-            raise                                       # ours
-        near = [] if repo in HUB_NAMES.values() else get_close_matches(
-            repo.split('/')[-1], HUB_NAMES, 1)
-        hint = f'. Did you mean {near[0]}?' if near else ''
-        raise ValueError(f'{repo}: {what_to_do(repo, error)}{hint}') from None
-
-
-def hub_files(repo, **how):
-    """The folder of `repo` in the cache, when all is there that the hub has of the model."""
-    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
-    folder = Path(hf_hub_download(repo, 'config.json', **how)).parent
-    read_config(folder)                                 # refused before its weights are downloaded
-
-    def bring(name):
-        """Whether the hub has this file, which is in the cache then."""
-        if try_to_load_from_cache(repo, name, revision=folder.name) is None:
-            with suppress(errors.RemoteEntryNotFoundError):     # the cache notes that too
-                hf_hub_download(repo, name, revision=folder.name, **how)
-        return (folder / name).exists()
-    if not bring('tokenizer.json') and bring('vocab.json'):     # load_encoding says what is missing
-        bring('merges.txt')
-    if not bring(WEIGHTS):
-        bring(INDEX)
-        for file in weight_files(folder):
-            bring(file.name)
-    return folder
-
-
-def what_to_do(repo, error):
-    """Why a model could not be had from the hub, and the way out."""
-    from huggingface_hub import constants, errors
-    if isinstance(error, errors.GatedRepoError):
-        return (f'its owner wants to know who you are: accept the terms at {constants.ENDPOINT}/'
-                f'{repo}, and set HF_TOKEN to a token of yours')
-    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        return (f'there is no such folder here and no such model at {constants.ENDPOINT}, '
-                f'or it is private (then set HF_TOKEN)')
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return 'the hub has no config.json of it'
-    if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
-        why = ('HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else
-               f'{constants.ENDPOINT} cannot be reached')
-        return (f'there is no such folder, it is not (whole) in the cache '
-                f'{constants.HF_HUB_CACHE}, and {why}. Run this once with a network, name a '
-                f'mirror in HF_ENDPOINT, or give a folder that holds config.json, {WEIGHTS} and '
-                f'tokenizer.json')
-    reason = str(error).strip().splitlines() or ['no reason given']
-    return f'could not be had from {constants.ENDPOINT} ({type(error).__name__}: {reason[0]})'
-
-
-# Saving: into a temporary folder, synced to the disk, renamed.
-# Nothing half-written bears the final name.
-
-def save(out_dir, step, model, encoding, training):
+def save(out_dir: str | Path, step: int, model: GPT, encoding: tiktoken.Encoding,
+         training: dict) -> Path:
     """Write step_NNNNNNN of the run in out_dir, and return its folder.
 
-    training: a dict of plain types and tensors. The state at a step is a function of the run's
-    settings, so that a step which is already there, whole, is left alone.
+    training: plain types and tensors. What a run saves at a step depends on its settings alone, so
+    an intact checkpoint of this step is left as it is. Raises OSError if it cannot be written.
     """
     final = Path(out_dir) / f'step_{step:07d}'
     if final.exists() and not problem(final):
@@ -341,15 +309,15 @@ def save(out_dir, step, model, encoding, training):
     except (OSError, SafetensorError, RuntimeError) as error:   # a full disk has several names
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f'{final}: {error}') from None
-    shutil.rmtree(final, ignore_errors=True)                    # there only if it does not verify
+    shutil.rmtree(final, ignore_errors=True)                    # it exists only if it is damaged
     partial.rename(final)
     sync(final.parent)
     return final
 
 
-def publish(target, model, encoding, texts):
-    """Write the model into the folder `target` without what a resume needs, and texts, {name: text}
-    of other files beside it. What else is there stays."""
+def publish(target: Path, model: GPT, encoding: tiktoken.Encoding, texts: dict[str, str]) -> None:
+    """Write the model into the folder `target` without what a resume needs, and `texts`, {name:
+    text} of other files beside it. Other files there stay."""
     partial = target.with_name(f'.{target.name}.partial')
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -368,7 +336,7 @@ def publish(target, model, encoding, texts):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write(partial, model, encoding, training):
+def write(partial: Path, model: GPT, encoding: tiktoken.Encoding, training: dict) -> None:
     """All files of a checkpoint, synced to the disk."""
     write_model(partial, model, encoding)
     with open(partial / TRAINING, 'wb') as file:
@@ -376,86 +344,80 @@ def write(partial, model, encoding, training):
     write_manifest(partial)
 
 
-def write_model(partial, model, encoding):
+def write_model(partial: Path, model: GPT, encoding: tiktoken.Encoding) -> None:
     partial.mkdir(parents=True)
     eot = tokenizer.eot_id(encoding)
+    special = {} if eot is None else {'bos_token': tokenizer.EOT, 'eos_token': tokenizer.EOT}
     write_json(partial / 'config.json', {**config_json(model.config, eot),
                                          'dtype': str(model.wte.weight.dtype)[6:]})
     (partial / 'tokenizer.json').write_text(tokenizer.to_json(encoding), encoding='utf-8')
     write_json(partial / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size,
-        'clean_up_tokenization_spaces': False,
-        **({} if eot is None else {'bos_token': tokenizer.EOT, 'eos_token': tokenizer.EOT})})
+        'clean_up_tokenization_spaces': False, **special})
     save_file(to_hugging_face(model), partial / WEIGHTS, metadata={'format': 'pt'})
-    (partial / WEIGHTS).chmod(0o644)                    # the library makes it readable to us alone
+    (partial / WEIGHTS).chmod(0o644)                    # safetensors makes it private
 
 
-def write_manifest(partial):
-    """Sizes and sha256 of the files, then all is synced to the disk."""
+def write_manifest(partial: Path) -> None:
+    """Sizes and sha256 of the files; then everything is synced to the disk."""
     write_json(partial / MANIFEST, {
-        file.name: {'bytes': file.stat().st_size, 'sha256': fetch.digest(file)}
+        file.name: {'bytes': file.stat().st_size, 'sha256': sha256(file)}
         for file in sorted(partial.iterdir())})
     for path in [*partial.iterdir(), partial]:
         sync(path)
 
 
-def load_training(folder):
+def write_json(path: Path, data: dict) -> None:
+    path.write_text(json.dumps(data, indent=1), encoding='utf-8')
+
+
+def sync(path: Path) -> None:
+    if os.name == 'nt':
+        return                                                      # Windows syncs no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# The checkpoints of a run.
+
+def load_training(folder: str | Path) -> dict:
     """The dict given to save(), its tensors on the CPU."""
     return torch.load(Path(folder) / TRAINING, map_location='cpu', mmap=True,
                       weights_only=True)
 
 
-def optimizer_state(model, optimizers, keep=True):
-    """{parameter name: {key: tensor}} of all optimizers: step counts and moments, no learning
-    rates. Of a sharded model all processes must ask, and those who `keep` it get it."""
-    names = {p: name for name, p in model.named_parameters()}
-    return {names[p]: {key: whole(value, keep) for key, value in state.items()}
-            for optimizer in optimizers for p, state in optimizer.state.items()}
+def steps(out_dir: str | Path) -> dict[int, Path]:
+    """{step: folder} of the checkpoints in out_dir, oldest first, intact or not."""
+    folders = (path for path in Path(out_dir).glob('step_*') if path.name[5:].isdigit())
+    return dict(sorted((int(path.name[5:]), path) for path in folders))
 
 
-def restore_optimizers(model, optimizers, saved):
-    """Put an optimizer_state back; the learning rates and weight decay of `optimizers`
-    stay theirs."""
-    names = {p: name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        is_adamw = isinstance(optimizer, torch.optim.AdamW)
-        expected = {'step', 'exp_avg', 'exp_avg_sq'} if is_adamw else {'momentum_buffer'}
-        for p in (p for group in optimizer.param_groups for p in group['params']):
-            state = saved.get(names[p], {})
-            if set(state) != expected:
-                raise ValueError(f'the checkpoint has no matching optimizer state for {names[p]}; '
-                                 f'was it trained with another --optimizer?')
-            optimizer.state[p] = {key: like(value, p) for key, value in state.items()}
+def newest_step(out_dir: str | Path, until: float = math.inf, unread: tuple[str, ...] = (),
+                ) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """(folder of the newest intact checkpoint, None if there are none at all;
+    [(folder, what is wrong)] of newer ones). until: the last step to consider.
 
-
-def steps(out_dir):
-    """{step: folder} of the checkpoints in out_dir, oldest first, whole or not."""
-    found = (path for path in Path(out_dir).glob('step_*') if path.name[5:].isdigit())
-    return dict(sorted((int(path.name[5:]), path) for path in found))
-
-
-def newest_step(out_dir, until=math.inf, unread=()):
-    """(folder of the newest whole checkpoint or None if there are none at all,
-    [(folder, what is wrong)] of newer ones).
-
-    Raises ValueError when there are checkpoints and not one is whole:
-    that is no reason to start over.
+    Raises ValueError if there are checkpoints but no intact one: no reason to start over.
     """
     problems = []
     for step, folder in reversed(steps(out_dir).items()):
         if step <= until:
-            if not (wrong := problem(folder, unread)):
+            wrong = problem(folder, unread)
+            if not wrong:
                 return folder, problems
             problems.append((folder, wrong))
     if problems:
-        words = [f'{folder}: {wrong}' for folder, wrong in problems]
-        raise ValueError('\n'.join(['there are checkpoints, and none of them is whole:', *words,
+        lines = [f'{folder}: {wrong}' for folder, wrong in problems]
+        raise ValueError('\n'.join(['there are checkpoints, but no intact one:', *lines,
                                     'give another --out_dir to start a new run']))
     return None, []
 
 
-def back_to(out_dir, step):
-    """The folder of the newest whole checkpoint of at most `step`, or None; newer ones are
+def roll_back(out_dir: str | Path, step: int) -> Path | None:
+    """The folder of the newest intact checkpoint of at most `step`, if any; newer ones are then
     deleted."""
     folder, _ = newest_step(out_dir, step)
     if folder:
@@ -465,52 +427,52 @@ def back_to(out_dir, step):
     return folder
 
 
-def mark_best(out_dir, step, val_loss):
+def mark_best(out_dir: str | Path, step: int, val_loss: float) -> None:
     """Note in best.json which step of the run has the lowest validation loss."""
-    partial_file = Path(out_dir) / '.best.json.partial'
-    write_json(partial_file, {'step': step, 'val_loss': val_loss})
-    partial_file.replace(Path(out_dir) / 'best.json')
+    atomic_write(Path(out_dir) / 'best.json',
+                 json.dumps({'step': step, 'val_loss': val_loss}, indent=1))
 
 
-def best_step(out_dir):
-    """The folder of the step that mark_best() noted, or None when there is none, or not whole."""
+def best_step(out_dir: str | Path) -> Path | None:
+    """The folder of the step that mark_best() noted; None if there is none, or not intact."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         best = json.loads((Path(out_dir) / 'best.json').read_text(encoding='utf-8'))
         folder = steps(out_dir)[best['step']]
-        return folder if not problem(folder, NOT_OF_THE_MODEL) else None
+        return folder if not problem(folder, ONLY_FOR_RESUME) else None
 
 
-def newest_of_all():
+def newest_run() -> Path | None:
     """The run under out/ that saved a checkpoint last, else checkpoint/, else None."""
     saved = sorted(Path('out').rglob(f'step_*/{MANIFEST}'), key=lambda path: path.stat().st_mtime)
-    committed = ROOT / 'checkpoint'
-    return (saved[-1].parent.parent if saved else
-            committed if (committed / 'config.json').exists() else None)
+    shipped = ROOT / 'checkpoint'
+    if saved:
+        return saved[-1].parent.parent
+    return shipped if (shipped / 'config.json').exists() else None
 
 
-def problem(folder, unread=()):
-    """What is wrong with a checkpoint, '' when it is whole: every byte is read and compared, of
-    the files named in `unread` the size alone."""
+def problem(folder: Path, unread: tuple[str, ...] = ()) -> str:
+    """What is wrong with a checkpoint, '' if it is intact: every byte is read and compared, except
+    that of the files named in `unread` only the size is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))
-        for name, facts in manifest.items():
-            if (folder / name).stat().st_size != facts['bytes']:
+        for name, expected in manifest.items():
+            if (folder / name).stat().st_size != expected['bytes']:
                 return f'{name} is truncated'
-            if name not in unread and fetch.digest(folder / name) != facts['sha256']:
+            if name not in unread and sha256(folder / name) != expected['sha256']:
                 return f'{name} is damaged'
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f'it is incomplete ({error})'
     return ''
 
 
-def set_aside(folder):
-    """Rename a checkpoint that is not whole, so that nobody counts it among those that are."""
-    aside = folder.with_name(f'{folder.name}.damaged')
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint, so that it no longer counts as one."""
+    damaged = folder.with_name(f'{folder.name}.damaged')
+    shutil.rmtree(damaged, ignore_errors=True)
+    folder.rename(damaged)
 
 
-def prune(out_dir, keep, best=None):
+def prune(out_dir: str | Path, keep: int, best: int | None = None) -> None:
     """Delete all checkpoints but the `keep` newest and the step `best`."""
     folders = steps(out_dir)
     for step in list(folders)[:-keep]:
@@ -518,36 +480,14 @@ def prune(out_dir, keep, best=None):
             remove(folders[step])
 
 
-def remove(folder):
-    """Delete a checkpoint as far as the disk allows; what is left of it is not whole."""
+def remove_partial(out_dir: str | Path) -> None:
+    """Delete what a killed process left of a checkpoint it was writing."""
+    for leftover in Path(out_dir).glob('.step_*.partial'):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint as far as the disk allows; what is left of it is not intact."""
     with suppress(OSError):
         (folder / MANIFEST).unlink()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def lock(out_dir):
-    """Take the run's folder for this process, which holds it until the returned file is closed."""
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    file = open(Path(out_dir) / '.lock', 'a')
-    try:
-        fetch.lock(file, wait=False)
-    except BlockingIOError:
-        raise ValueError(f'{out_dir}: another process is training in this folder; '
-                         f'give another --out_dir, or end that process') from None
-    for leftover in Path(out_dir).glob('.step_*.partial'):
-        shutil.rmtree(leftover, ignore_errors=True)
-    return file
-
-
-def write_json(path, data):
-    path.write_text(json.dumps(data, indent=1), encoding='utf-8')
-
-
-def sync(path):
-    if os.name == 'nt':
-        return                                                      # Windows syncs no folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -165,6 +165,13 @@ def header_defaults(script: str | Path) -> dict[str, Any]:
     return found
 
 
+def section(cfg: Any, dataclass: type, **others: Any) -> Any:
+    """The settings of `cfg` that are fields of `dataclass`, as an instance; others: more fields."""
+    names = {field.name for field in fields(dataclass)} - set(others)
+    return dataclass(**{name: getattr(cfg, name) for name in names if hasattr(cfg, name)},
+                     **others)
+
+
 def check_bounds(cfg: Any, bounds: Sequence[tuple[str, Callable[[Any], bool], str]]) -> None:
     """Raise ValueError for the first setting out of bounds.
 

@@ -1,0 +1,83 @@
+"""
+Models of the Hugging Face hub, by its own client and in its cache.
+
+File by file rather than by snapshot_download: the cache then also remembers which files the hub
+does not have, so that a model without a tokenizer of its own is known to be complete offline.
+HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE do what they always do.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
+
+SIZES = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
+FULL_NAMES = {**{name: f'openai-community/{name}' for name in SIZES},
+              'distilgpt2': 'distilbert/distilgpt2'}
+WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+
+
+def model_folder(name: str, read_config: Callable, weight_files: Callable) -> Path:
+    """The folder, in the cache, of the model `name`: 'gpt2' or 'OWNER/NAME'. What the cache has
+    complete is used without a network, the rest is downloaded.
+
+    read_config(folder) judges config.json before the weights are downloaded; weight_files(folder)
+    names the files that hold them. Raises ValueError that says what to do.
+    """
+    from huggingface_hub import errors
+    repo = FULL_NAMES.get(name, name)
+    try:
+        with suppress(errors.LocalEntryNotFoundError, ValueError):
+            return download_model(repo, read_config, weight_files, local_files_only=True)
+        return download_model(repo, read_config, weight_files)
+    except Exception as error:                          # the client has a class for each failure
+        if type(error) is ValueError:
+            raise                                       # ours
+        near = [] if repo in FULL_NAMES.values() else get_close_matches(
+            repo.split('/')[-1], FULL_NAMES, 1)
+        hint = f'. Did you mean {near[0]}?' if near else ''
+        raise ValueError(f'{repo}: {what_to_do(repo, error)}{hint}') from None
+
+
+def download_model(repo: str, read_config: Callable, weight_files: Callable[[Path], Iterable[Path]],
+                   **how) -> Path:
+    """The folder of `repo` in the cache, once everything is there that the hub has of the model."""
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+    folder = Path(hf_hub_download(repo, 'config.json', **how)).parent
+    read_config(folder)
+
+    def obtain(name):
+        """Whether the hub has this file, which is in the cache then."""
+        if try_to_load_from_cache(repo, name, revision=folder.name) is None:
+            with suppress(errors.RemoteEntryNotFoundError):         # the cache notes that too
+                hf_hub_download(repo, name, revision=folder.name, **how)
+        return (folder / name).exists()
+    if not obtain('tokenizer.json') and obtain('vocab.json'):
+        obtain('merges.txt')
+    if not obtain(WEIGHTS):
+        obtain(INDEX)
+        for file in weight_files(folder):
+            obtain(file.name)
+    return folder
+
+
+def what_to_do(repo: str, error: Exception) -> str:
+    """Why a model could not be downloaded, and the way out."""
+    from huggingface_hub import constants, errors
+    if isinstance(error, errors.GatedRepoError):
+        return (f'this model is gated: accept the terms at {constants.ENDPOINT}/{repo}, and set '
+                f'HF_TOKEN to your access token')
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return (f'no such folder, and no such model at {constants.ENDPOINT}, or it is private '
+                f'(then set HF_TOKEN)')
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return 'the hub has no config.json of it'
+    if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
+        reason = ('HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else
+                  f'{constants.ENDPOINT} cannot be reached')
+        return (f'no such folder, not (completely) in the cache {constants.HF_HUB_CACHE}, and '
+                f'{reason}. Run this once with a network, name a mirror in HF_ENDPOINT, or give a '
+                f'folder that holds config.json, {WEIGHTS} and tokenizer.json')
+    reason = str(error).strip().splitlines() or ['no reason given']
+    return (f'could not be downloaded from {constants.ENDPOINT} '
+            f'({type(error).__name__}: {reason[0]})')

@@ -1,0 +1,213 @@
+"""
+AdamW and Muon as one optimizer, and the schedule of the learning rate.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from gpt.sharding import gather_full, shard_like
+
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Muon's quintic (Jordan)
+MAX_ELEMENTS = 2 ** 25                  # of the matrices that are orthogonalized together
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """What train.py's header says of them."""
+    optimizer: str = 'adamw'
+    learning_rate: float = 1e-3
+    muon_learning_rate: float = 0.02
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    schedule: str               # 'cosine' or 'wsd'
+    learning_rate: float        # at its maximum
+    min_lr: float
+    decay_lr: bool
+    max_iters: int
+    warmup_iters: int
+    lr_decay_iters: int         # 0: max_iters
+    cooldown_iters: int
+
+    def learning_rate_at(self, step: int) -> float:
+        """AdamW's learning rate for the update after `step` updates."""
+        if not self.decay_lr:
+            return self.learning_rate
+        end = self.lr_decay_iters or self.max_iters
+        if step < self.warmup_iters:
+            return self.learning_rate * (step + 1) / (self.warmup_iters + 1)
+        if step >= end:
+            return self.min_lr
+        if self.schedule == 'cosine':
+            progress = (step - self.warmup_iters) / (end - self.warmup_iters)
+            factor = 0.5 * (1 + math.cos(math.pi * progress))
+        else:                                                               # 'wsd'
+            cooldown = min(self.cooldown_iters, end - self.warmup_iters)    # not before the warmup
+            factor = min(1, (end - step) / max(1, cooldown))
+        return self.min_lr + factor * (self.learning_rate - self.min_lr)
+
+
+class Optimizer:
+    """AdamW for all parameters of a GPT, or Muon for the matrices of its blocks and AdamW for the
+    rest. Matrices decay, biases and LayerNorms do not."""
+
+    def __init__(self, model, config: OptimizerConfig, dtype: torch.dtype = torch.float32):
+        """dtype: that of the forward pass, in which Muon multiplies (bfloat16 for float16)."""
+        self.config, self.names = config, {p: name for name, p in model.named_parameters()}
+        use_muon = config.optimizer == 'muon'
+        for_muon = [p for p in model.h.parameters() if p.dim() >= 2] if use_muon else []
+        muon_ids = set(map(id, for_muon))
+        matrices = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in muon_ids]
+        vectors = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{'params': matrices, 'weight_decay': config.weight_decay},
+                  {'params': vectors, 'weight_decay': 0.0}]
+        self.parts = [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True,
+                                        betas=(config.beta1, config.beta2))]
+        if use_muon:
+            half = dtype if dtype == torch.float32 else torch.bfloat16
+            self.parts.append(Muon(for_muon, lr=config.muon_learning_rate,
+                                   weight_decay=config.weight_decay, dtype=half))
+        for group in self.groups():
+            group['initial_lr'] = group['lr']
+
+    def groups(self) -> Iterator[dict]:
+        return (group for part in self.parts for group in part.param_groups)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """AdamW's; Muon's changes in proportion."""
+        for group in self.groups():
+            group['lr'] = group['initial_lr'] * learning_rate / self.config.learning_rate
+
+    def step(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """One update, by gradients clipped to grad_clip, which are then dropped; none if loss or
+        norm (scalars on the device) is not finite. The device decides: nothing waits for it."""
+        grad_clip, finite = self.config.grad_clip, torch.isfinite(loss) & torch.isfinite(norm)
+        scale = (norm / grad_clip).clamp(min=1) if grad_clip else None
+        fused = norm.device.type in ('cpu', 'cuda')     # kernels that take grad_scale, found_inf
+        if not fused and scale is not None:
+            for p in (p for group in self.groups() for p in group['params']):
+                p.grad.mul_(1 / scale)
+        for part in self.parts if fused or finite else ():
+            if fused:
+                part.grad_scale, part.found_inf = scale, (~finite).float()
+            part.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def reset(self) -> None:
+        """Forget all moments and step counts."""
+        for part in self.parts:
+            part.state.clear()
+
+    def state_dict(self, keep: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+        """{parameter name: {key: tensor}}: step counts and moments, no learning rates. Of a
+        sharded model a collective; those that do not `keep` it get None for the tensors."""
+        return {self.names[p]: {key: gather_full(value, keep) for key, value in state.items()}
+                for part in self.parts for p, state in part.state.items()}
+
+    def load_state_dict(self, saved: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Restore a state_dict(); learning rates and weight decay stay as they are.
+
+        Raises ValueError if it is not of these parameters and optimizers.
+        """
+        for part in self.parts:
+            is_adamw = isinstance(part, torch.optim.AdamW)
+            expected = {'step', 'exp_avg', 'exp_avg_sq'} if is_adamw else {'momentum_buffer'}
+            for p in (p for group in part.param_groups for p in group['params']):
+                state = saved.get(self.names[p], {})
+                if set(state) != expected:
+                    raise ValueError(f'the checkpoint has no matching optimizer state for '
+                                     f'{self.names[p]}; was it trained with another --optimizer?')
+                part.state[p] = {key: shard_like(value, p) for key, value in state.items()}
+
+
+class Muon(torch.optim.Optimizer):
+    """The update of a matrix is its momentum, made orthogonal (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon); for matrices only.
+
+    The arithmetic is that of torch.optim.Muon. But matrices of one shape are multiplied together,
+    in the fast dtype of the machine: on a CPU without fast bfloat16 that saves a quarter of the
+    time or more. And as in torch's fused AdamW, `grad_scale` divides the gradients and a
+    `found_inf` of 1.0 skips the step, both tensors on the device.
+    """
+
+    def __init__(self, params: Iterable[torch.Tensor], lr: float = 0.02, momentum: float = 0.95,
+                 weight_decay: float = 0.1, dtype: torch.dtype = torch.bfloat16):
+        super().__init__(params, {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay})
+        self.dtype, self.grad_scale, self.found_inf = dtype, None, None
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for batch in batches_of_one_shape(group['params']):
+                self.update(batch, **{key: group[key] for key in self.defaults})
+
+    def update(self, batch, lr, momentum, weight_decay):
+        for p in batch:
+            if not self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        params = [local(p) for p in batch]              # of a sharded model: this process's rows
+        buffers = [local(self.state[p]['momentum_buffer']) for p in batch]
+        grads = torch.stack([local(p.grad) for p in batch])                 # (n, out, in)
+        if self.grad_scale is not None:
+            grads /= self.grad_scale
+        if self.found_inf is not None:          # skipped: with the momentum in place of the
+            grads = torch.where(self.found_inf > 0, torch.stack(buffers), grads)    # gradient and
+            lr = lr * (1 - self.found_inf)      # a learning rate of 0 nothing changes
+        torch._foreach_lerp_(buffers, grads.unbind(), 1 - momentum)
+        updates = grads.lerp(torch.stack(buffers), momentum)
+        updates = on_full(lambda matrices: orthogonalize(matrices, self.dtype), updates, batch[0])
+        updates *= lr * math.sqrt(max(1, batch[0].size(0) / batch[0].size(1)))
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_sub_(params, updates.unbind())
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
+def on_full(function: Callable, matrices: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """function of matrices (n, out, in). If p is sharded, each process has some of their rows: they
+    are gathered, and each process keeps its rows of the result."""
+    if not hasattr(p, 'to_local'):
+        return function(matrices)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    mesh, shape = p.device_mesh, torch.Size([len(matrices), *p.shape])
+    stride = (p.numel(), p.size(1), 1)
+    full = DTensor.from_local(matrices, mesh, [Shard(1)], shape=shape, stride=stride).full_tensor()
+    result = DTensor.from_local(function(full), mesh, [Replicate()], run_check=False)
+    return result.redistribute(placements=[Shard(1)]).to_local()
+
+
+def batches_of_one_shape(params: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Lists of parameters of one shape, of up to MAX_ELEMENTS elements."""
+    shapes = {}
+    for p in params:
+        shapes.setdefault(p.shape, []).append(p)
+    for shape, same in shapes.items():
+        size = max(1, MAX_ELEMENTS // shape.numel())
+        yield from (same[i:i + size] for i in range(0, len(same), size))
+
+
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
+    """Matrices (n, out, in) with their singular values moved to about 1 (0.7 to 1.2), in float32:
+    a Newton-Schulz iteration of a quintic."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.size(1) > matrices.size(2)
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()

@@ -1,0 +1,351 @@
+"""
+Run: the folder of a run, what it starts from, and all that is written there.
+"""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tiktoken
+import torch
+
+from gpt import checkpoints, files, tokenizer
+from gpt.budget import fitted, newest_kept
+from gpt.data.order import Data
+from gpt.log import Log, Speed, duration
+from gpt.progress import MAX_ROLLBACKS, Event, Metrics, Progress
+from gpt.settings import as_config_file, section
+from gpt.trainer import Trainer
+from gpt.validation import Validation
+from gpt.world import World
+from model import GPT, GPTConfig
+
+
+class Start(NamedTuple):
+    """Where a run starts."""
+    cfg: Any                # the settings, where the folder or the minutes decide some of them
+    model: GPT
+    saved: dict             # by checkpoints.save(); {} for a new run
+
+
+class Run:
+    """Used in `with`: on the way out it closes the log and wandb and releases the folder."""
+
+    def __init__(self, cfg: Any, world: World):
+        """cfg: the settings of train.py, which a run keeps and compares with those it began with.
+        """
+        self.cfg, self.world = cfg, world
+        self.read_only = cfg.eval_only or cfg.plan
+        self.lock_file = self.log = self.stop = None
+        self.saved_at, self.saved_time, self.save_error = -1, time.monotonic(), None
+        self.stop_requested = self.save_requested = False       # by any rank, as all ranks know
+
+    def __enter__(self) -> 'Run':
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self.stop:
+            self.stop.restore()
+        if self.log and kind is not KeyboardInterrupt:          # a second Ctrl-C ends at once
+            self.log.close(failed=error is not None)
+        if self.lock_file:
+            self.lock_file.close()
+
+    def lock(self) -> None:
+        """Hold the folder, on rank 0; ValueError on every rank if another process has it."""
+        if not self.read_only:
+            self.world.on_main(self.take_lock)
+
+    def take_lock(self) -> None:
+        folder = Path(self.cfg.out_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock_file = open(folder / '.lock', 'a')
+        try:
+            files.lock(self.lock_file, wait=False)
+        except BlockingIOError:
+            raise ValueError(f'{folder}: another process is training in this folder; '
+                             f'give another --out_dir, or end that process') from None
+        checkpoints.remove_partial(folder)
+
+    # What it starts from.
+
+    def start(self, encoding: tiktoken.Encoding) -> Start:
+        """The newest checkpoint in the folder, another model, or a new one.
+
+        Raises ValueError if the settings do not fit what the folder holds.
+        """
+        cfg, folder = self.cfg, self.newest_checkpoint()
+        if folder and cfg.init_from == 'scratch':
+            raise ValueError(f"init_from='scratch', but {folder} holds a run; --init_from=resume "
+                             f'continues it, another --out_dir leaves it alone')
+        if not folder and cfg.init_from == 'resume':
+            raise ValueError(f"init_from='resume', but there is no checkpoint in {cfg.out_dir}")
+        torch.manual_seed(cfg.seed)
+        if folder:
+            return self.resume(folder, encoding)
+        if is_fine_tune(cfg):
+            return self.fine_tune(encoding)
+        self.world.print(f'new run in {cfg.out_dir}')
+        return Start(cfg, GPT(section(cfg, GPTConfig, vocab_size=encoding.n_vocab)), {})
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest intact checkpoint; damaged ones are renamed, so that they count no more."""
+        folder, problems = self.world.on_main(checkpoints.newest_step, self.cfg.out_dir)
+        for damaged, wrong in problems:
+            self.world.print(f'skipping {damaged}: {wrong}')
+            if not self.read_only:
+                self.world.on_main(checkpoints.set_aside, damaged)
+        return folder
+
+    def resume(self, folder: Path, encoding: tiktoken.Encoding) -> Start:
+        cfg, saved = self.cfg, checkpoints.load_training(folder)
+        before, on_request = saved['settings'], cfg.init_from == 'resume'
+        for key in ('dataset', 'seed'):
+            if before[key] != getattr(cfg, key) and not (on_request or cfg.eval_only):
+                raise ValueError(f'{cfg.out_dir} holds a run with {key}={before[key]}, given '
+                                 f'{getattr(cfg, key)}; give another --out_dir, or '
+                                 f'--init_from=resume to continue this run anyway')
+        if on_request:
+            cfg = replace(cfg, init_from=before['init_from'])   # so that config.py repeats the run
+        model = self.load_checked(folder, encoding)
+        cfg = replace(cfg, **fitted(cfg, before))
+        expected = section(cfg, GPTConfig, vocab_size=encoding.n_vocab)
+        if is_fine_tune(cfg):
+            if before['init_from'] != cfg.init_from:
+                raise ValueError(f'{cfg.out_dir} holds a run with init_from={before["init_from"]}, '
+                                 f'given {cfg.init_from}; give another --out_dir to start from '
+                                 f'that')
+            expected = replace(model.config, block_size=cfg.block_size)     # the rest is its own
+        check_shape(model.config, expected, folder)
+        changed = [f'{key} {before.get(key)!r} -> {value!r}'
+                   for key, value in asdict(cfg).items() if before.get(key) != value]
+        note = f"; changed: {', '.join(changed)}" if changed else ''
+        self.world.print(f'resuming from {folder}{note}')
+        return Start(cfg, model, saved)
+
+    def fine_tune(self, encoding: tiktoken.Encoding) -> Start:
+        cfg = self.cfg
+        source = self.world.on_main(checkpoints.find, cfg.init_from)
+        model = self.load_checked(source, encoding)
+        longest = model.config.block_size
+        model.crop_block(cfg.block_size)
+        note = f' (up to --block_size={longest} is possible)' if cfg.block_size < longest else ''
+        self.world.print(f'new run in {cfg.out_dir}, from the weights in {source}; '
+                         f'block_size {cfg.block_size}{note}')
+        return Start(cfg, model, {})
+
+    def load_checked(self, folder: Path, encoding: tiktoken.Encoding) -> GPT:
+        """The model in `folder`, whose tokenizer must be that of the data set."""
+        device = 'cpu' if self.cfg.parallel == 'fsdp' else self.world.device    # before sharding
+        model, own = checkpoints.load_folder(folder, device, dropout=self.cfg.dropout)
+        if tokenizer.fingerprint(own) != tokenizer.fingerprint(encoding):
+            raise ValueError(f'{folder} was trained on tokens of {own.name} ({own.n_vocab:,}), '
+                             f'the data set {self.cfg.dataset} holds those of another tokenizer, '
+                             f'{encoding.name} ({encoding.n_vocab:,}); prepare it with '
+                             f'--tokenizer={folder}')
+        return model
+
+    def check_data(self, saved: dict, data: Data) -> None:
+        """Refuse a data set that was prepared again since the run began."""
+        cfg = self.cfg
+        if saved and saved['settings']['dataset'] == cfg.dataset and saved['shards'] != data.shards:
+            raise ValueError(f'the data set {cfg.dataset} was prepared again since {cfg.out_dir} '
+                             f'was trained on it; to continue from these weights, give another '
+                             f'--out_dir and --init_from={cfg.out_dir}')
+
+    # While it runs.
+
+    def begin(self, cfg: Any, p: Progress, data: Data, is_new: bool) -> None:
+        """Open what the run writes to. cfg: the settings as they are now final."""
+        self.cfg, self.data = cfg, data
+        self.world.on_main(self.write_config)
+        self.log = Log(cfg.out_dir, self.world)
+        if cfg.wandb_log:
+            self.log.start_wandb(cfg.wandb_project, cfg.wandb_run_name, asdict(cfg))
+        self.stop = StopSignal(self.world)
+        self.log.start(p.step)
+        self.saved_at, self.saved_time = 0 if is_new else p.step, time.monotonic()
+
+    def write_config(self) -> None:
+        """The settings, as a config file that repeats the run."""
+        path = Path(self.cfg.out_dir) / 'config.py'
+        comment = f'python train.py {path} --out_dir=out/again   # repeats this run'
+        files.atomic_write(path, as_config_file(replace(self.cfg, minutes=0.0), comment))
+
+    def requests(self) -> tuple[bool, bool]:
+        """Whether this process asks to stop, and to save."""
+        minutes = (time.monotonic() - self.saved_time) / 60
+        return self.stop.requested, self.world.is_main and 0 < self.cfg.save_minutes < minutes
+
+    def heed(self, m: Metrics) -> None:
+        """Take the requests of all processes that came with an update."""
+        self.stop_requested, self.save_requested = m.stop, m.save
+
+    def write(self, p: Progress, **record: Any) -> None:
+        self.log.write(step=p.step, tokens=p.position * self.cfg.block_size, **record)
+
+    def event(self, step: int, event: Event | None) -> None:
+        if event:
+            self.log.event(step, event.kind, event.text)
+
+    def write_scores(self, p: Progress, scores: dict[str, float]) -> None:
+        self.write(p, **scores)
+        self.world.print(f"step {p.step}: hellaswag {scores['hellaswag']:.2%}")
+
+    def log_update(self, p: Progress, m: Metrics, learning_rate: float, speed: Speed,
+                   tokens_left: float) -> None:
+        loss_z, norm_z = p.z_scores
+        self.write(p, loss=m.loss, lr=learning_rate, grad_norm=m.norm, loss_z=loss_z,
+                   grad_norm_z=norm_z, step_ms=1000 * speed.step_seconds,
+                   tokens_per_second=speed.tokens_per_second, mfu=speed.mfu)
+        mfu = f'mfu {speed.mfu:.0%}  ' if speed.mfu else ''
+        self.world.print(
+            f'step {p.step}/{self.cfg.max_iters}  loss {m.loss:.4f}  lr {learning_rate:.2e}  '
+            f'norm {m.norm:.2f}  {1000 * speed.step_seconds:.0f} ms  '
+            f'{speed.tokens_per_second:,.0f} tok/s  {mfu}'
+            f'left {duration(tokens_left / speed.tokens_per_second)}')
+
+    def save(self, p: Progress, trainer: Trainer) -> None:
+        """A checkpoint of this step, unless there is one. A failure is an event and not the end:
+        there may be room for the next one."""
+        self.save_requested = False
+        if self.saved_at == p.step or p.diverged:
+            return
+        training = {**p.state_dict(), **trainer.state_dict(), 'settings': asdict(self.cfg),
+                    'shards': self.data.shards}
+        model = trainer.full_model(keep=self.world.is_main)
+        try:
+            self.world.on_main(checkpoints.save, self.cfg.out_dir, p.step, model,
+                               self.data.encoding, training)
+            self.saved_at, self.save_error = p.step, None
+        except OSError as error:
+            self.save_error = error
+            self.log.event(p.step, 'save failed', f'cannot save: {error}; continuing')
+        self.saved_time = time.monotonic()
+
+    def validated(self, p: Progress, validation: Validation) -> None:
+        """Log a validation, and note in best.json if no saved step has a lower loss."""
+        is_best = self.saved_at == p.step and validation.loss < p.best_val_loss
+        if is_best and p.step:                          # step 0 is not saved, but counts
+            try:
+                self.world.on_main(checkpoints.mark_best, self.cfg.out_dir, p.step, validation.loss)
+            except OSError as error:
+                is_best = False
+                self.log.event(p.step, 'save failed', f'cannot write best.json: {error}; '
+                                                      f'continuing')
+        p.validated(validation.loss, is_best)
+        self.write(p, val_loss=validation.loss, **validation.others)
+        self.world.print(f'step {p.step}: {validation}')
+
+    def prune(self, p: Progress) -> None:
+        """Delete checkpoints beyond those to keep, if the newest is of this good step."""
+        if self.saved_at == p.step and p.is_healthy and self.world.is_main:
+            checkpoints.prune(self.cfg.out_dir, newest_kept(self.cfg), p.best_step)
+
+    def recover(self, p: Progress, trainer: Trainer) -> Progress:
+        """After max_skipped bad updates in a row: the progress to continue from. That of the last
+        good checkpoint, if rollback is on; else the losses may be a new level, or diverged."""
+        cfg = self.cfg
+        back = cfg.rollback and p.rollbacks < MAX_ROLLBACKS and self.roll_back(p, trainer)
+        if back:
+            return back
+        if cfg.rollback or p.not_finite >= cfg.max_skipped:
+            p.diverged = True
+        elif not p.not_finite:
+            self.log.event(p.step, 'level', f'the loss stays near {p.last_loss:.4f}: new loss '
+                                            f'level; baseline reset')
+            p.accept_level()
+        return p
+
+    def roll_back(self, p: Progress, trainer: Trainer) -> Progress | None:
+        """Load the last checkpoint from before the bad updates; the data since then is left out.
+        None if there is no such checkpoint."""
+        folder = self.world.on_main(checkpoints.roll_back, self.cfg.out_dir, p.good_until)
+        if not folder:
+            return None
+        saved = checkpoints.load_training(folder)
+        trainer.load_weights(checkpoints.load_folder(folder).model)
+        trainer.load_state_dict(saved)
+        back = p.roll_back(saved)
+        left_out = (p.position - saved['progress']['position']) * self.cfg.block_size
+        self.log.event(p.step, 'rollback', f'{p.bad} bad updates in a row: back to step '
+                       f'{back.step}; {left_out:,} tokens are left out', to_step=back.step,
+                       left_out=left_out)
+        self.saved_at, self.stop_requested, self.save_requested = back.step, False, False
+        return back
+
+    def summary(self, p: Progress) -> str:
+        """The last line of a run."""
+        cfg, on_disk = self.cfg, checkpoints.steps(self.cfg.out_dir)
+        finished = not (p.diverged or self.stop_requested)
+        if p.diverged:
+            bad = 'not finite' if p.not_finite >= cfg.max_skipped else 'not finite or far too high'
+            left = (f'The last checkpoint in {cfg.out_dir} is from before' if on_disk else
+                    'There is no checkpoint from before')
+            text = (f'stopped at step {p.step}: {cfg.max_skipped} updates in a row were {bad}. '
+                    f'Common causes: a learning rate too high, float16, damaged data. {left}')
+        elif not finished:
+            text = f'stopped at step {p.step}, the same command resumes'
+        elif p.step < cfg.max_iters:
+            text = f'ended at step {p.step}, {cfg.patience} validations after the lowest loss'
+        else:
+            text = f'finished {p.step} updates'
+        if finished and p.lowest_step == 0 < p.step:
+            text += (f'; no validation was better than the one before training '
+                     f'({p.lowest_val_loss:.4f}): try a lower --learning_rate, in another '
+                     f'--out_dir')
+        for number, what in ((p.skipped, 'skipped'), (p.spikes, 'spikes'),
+                             (p.rollbacks, 'rolled back')):
+            text += f', {number} {what}' if number else ''
+        if p.best_step in on_disk:
+            text += (f'; best val_loss {p.best_val_loss:.4f} at step {p.best_step}. '
+                     f'`python sample.py --model={cfg.out_dir}` samples from it')
+        return text
+
+
+class StopSignal:
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a checkpoint and the end; a second Ctrl-C ends at
+    once. Signals that this process was started to ignore (nohup) stay ignored."""
+
+    def __init__(self, world: World):
+        self.is_main, self.requested, self.since, self.before = world.is_main, False, 0.0, {}
+        self.debounce_seconds = 2 if world.under_torchrun else 0    # it sends one Ctrl-C twice
+        if threading.current_thread() is threading.main_thread():
+            for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
+                number = getattr(signal, name, None)                # Windows lacks some
+                if number and signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: Any) -> None:
+        again = self.requested and time.monotonic() - self.since > self.debounce_seconds
+        if again and number == signal.SIGINT:
+            if self.is_main:
+                os.write(2, b'ended, without a checkpoint\n')
+            raise KeyboardInterrupt
+        if self.is_main and not self.requested:                     # an update may take long
+            hint = b'; Ctrl-C again ends at once, without one' if number == signal.SIGINT else b''
+            os.write(2, b'ending after this update, with a checkpoint' + hint + b'\n')
+        self.since = self.since or time.monotonic()
+        self.requested = True
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def is_fine_tune(cfg: Any) -> bool:
+    """Whether a run starts from the weights of another model."""
+    return cfg.init_from not in ('auto', 'scratch', 'resume')
+
+
+def check_shape(config: GPTConfig, given: GPTConfig, folder: Path) -> None:
+    """Refuse a model whose config is not the one `given`."""
+    for key, value in asdict(given).items():
+        if value != getattr(config, key):
+            raise ValueError(f'{folder} has {key}={getattr(config, key)}, given {key}={value}; '
+                             f'pass that value ({folder.parent}/config.py holds all settings of '
+                             f'the run), or give another --out_dir')

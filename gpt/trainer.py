@@ -1,0 +1,185 @@
+"""
+Trainer: a model and all that turns a batch into an update of it. Compiled if that pays, and on
+several processes replicated (DDP) or sharded (FSDP2).
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from gpt.optim import Optimizer, OptimizerConfig
+from gpt.sharding import is_sharded, shard, shard_like, unsharded
+from gpt.world import World, is_out_of_memory, measure_peak
+
+MIN_SECONDS_TO_COMPILE = {'half': 60, 'float32': 180}   # of a run on a CPU: compiling takes about
+                                                        # 25 s, and saves less in float32
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """What train.py's header says of it."""
+    compile: bool | str = 'auto'
+    parallel: str = 'ddp'
+    checkpoint_activations: bool = False
+
+
+class Trainer:
+    """One update is backward() for each micro-batch, grad_norm(), step()."""
+
+    def __init__(self, model, world: World, config: TrainerConfig, optimizer: OptimizerConfig):
+        self.model, self.world, self.config = model, world, config
+        if config.parallel == 'fsdp' and world.size > 1:
+            shard(model, world.device, world.dtype)
+        model.to(world.device).train()
+        model.checkpoint_activations = config.checkpoint_activations
+        self.optimizer = Optimizer(model, optimizer, world.dtype)
+        self.scaler = torch.amp.GradScaler(world.device.type,
+                                           enabled=world.dtype == torch.float16)
+        self.replica, self.is_compiled = model, False
+        peak = measure_peak(world.device, world.dtype)
+        self.peak = peak and peak * world.size      # operations per second, None if unknown
+
+    def least_seconds(self, tokens: int) -> float:
+        """What training on so many tokens takes at the peak rate."""
+        return self.model.flops_per_token() * tokens / self.peak if self.peak else math.inf
+
+    def prepare(self, batch: tuple[torch.Tensor, torch.Tensor], seconds: float) -> None:
+        """Compile, if the run takes long enough (at least `seconds`), and replicate.
+
+        A backward pass of `batch`, whose gradients are dropped, compiles. It also makes DDP reorder
+        its buckets, which happens after the first one: so a resumed run adds in the same order as
+        one that never stopped.
+        """
+        world = self.world
+        wanted, reason = world.on_main(should_compile, self.config.compile, world, seconds)
+        world.print(f'compile: {"on" if wanted else "off"} ({reason})')
+        if wanted:
+            self.compile(batch)
+        if world.size > 1 and not is_sharded(self.model):
+            on_gpu = world.device.type == 'cuda'
+            self.replica = DistributedDataParallel(
+                self.replica, device_ids=[world.device] if on_gpu else None,
+                gradient_as_bucket_view=True)
+        if world.size > 1:
+            with world.autocast():
+                self.replica(*batch).backward()
+        self.optimizer.zero_grad()
+
+    def compile(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Compile the whole model in one process. With several, compile each block and the loss:
+        then gradients are reduced, or parameters gathered, while other blocks compute."""
+        from torch._functorch import config
+        model, world, start, failure = self.model, self.world, time.perf_counter(), ''
+        if world.device.type == 'cpu':      # recompute elementwise work in the backward pass:
+            config.activation_memory_budget = 0.85              # 40 % less memory, 1 % slower
+        if world.size > 1:
+            for block in model.h:
+                block.compile()
+            model.loss = torch.compile(model.loss)
+        else:
+            self.replica = torch.compile(model)
+        try:
+            with world.autocast():
+                self.replica(*batch).backward()
+        except Exception as error:      # compilers fail in many ways
+            if is_out_of_memory(error):
+                raise
+            failure = f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0][:120]
+        self.is_compiled = not world.any(bool(failure))
+        if self.is_compiled:
+            world.print(f'compiled in {time.perf_counter() - start:.0f} s')
+            return
+        world.print(f'compiling failed, continuing without ({failure or "on another rank"})')
+        self.replica = model
+        for block in model.h:
+            block._compiled_call_impl = None
+        model.__dict__.pop('loss', None)
+
+    def backward(self, x: torch.Tensor, y: torch.Tensor, micro_steps: int,
+                 last: bool) -> torch.Tensor:
+        """Forward and backward pass of one of micro_steps micro-batches (B, T) of an update: its
+        part of the mean loss. DDP reduces the gradients in the `last` one only."""
+        accumulate = not last and isinstance(self.replica, DistributedDataParallel)
+        with self.replica.no_sync() if accumulate else nullcontext():
+            with self.world.autocast():
+                loss = self.replica(x, y) / micro_steps
+            self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def grad_norm(self) -> torch.Tensor:
+        """The norm of the gradients, equal on all ranks."""
+        for part in self.optimizer.parts:
+            self.scaler.unscale_(part)
+        norm = get_total_norm([p.grad for p in self.model.parameters()])
+        return norm.full_tensor() if is_sharded(norm) else norm
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        self.optimizer.set_learning_rate(learning_rate)
+
+    def step(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Update the parameters, unless loss or norm is not finite, and drop the gradients."""
+        self.optimizer.step(loss, norm)
+        self.scaler.update()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[torch.nn.Module]:
+        """The model in eval mode. Compiled blocks run eager: they would be compiled again for
+        every new shape."""
+        with torch.compiler.set_stance('force_eager') if self.is_compiled else nullcontext():
+            self.model.eval()
+            yield self.model
+            self.model.train()
+
+    def full_model(self, keep: bool = True):
+        """The model, or a full copy on the CPU if it is sharded; see sharding.unsharded()."""
+        return unsharded(self.model, keep)
+
+    def state_dict(self) -> dict:
+        """Optimizer and scaler, on rank 0; a collective if the model is sharded. The weights are
+        saved apart, as a model that others read too."""
+        return {'optimizer': self.optimizer.state_dict(self.world.is_main),
+                'scaler': self.scaler.state_dict()}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.optimizer.load_state_dict(saved['optimizer'])
+        self.scaler.load_state_dict(saved['scaler'])
+
+    @torch.no_grad()
+    def load_weights(self, model) -> None:
+        """Copy the parameters of a full model, which every rank has."""
+        for p, q in zip(self.model.parameters(), model.parameters(), strict=True):
+            p.copy_(shard_like(q, p))
+
+    @contextmanager
+    def dry_run(self) -> Iterator[None]:
+        """Updates inside it measure without a trace: the learning rate is 0, and what they leave in
+        optimizer and scaler is undone at the end."""
+        scaler = self.scaler.state_dict()
+        self.optimizer.set_learning_rate(0.0)
+        yield
+        self.optimizer.reset()
+        self.scaler.load_state_dict(scaler)
+
+
+def should_compile(wanted: bool | str, world: World, seconds: float) -> tuple[bool, str]:
+    """(whether to compile, reason) for a run that takes at least so many seconds."""
+    if isinstance(wanted, bool):
+        return wanted, 'as requested'
+    if world.device.type == 'cuda':
+        return True, 'on a GPU'
+    if world.device.type != 'cpu':
+        return False, 'not on this device'
+    if not (compiler := shutil.which('g++') or shutil.which('clang++')):
+        return False, 'no C++ compiler found'
+    if math.isinf(seconds):
+        return True, f'found {compiler}'
+    least = MIN_SECONDS_TO_COMPILE['float32' if world.dtype == torch.float32 else 'half']
+    return seconds > least, (f'at least {seconds:.0f} s left, compiling pays off above {least} s; '
+                             f'found {compiler}')
