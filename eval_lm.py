@@ -356,7 +356,7 @@ LINES = {
 
 def table(model):
     """The paper's Table 3 of one model, from the results under out/results."""
-    model = model or str(checkpoints.find(checkpoints.newest_of_all() or ''))
+    model = model or str(checkpoints.find(checkpoints.newest_run() or ''))
     size, folder = checkpoints.official_name(model), results.folder_of(model)
     if not size and not folder.exists():
         raise ValueError(f'{model}: there are no results of this model under {results.OUT}; '

@@ -8,32 +8,29 @@ A trained model as a folder to give away: weights in bfloat16, tokenizer, settin
 
 import math
 import platform
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-from gpt import checkpoints
-from gpt import tokenizer
+from gpt import checkpoints, tokenizer
+from gpt.curves import Curve, tokens_at
+from gpt.data.order import load_sets
+from gpt.log import duration
 from gpt.settings import run, settings
-from gpt.curves import Curve
-from gpt.data.order import load_data
+from gpt.validation import ValidationConfig, validate
 from gpt.world import World, pick_dtype
-from gpt.journal import duration
-from gpt.validation import validate
 
 # -----------------------------------------------------------------------------
-model = ''          # the folder of a run, of which the best step is published
-to = ''             # the folder to write; published before, the card there becomes README.md.old
+model = ''          # the folder of a run, whose best step is published, or of one of its steps
+to = ''             # the folder to write; a card published there before becomes README.md.old
 about = ''          # what the card says of the model and its text; FILE:name reads a file
 prompts = ('It was a dark night', 'He looked at her and said', 'The house')
-num_samples = 2     # of each prompt, drawn with seeds 1337, 1338, …: nobody chooses
+num_samples = 2     # of each prompt, drawn with seeds 1337, 1338, …: none is chosen
 max_new_tokens = 120
 dtype = 'bfloat16'  # of the weights in the file; 'float32' is exact and twice as large
 language = ''       # for the hub's index, such as en
 license = ''        # the same, such as mit
-data_dir = ''       # where prepared data lies; '': data/ beside this script
+data_dir = ''       # folder of prepared data; '': data/ beside this script
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
@@ -45,86 +42,108 @@ def main(cfg):
     if not cfg.model or not cfg.to:
         raise ValueError('expected a run and a folder to write, as in: '
                          'python publish.py --model=out/mine --to=mine')
-    folder = Path(cfg.model).is_dir() and checkpoints.find(cfg.model)
-    if not folder or not folder.name.startswith('step_'):
-        raise ValueError(f'model: given {cfg.model!r}, expected the folder of a run of train.py '
-                         f'that has saved a step')
-    target, ours = Path(cfg.to).resolve(), ('model.safetensors', 'manifest.json', 'README.md')
-    if target.exists() and any(target.iterdir()) and not all(
-            (target / name).exists() for name in ours):
-        raise ValueError(f'{cfg.to} is there and was not written by this program; '
-                         f'give another folder')
+    folder, target = step_folder(cfg.model), Path(cfg.to).resolve()
+    check_target(target, cfg.to)
     about = cfg.about
     if about.startswith('FILE:'):
         about = Path(about[5:]).read_text(encoding='utf-8')
     dtype, _ = pick_dtype(cfg.dtype, torch.device('cpu'))
-    gpt, encoding = checkpoints.load_folder(folder, dtype=dtype)
+    model, encoding = checkpoints.load_folder(folder, dtype=dtype)
     texts = {name: (folder.parent / name).read_text(encoding='utf-8')
              for name in FROM_THE_RUN if (folder.parent / name).exists()}
-    texts['README.md'] = card(cfg, folder, about.strip(), gpt.float(), encoding, dtype)
-    checkpoints.publish(target, gpt.to(dtype), encoding, texts)     # the values that were read
-    for name in {*FROM_THE_RUN} - {*texts}:             # of a run that was published there before
-        (target / name).unlink(missing_ok=True)
-    print(f'{cfg.to}: {sum(file.stat().st_size for file in target.iterdir()) / 1e6:.1f} MB; '
-          f'`python sample.py --model={cfg.to}` writes with it')
+    # the published weights are measured: those of the file, in float32
+    facts = table(cfg, folder, model.float(), encoding, dtype)
+    samples = [line for prompt in cfg.prompts for line in quoted(cfg, prompt, model, encoding)]
+    texts['README.md'] = card(cfg, about.strip(), facts, samples)
+    checkpoints.publish(target, model.to(dtype), encoding, texts)
+    for name in FROM_THE_RUN:                       # of a run that was published there before
+        if name not in texts:
+            (target / name).unlink(missing_ok=True)
+    size = sum(file.stat().st_size for file in target.iterdir()) / 1e6
+    print(f'{cfg.to}: {size:.1f} MB; `python sample.py --model={cfg.to}` samples from it')
 
 
-def card(cfg, folder, about, gpt, encoding, dtype):
-    """The model card, in Markdown; what it measures, it measures on the published weights, which
-    `gpt` has in float32 and the file in `dtype`."""
-    curve, step = Curve(folder.parent), int(folder.name[5:])
-    record = next(record for record in curve.records if record['step'] == step)
-    c, parameters = gpt.config, gpt.num_parameters()
-    rows = [('parameters', f'{parameters:,}, {parameters * dtype.itemsize / 1e6:.1f} MB as '
-                           f'{str(dtype)[6:]}: {c.n_layer} layers, {c.n_head} heads, '
-                           f'{c.n_embd} wide, a block of {c.block_size} tokens'),
-            ('tokenizer', f'{encoding.name}, {encoding.n_vocab:,} tokens'),
-            ('trained', f"{step:,} updates, {record['tokens']:,} tokens, "
-                        f"{duration(curve.seconds_to(record['tokens']))} of updates"),
-            ('data set', curve.settings.get('dataset', 'not known')),
-            *measured(cfg, curve, gpt),
-            ('published with', f'torch {torch.__version__}, Python {platform.python_version()}')]
+def step_folder(name):
+    """The folder of the step to publish."""
+    if Path(name).is_dir():
+        folder = checkpoints.find(name)
+        if folder.name.startswith('step_'):
+            return folder
+    raise ValueError(f'model: given {name!r}, expected the folder of a run of train.py that has '
+                     f'saved a step')
+
+
+def check_target(target, name):
+    """Refuse a folder with files that were not published there."""
+    published = ('model.safetensors', 'manifest.json', 'README.md')
+    if target.exists() and any(target.iterdir()) and not all(
+            (target / file).exists() for file in published):
+        raise ValueError(f'{name}: exists and was not written by this program; '
+                         f'give another folder')
+
+
+def card(cfg, about, facts, samples):
+    """The model card, in Markdown."""
+    index = {'language': cfg.language, 'license': cfg.license,
+             'pipeline_tag': 'text-generation', 'library_name': 'transformers', 'tags': '[gpt2]'}
     return '\n'.join([
-        '---', *(f'{key}: {value}' for key, value in (
-            ('language', cfg.language), ('license', cfg.license)) if value),
-        'pipeline_tag: text-generation', 'library_name: transformers', 'tags: [gpt2]', '---',
+        '---', *(f'{key}: {value}' for key, value in index.items() if value), '---',
         f'# {Path(cfg.to).resolve().name}', '', *([about, ''] if about else []),
-        '| | |', '|---|---|',
-        *(f'| {key} | {value} |' for key, value in rows), '',
+        '| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in facts), '',
         f'`python train.py {cfg.to}/config.py --out_dir=out/again` trains it again, where that '
         f'data set is prepared. It is a Hugging Face model: '
         f'`AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` read this folder.', '',
         '## Samples', '', f'Not chosen: the first {cfg.num_samples} of each prompt, '
         f'temperature 0.8, top-k 200, as `python sample.py --model={cfg.to} -p "…" '
         f'-m {cfg.max_new_tokens} --num_samples={cfg.num_samples}` draws them in float32.', '',
-        *(line for prompt in cfg.prompts for line in samples(cfg, prompt, gpt, encoding)), ''])
+        *samples, ''])
 
 
-def measured(cfg, curve, gpt):
-    """The rows of the card about the validation text, all of it; none where it is not at hand."""
+def table(cfg, folder, model, encoding, dtype):
+    """[(key, value)] of what the card says of the model, whose file is in `dtype`."""
+    run_curve, step = Curve(folder.parent), int(folder.name.removeprefix('step_'))
+    tokens = tokens_at(run_curve.records, step)
+    c, n_parameters = model.config, model.num_parameters()
+    return [('parameters', f'{n_parameters:,}, {n_parameters * dtype.itemsize / 1e6:.1f} MB as '
+                           f'{str(dtype)[6:]}: {c.n_layer} layers, {c.n_head} heads, '
+                           f'{c.n_embd} wide, a block of {c.block_size} tokens'),
+            ('tokenizer', f'{encoding.name}, {encoding.n_vocab:,} tokens'),
+            ('trained', f'{step:,} updates, {tokens:,} tokens, '
+                        f'{duration(run_curve.seconds_to(tokens))} of updates'),
+            ('data set', run_curve.settings.get('dataset', 'not known')),
+            *validation(cfg, run_curve.settings, model),
+            ('published with', f'torch {torch.__version__}, Python {platform.python_version()}')]
+
+
+def validation(cfg, run_settings, model):
+    """Rows of the table about all of the validation text; none if it is not at hand."""
     try:
-        sets, _ = load_data(curve.settings['dataset'], cfg.data_dir)
-    except (OSError, ValueError) as error:
+        sets, _ = load_sets(run_settings['dataset'], cfg.data_dir)
+    except (OSError, ValueError, KeyError) as error:    # KeyError: a run without its config.py
         print(f'not validated: {error}')
         return []
-    how = SimpleNamespace(eval_iters=0, eval_tokens=2 ** 60, batch_size=16,
-                          block_size=gpt.config.block_size)
-    loss, others, count = validate(gpt, sets, how, World(0, 1, torch.device('cpu')), nullcontext)
-    rows = [('validation loss', f'{loss:.4f} nats a token, a perplexity of {math.exp(loss):.1f}, '
-                                f'over {count:,} tokens that it was not trained on')]
-    if 'val_bits_per_byte' in others:
-        rows.append(('bits per byte', f"{others['val_bits_per_byte']:.3f}"))
+    config = ValidationConfig(batch_size=16, block_size=model.config.block_size,
+                              eval_tokens=2 ** 60)
+    result = validate(model, sets, config, World())
+    rows = [('validation loss', f'{result.loss:.4f} nats a token, a perplexity of '
+                                f'{math.exp(result.loss):.1f}, over {result.tokens:,} tokens that '
+                                f'it was not trained on')]
+    if 'val_bits_per_byte' in result.others:
+        rows.append(('bits per byte', f"{result.others['val_bits_per_byte']:.3f}"))
     return rows
 
 
-def samples(cfg, prompt, gpt, encoding):
+def quoted(cfg, prompt, model, encoding):
+    """Samples of a prompt as lines of Markdown."""
     ids = torch.tensor([tokenizer.encode(encoding, prompt).tolist()] * cfg.num_samples)
     eot = tokenizer.eot_id(encoding)
-    for row in gpt.eval().generate(ids, cfg.max_new_tokens, temperature=0.8, top_k=200, seed=SEED,
-                                   stop=() if eot is None else (eot,)).tolist():
-        yield from ['> ' + line for line in encoding.decode(
-            row[:row.index(eot)] if eot in row else row).splitlines()]
-        yield ''
+    rows = model.eval().generate(ids, cfg.max_new_tokens, temperature=0.8, top_k=200, seed=SEED,
+                                 stop=() if eot is None else (eot,))
+    lines = []
+    for row in rows.tolist():
+        text = encoding.decode(row[:row.index(eot)] if eot in row else row)
+        lines += [f'> {line}' for line in text.splitlines()] + ['']
+    return lines
 
 
 if __name__ == '__main__':

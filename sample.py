@@ -86,7 +86,7 @@ def check(cfg):
 
 def load(name, device, dtype):
     """(model, encoding, where they come from)."""
-    name = name or checkpoints.newest_of_all()
+    name = name or checkpoints.newest_run()
     if name:
         folder = checkpoints.find(name)
         return *checkpoints.load_folder(folder, device, dtype=dtype), folder

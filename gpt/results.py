@@ -81,7 +81,7 @@ def evaluate(cfg: Any, read: Callable[..., Data], measure: Callable[..., Outcome
     if cfg.download:
         world.print(data.summary)
         return world.leave()
-    model, encoding, weights = checkpoints.open_for(world, cfg.model, cfg.dtype)
+    model, encoding, weights = checkpoints.load_for_evaluation(world, cfg.model, cfg.dtype)
     started = time.perf_counter()
     options = {'batch_tokens': cfg.batch_tokens, 'world': world, 'progress': True}
     outcome = measure(cfg, model, encoding, data, options)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -52,13 +53,13 @@ def test_transformers_opens_it(published):
 
 
 def test_the_card_says_what_was_measured(published, stories, capsys):
-    """Its loss is that of the validation text under the published weights, by likelihood.py."""
+    """Its loss is that of the validation text under the published weights, by gpt/scoring.py."""
     card = (published / 'README.md').read_text()
     assert 'A model of | apples.' in card and '12 updates, 3,072 tokens' in card
-    gpt, encoding = checkpoints.load_model(published)
+    model, _ = checkpoints.load_model(published)
     tokens = Tokens('tiny', 'val', 300, str(stories))
     ids = tokens.read(0, len(tokens))
-    score = rolling_loglikelihood(gpt, ids)
+    score = rolling_loglikelihood(model, ids)
     said = float(re.search(r'validation loss \| ([\d.]+) nats', card).group(1))
     assert said == pytest.approx(-score.sum / score.count, abs=0.05)    # each block from its start
     assert f'perplexity of {math.exp(said):.1f}'[:-1] in card
@@ -84,7 +85,7 @@ def test_it_is_replaced_and_nothing_else_is(published):
     assert (published / 'README.md.old1').read_text() == 'edited again'
     assert not (published / 'samples.jsonl').exists()
     assert checkpoints.problem(published) == ''
-    with pytest.raises(ValueError, match='is there and was not written by this program'):
+    with pytest.raises(ValueError, match='exists and was not written by this program'):
         command(publish, *arguments, f'--to={run}')
     for other in (published, 'gpt2', 'random:gpt2'):
         with pytest.raises(ValueError, match='expected the folder of a run'):
@@ -93,9 +94,21 @@ def test_it_is_replaced_and_nothing_else_is(published):
         command(publish, f'--model={run}')
 
 
-def test_the_committed_checkpoint_is_whole_small_and_speaks(capsys, monkeypatch, tmp_path):
+def test_a_step_between_two_lines_of_the_log_can_be_published(published, tmp_path):
+    """As one that was saved every few minutes, or when the run was stopped."""
+    run = published.with_name('run')
+    shutil.copytree(run, tmp_path / 'run')
+    lines = (run / 'log.jsonl').read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)['step'] not in (7, 8, 9)]
+    (tmp_path / 'run/log.jsonl').write_text('\n'.join(kept))
+    command(publish, f'--model={tmp_path}/run/step_0000008', f'--to={tmp_path}/given', PROMPTS,
+            '--max_new_tokens=1', '--data_dir=/none')
+    assert '8 updates, 2,048 tokens' in (tmp_path / 'given/README.md').read_text()
+
+
+def test_the_committed_checkpoint_is_intact_small_and_speaks(capsys, monkeypatch, tmp_path):
     """On a fresh clone, where there is no run under out/."""
-    folder = checkpoints.HERE / 'checkpoint'
+    folder = checkpoints.ROOT / 'checkpoint'
     assert checkpoints.problem(folder) == ''
     assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
     monkeypatch.chdir(tmp_path)

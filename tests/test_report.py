@@ -19,7 +19,7 @@ from gpt import report
 from gpt import results
 import train
 from gpt.data.shards import read_manifest
-from gpt.journal import machine
+from gpt.log import machine
 
 EVIL = '<script>alert("&")</script>'
 

@@ -252,9 +252,9 @@ def test_refusals(trained, capsys, flags, words):
 
 
 @pytest.mark.parametrize('name, words', [
-    ('gpt2', 'gpt2: there is no such folder, it is not .* HF_HUB_OFFLINE is set. Run this once'),
-    ('gpt-2', r'Did you mean gpt2\?'), ('out/nowhere/x', 'there is no such folder')])
-def test_a_model_that_cannot_be_had(monkeypatch, name, words):
+    ('gpt2', 'gpt2: no such folder, not .* HF_HUB_OFFLINE is set. Run this once'),
+    ('gpt-2', r'Did you mean gpt2\?'), ('out/nowhere/x', 'no such folder')])
+def test_a_model_that_is_not_there(monkeypatch, name, words):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     with pytest.raises(ValueError, match=words):
         sample.main(sample.Config(model=name, device='cpu'))
