@@ -1,5 +1,5 @@
 """
-What all tests share: no network, one thread per process, small data sets made on the spot.
+What all tests share: no network, one thread per process, small data sets made when needed.
 
 Tests marked `slow` (several processes, real runs) run with `make test-all`. Real text, where a
 folder shared/data beside the repository (or TEST_DATA) has it, is used as an extra.
@@ -42,7 +42,7 @@ def pytest_addoption(parser):
 
 
 def left_out(config):
-    """{marker: how to run what bears it} of the tests that are not run."""
+    """{marker: the command that runs its tests} of the tests that are left out."""
     if config.getoption('--faults'):
         return {}
     if config.getoption('--slow'):
@@ -63,18 +63,18 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def real():
-    """A function from a path under shared/data to the real file there;
-    the test is skipped without it."""
+    """A function from a path under shared/data to the real file there; without it the test is
+    skipped."""
     def find(name):
         if not (REAL / name).exists():
-            pytest.skip(f'no real text: {REAL / name} is not there')
+            pytest.skip(f'no real text: {REAL / name} does not exist')
         return REAL / name
     return find
 
 
 @pytest.fixture(scope='session')
 def gpt2():
-    """GPT-2's own Encoding; tests are skipped where its files are neither cached nor to be had."""
+    """GPT-2's own Encoding; tests are skipped where its files are neither cached nor downloadable."""
     from gpt import tokenizer
     try:
         return tokenizer.gpt2()
@@ -84,11 +84,9 @@ def gpt2():
 
 @pytest.fixture(scope='session')
 def stories(tmp_path_factory):
-    """A data folder holding the data set 'tiny': 40 short documents in bpe:300,
-    prepared by prepare.py."""
+    """A data folder with the data set 'tiny': 40 short documents in bpe:300, made by prepare.py."""
     from data import prepare
     folder = tmp_path_factory.mktemp('data')
-    source = folder / 'source.txt'
     names = ['the fox', 'a student', 'my neighbour', 'the old king', 'nobody']
     source = folder / 'tiny.jsonl'
     source.write_text('\n'.join(json.dumps({'text': ' '.join(
@@ -110,7 +108,7 @@ def config(stories, tmp_path):
 
 
 def command_line(folder, stories, **changes):
-    """Of a tiny run; its 12 updates pass the end of the epoch."""
+    """The command of a tiny run, whose 12 updates pass the end of the epoch."""
     values = {**TINY, 'data_dir': stories, 'out_dir': folder, 'total_batch_size': 64 * 16,
               **changes}
     return ['train.py', *(f'--{key}={value}' for key, value in values.items())]
@@ -124,13 +122,13 @@ def flags(stories, tmp_path):
 
 @pytest.fixture(scope='session')
 def undisturbed(stories, tmp_path_factory):
-    """A function from settings to the folder of a tiny run that met nothing, made once."""
+    """A function from settings to the folder of a tiny run without any fault, made once."""
     folder, made, number = tmp_path_factory.mktemp('undisturbed'), {}, count()
 
     def run(world=0, **changes):
         key = world, *sorted(changes.items())
         if key not in made:
-            place = folder / str(next(number))          # a new one also after one that failed
+            place = folder / str(next(number))          # a new one after a failure too
             script(*command_line(place, stories, **changes), torchrun=world, timeout=1200)
             made[key] = place
         return made[key]
@@ -139,7 +137,7 @@ def undisturbed(stories, tmp_path_factory):
 
 
 def script(*args, torchrun=0, check=True, **options):
-    """Run a script of the repository as a user would; torchrun: on so many processes."""
+    """Run a script of the repository as a user would; torchrun: on this many processes."""
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
                 f'--nproc_per_node={torchrun}']
     done = subprocess.run([*(launcher if torchrun else [sys.executable]), *map(str, args)],
@@ -156,11 +154,11 @@ def command(module, *args):
                                  getattr(module, 'COLLECT', '')))
 
 
-# What runs leave.
+# What runs write.
 
 def curve(folder):
-    """{step: (loss, grad_norm, lr, val_loss)} of a log, what was said last of each step,
-    floats to the last bit."""
+    """{step: (loss, grad_norm, lr, val_loss)} of a log, floats to the last bit; of a step that is
+    there twice the last record counts."""
     steps = {}
     for line in (folder / 'log.jsonl').read_text().splitlines():
         record = json.loads(line)

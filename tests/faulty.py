@@ -1,8 +1,8 @@
 """
-train.py, and in it something goes wrong: FAULT='KIND RANK UPDATE [TIMES]' python tests/faulty.py …
+train.py with a fault injected: FAULT='KIND RANK UPDATE [TIMES]' python tests/faulty.py …
 
-RANK is a number or 'all', UPDATE counts from 0 by the data that were read, so that a fault stays
-with its data when a run goes back. Signals are not sent again once torchrun has restarted.
+RANK is a number or 'all'. UPDATE counts from 0 by the data that were read, so that a fault stays
+with its data when a run rolls back. Signals are not sent again after torchrun has restarted.
 """
 
 import math
@@ -15,9 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpt import checkpoints
-from gpt import budget as planning
 import train
+from gpt import checkpoints, preflight
 from gpt.settings import run
 from model import GPT
 
@@ -25,19 +24,18 @@ KIND, RANK, UPDATE, TIMES = (*os.environ['FAULT'].split(), '1')[:4]
 HERE = RANK in ('all', os.environ.get('RANK', '0'))
 UPDATES = range(int(UPDATE), int(UPDATE) + int(TIMES))
 FIRST_START = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0'
-gradients, loss, write = train.gradients, GPT.loss, checkpoints.write
+passes, loss, write = train.passes, GPT.loss, checkpoints.write
 factor = 1.0
 
 
-def faulty_gradients(model, replica, ahead, now, cfg, optimizers, *, world, **more):
+def faulty_passes(seed, data, trainer, p, batch):
     global factor
-    update = now.position // train.batch_at(now.step, cfg, world.size)[0]
-    due = HERE and update in UPDATES
+    due = HERE and p.position // batch.sequences in UPDATES
     if due and FIRST_START and KIND in ('SIGKILL', 'SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1',
-                                         'SIGSTOP'):
+                                        'SIGSTOP'):
         os.kill(os.getpid(), getattr(signal, KIND))
-    factor = {'nan': math.nan, 'loud': 1000.0}.get(KIND, 1.0) if due else 1.0
-    return gradients(model, replica, ahead, now, cfg, optimizers, world=world, **more)
+    factor = {'nan': math.nan, 'high_loss': 1000.0}.get(KIND, 1.0) if due else 1.0
+    return passes(seed, data, trainer, p, batch)
 
 
 def faulty_loss(self, x, targets):
@@ -48,7 +46,7 @@ def faulty_write(partial, model, encoding, training):
     """UPDATE is the step that is saved."""
     due = training['progress']['step'] in UPDATES and FIRST_START
     write(partial, model, encoding, training)
-    if due and KIND == 'kill_before_the_mark':
+    if due and KIND == 'kill_before_manifest':
         (partial / 'manifest.json').unlink()
     if due and KIND.startswith('kill_'):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -60,18 +58,18 @@ def faulty_write(partial, model, encoding, training):
 
 
 def no_data(*args):
-    raise ValueError('there is none')
+    raise ValueError('no data here')
 
 
-train.gradients, GPT.loss, checkpoints.write = faulty_gradients, faulty_loss, faulty_write
+train.passes, GPT.loss, checkpoints.write = faulty_passes, faulty_loss, faulty_write
 if KIND == 'blind' and HERE:                    # this rank sees no checkpoint
     checkpoints.steps = lambda out_dir: {}
 if KIND == 'no_data' and HERE:
-    planning.load_data = no_data
-if KIND == 'memory':                            # 2 GB for all that is not there yet
-    there = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (there + 2 ** 31, there + 2 ** 31))
-if KIND == 'clock':                             # it jumps by weeks, back and forth
+    preflight.Data = no_data
+if KIND == 'memory':                            # 2 GB beyond what is in use now
+    used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2 ** 31, used + 2 ** 31))
+if KIND == 'clock':                             # jumps by days, back and forth
     real, jumps = time.time, iter(range(10 ** 9))
     time.time = lambda: real() + (-1) ** next(jumps) * 1e6
 
