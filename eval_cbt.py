@@ -146,10 +146,9 @@ def by_book(name, questions, right, books):
     """A note on the accuracy of each book."""
     groups = defaultdict(list)
     for question, is_right in zip(questions, right):
-        if book := books.get(question.sentences[0]):
-            groups[book].append(is_right)
+        groups[books.get(question.sentences[0], '')].append(is_right)
     return [f'{name}: {sum(part) / len(part):7.2%} of {len(part):4} of {book}'
-            for book, part in sorted(groups.items())]
+            for book, part in sorted(groups.items()) if book]
 
 
 def dump_row(subset, question, right, scores):
@@ -206,33 +205,37 @@ class Joined(NamedTuple):
 def join_tokens(tokens, start=Joined()):
     """The Joined of Stanford CoreNLP's tokens as people write them, after those of `start`.
 
-    Quotes, brackets, contractions and punctuation touch their words; `` and '' become ", a single
-    ` becomes '. A single ' closes or is a possessive; it opens where no quote is open, punctuation
-    stands before it, and no ` follows.
+    A single ' closes or is a possessive; it opens where no quote is open, punctuation stands before
+    it, and no ` follows.
     """
     pieces, glued, quoted = list(start.pieces), start.glued, start.quoted
     for word, following in zip(tokens, [*tokens[1:], '']):
         word = BRACKETS.get(word, word)
-        last = pieces[-1][-1] if pieces else ''
-        no_space_before = no_space_after = False
-        if word in ('``', "''"):
-            no_space_before, no_space_after, word = word == "''", word == '``', '"'
-        elif word == '`' or word == "'" and (
-                not quoted and last in '.,:;!?"-\'' and following != '`'):
-            no_space_after, quoted, word = True, True, "'"
+        last = pieces[-1] if pieces else ''
+        if word == '`' or word == "'" and (
+                not quoted and last[-1:] in '.,:;!?"-\'' and following != '`'):
+            word, quoted, left, right = "'", True, False, True
         elif word == "'":
-            no_space_before, quoted = True, quoted and last == 's'
-        elif word == '--':
-            no_space_before = no_space_after = True
-        elif word in '([{' or word.lower() == "'t":                 # 'tis
-            no_space_after = True
-        elif not word.strip(')]},.;:!?%') or word.lower() in CONTRACTED:
-            no_space_before = True
-        elif word == 'not' and pieces and pieces[-1].strip().lower() == 'can':      # cannot
-            no_space_before = True
-        pieces.append(word if no_space_before or glued else f' {word}')
-        glued = no_space_after
+            quoted, left, right = quoted and last[-1:] == 's', True, False
+        else:
+            word, left, right = touches(word, last)
+        pieces.append(word if left or glued else f' {word}')
+        glued = right
     return Joined(pieces, glued, quoted)
+
+
+def touches(word, last):
+    """(the word as written, whether it touches the word before, whether it touches the next);
+    last: the piece before."""
+    if word in ('``', "''"):
+        return '"', word == "''", word == '``'
+    if word == '--':
+        return word, True, True
+    if word in '([{' or word.lower() == "'t":                       # 'tis
+        return word, False, True
+    is_closing = not word.strip(')]},.;:!?%') or word.lower() in CONTRACTED
+    is_cannot = word == 'not' and last.strip().lower() == 'can'
+    return word, is_closing or is_cannot, False
 
 
 if __name__ == '__main__':

@@ -52,9 +52,9 @@ def main(cfg):
     texts = {name: (folder.parent / name).read_text(encoding='utf-8')
              for name in FROM_THE_RUN if (folder.parent / name).exists()}
     # the published weights are measured: those of the file, in float32
-    facts = table(cfg, folder, model.float(), encoding, dtype)
+    rows = table(cfg, folder, model.float(), encoding, dtype)
     samples = [line for prompt in cfg.prompts for line in quoted(cfg, prompt, model, encoding)]
-    texts['README.md'] = card(cfg, about.strip(), facts, samples)
+    texts['README.md'] = card(cfg, about.strip(), rows, samples)
     checkpoints.publish(target, model.to(dtype), encoding, texts)
     for name in FROM_THE_RUN:                       # of a run that was published there before
         if name not in texts:
@@ -82,14 +82,14 @@ def check_target(target, name):
                          f'give another folder')
 
 
-def card(cfg, about, facts, samples):
+def card(cfg, about, rows, samples):
     """The model card, in Markdown."""
     index = {'language': cfg.language, 'license': cfg.license,
              'pipeline_tag': 'text-generation', 'library_name': 'transformers', 'tags': '[gpt2]'}
     return '\n'.join([
         '---', *(f'{key}: {value}' for key, value in index.items() if value), '---',
         f'# {Path(cfg.to).resolve().name}', '', *([about, ''] if about else []),
-        '| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in facts), '',
+        '| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in rows), '',
         f'`python train.py {cfg.to}/config.py --out_dir=out/again` trains it again, where that '
         f'data set is prepared. It is a Hugging Face model: '
         f'`AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` read this folder.', '',

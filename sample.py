@@ -150,7 +150,7 @@ def write(cfg, model, encoding, text, ids):
         print(f'the prompt has {len(ids):,} tokens, the block {model.config.block_size:,}: the '
               f'model reads the last {len(ids) - start:,}', file=sys.stderr)
     seconds, count = [], 0                              # seconds: of each row of tokens
-    for k, new_ids in enumerate(draw(cfg, model, encoding, ids, seconds)):
+    for k, new_ids in enumerate(generate(cfg, model, encoding, ids, seconds)):
         sample = Sample(new_ids, encoding, cfg.stop)
         if not cfg.json:
             title = f'--- sample {k + 1}\n' if cfg.num_samples > 1 else ''
@@ -220,7 +220,7 @@ class Sample:
         return [i for i in self.ids if i != self.eot]
 
 
-def draw(cfg, model, encoding, ids, seconds):
+def generate(cfg, model, encoding, ids, seconds):
     """Yield for each sample an iterable of its new ids, <|endoftext|> included if it is drawn.
 
     A sample alone in its batch comes as it is drawn, others when all of the batch have ended. How

@@ -96,16 +96,17 @@ def data_sets(settings: dict) -> list[dict]:
     names = [text]
     if not (data_dir / text).is_dir():                  # a mixture: name:weight, name:weight
         names = [part.partition(':')[0].strip() for part in text.split(',')]
-    found = []
+    described = []
     for name in names:
-        problem, manifest = 'Its manifest.json is not here, so nothing is known of it.', {}
+        one = {'problem': 'Its manifest.json is not here, so nothing is known of it.'}
         try:
             manifest = read_manifest(name, data_dir)
+            if manifest:
+                one = from_manifest(manifest)
         except ValueError as error:                     # damaged: the rest of the page is not
-            problem = str(error)
-        found.append({'name': name, **(from_manifest(manifest) if manifest else
-                                       {'problem': problem})})
-    return found
+            one = {'problem': str(error)}
+        described.append({'name': name, **one})
+    return described
 
 
 def from_manifest(manifest: dict) -> dict:

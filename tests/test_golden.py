@@ -141,7 +141,7 @@ def test_ptb(real):
 
 
 def test_words_of_the_paper_come_from_the_published_counts():
-    """The paper's CBT figures are whole counts of 2,000 (of 2,500, most could not be)."""
+    """The paper's CBT figures are counts of 2,000 questions (of 2,500, most could not be)."""
     cbt = [value for row in results.TABLE3.values()
            for (_, measure), value in row.items() if measure in ('CN', 'NE')]
     assert len(cbt) == 8

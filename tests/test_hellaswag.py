@@ -204,6 +204,11 @@ def test_training_is_the_same_with_and_without_the_live_curve(data, stories, tmp
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
+def test_the_questions_can_be_downloaded_alone(data, capsys):
+    command(hellaswag, f'--data={data}', '--download', '--model=nowhere')
+    assert capsys.readouterr().out == f'{data}: 12 questions\n'
+
+
 @pytest.mark.parametrize('flags, words', [
     (['--protocol=lmeval'], "protocol: given 'lmeval', expected 'completion' or 'lm-eval'"),
     (['--limit=-1'], 'limit: given -1, expected 0 or more'),

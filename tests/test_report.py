@@ -10,6 +10,7 @@ import subprocess
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import TINY, command
@@ -120,6 +121,18 @@ def test_what_is_not_there_is_said_in_a_line(tmp_path, monkeypatch):
     assert re.search('later</td><td class="mono">1</td><td class="mono">none<', html)
     command(plot, tmp_path, '--report', '--out', tmp_path / 'page.html')
     assert (tmp_path / 'page.html').read_text(encoding='utf-8') == html
+
+
+def test_results_name_their_checkpoint_from_the_current_folder(tmp_path, monkeypatch):
+    """Under whose out/results/ they are kept, as the run is under its out/."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path('out/mine')
+    folder.mkdir(parents=True)
+    (folder / 'log.jsonl').write_text('{"step": 1, "tokens": 5, "loss": 2.0}')
+    evaluated(folder / 'step_0000001', 'this one')
+    evaluated(Path('out/other/step_0000001'), 'another')
+    found = section(made(folder), 'Evaluation')
+    assert 'this one, completion' in found and 'another' not in found
 
 
 def test_a_data_set_without_a_list_of_files_shows_none(run, html, stories, monkeypatch):

@@ -97,8 +97,8 @@ def test_a_conversation_goes_on_with_the_text_on_an_empty_line(trained, capsys, 
 def test_a_conversation_goes_on_from_what_was_written(trained, capsys, monkeypatch):
     """Not from the text that stopped it, which nobody saw."""
     whole = say(capsys, f'--model={trained}', '-p', 'The fox', '--temperature=0', '-m', 40)
-    real, read, stop = sample.draw, [], whole[25:30]
-    monkeypatch.setattr(sample, 'draw', lambda cfg, model, encoding, ids, seconds: (
+    real, read, stop = sample.generate, [], whole[25:30]
+    monkeypatch.setattr(sample, 'generate', lambda cfg, model, encoding, ids, seconds: (
         read.append(ids) or real(cfg, model, encoding, ids, seconds)))
     monkeypatch.setattr(sys, 'stdin', io.StringIO('The fox\n\n'))
     sample.main(sample.Config(model=str(trained), interactive=True, stop=stop, device='cpu',
