@@ -74,7 +74,7 @@ def real():
 
 @pytest.fixture(scope='session')
 def gpt2():
-    """GPT-2's own Encoding; tests are skipped where its files are neither cached nor downloadable."""
+    """GPT-2's own Encoding; without its files, cached or downloadable, tests are skipped."""
     from gpt import tokenizer
     try:
         return tokenizer.gpt2()
