@@ -136,8 +136,8 @@ def make_plan(cfg, source):
                          f"{' and '.join(sources.READY)} come in shards")
     if source.ready:
         if kind != 'gpt2':
-            raise ValueError(f"tokenizer: given {kind!r}, expected 'gpt2': {cfg.dataset} is tokens of "
-                             f"gpt2 already; the text itself: {', '.join(sources.HUB)}")
+            raise ValueError(f"tokenizer: given {kind!r}, expected 'gpt2', of which {cfg.dataset} is "
+                             f"tokens already; as text there are {', '.join(sources.HUB)}")
         available = sum('_train_' in file.name for file in source.files)
         chosen = {'tokenizer': kind, 'shards': min(cfg.shards or available, available)}
         return {'name': name, 'source': facts, 'settings': chosen}
@@ -287,9 +287,10 @@ def write_dataset(cfg, source, plan, folder):
     write_splits(results, writers, progress, len(source.files))
     corpus.check_unchanged()
     for split, facts in progress.splits.items():
-        if facts['tokens'] < 2:                     # an input and a target
-            raise ValueError(f"{split}: {facts['tokens']} tokens of so little text, expected 2 or "
-                             f"more; give more text, or another --val_fraction")
+        if facts['tokens'] < 2:
+            tokens = number_of(facts['tokens'], 'token')
+            raise ValueError(f'{split}: given {tokens}, expected at least 2 (an input and a target); '
+                             f'give more text or another --val_fraction')
         facts['shards'] = writers[split].shards
     if progress.splits['val']['bytes'] <= XZ_BYTES:
         progress.splits['val']['xz_bytes'] = xz_size(folder, encoding)
@@ -354,7 +355,8 @@ def write_splits(results, writers, progress, n_files):
             progress.add(after, encoded, counts)
             if len(writers['train'].shards) > shards_before:
                 rate = (train['tokens'] - tokens_before) / (time.monotonic() - started)
-                bar.write(f"{train['tokens']:,} tokens, {len(writers['train'].shards)} shards, "
+                shards = number_of(len(writers['train'].shards), 'shard')
+                bar.write(f"{train['tokens']:,} tokens, {shards}, "
                           f'file {min(after[0] + 1, n_files)} of {n_files}, '
                           f'{rate:,.0f} tokens/s', file=sys.stdout)
             if time.monotonic() - saved > SAVE_SECONDS:

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine, for the real client: models, data sets, and misbehaviour."""
+"""A Hugging Face hub on loopback, for the real client: models, data sets, and misbehaviour."""
 
 import hashlib
 import json
@@ -22,8 +22,8 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, root):
         super().__init__(('127.0.0.1', 0), Answer)
         self.root, self.requests = root, []
-        self.break_off, self.stall = 0, False       # so many downloads end, or hang, half way
-        self.too_many, self.altered = 0, 0          # so many are refused by 429, or damaged
+        self.break_off, self.stall = 0, False       # how many downloads end half way; all hang
+        self.too_many, self.altered = 0, 0          # how many get a 429, or a damaged file
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -52,7 +52,7 @@ class Answer(BaseHTTPRequestHandler):
         if repo == 'someone/broken':
             return self.refuse(500, 'Oops')
         if not (hub.root / repo).is_dir():
-            return self.refuse(401, 'RepoNotFound')             # as huggingface.co answers this
+            return self.refuse(401, 'RepoNotFound')             # as huggingface.co does
         file = hub.root / repo / name
         if not file.exists():
             return self.refuse(404, 'EntryNotFound')
@@ -122,7 +122,7 @@ class Answer(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header('X-Error-Code', code)
         if code == 'EntryNotFound':
-            self.send_header('X-Repo-Commit', COMMIT)           # the client notes what is missing
+            self.send_header('X-Repo-Commit', COMMIT)           # the client caches what is missing
         self.send_header('X-Error-Message', 'no')
         self.send_header('Content-Length', '0')
         self.end_headers()
@@ -144,8 +144,7 @@ def about(folder, name):
 
 @contextmanager
 def serving(root, home):
-    """A Hub for `root`, with the environment of processes that shall use it and keep it in `home`.
-    """
+    """A Hub for `root`; its `env` is for client processes, with their cache in `home`."""
     with Hub(root) as server:
         server.env = {**os.environ, 'HF_ENDPOINT': server.url, 'HF_HOME': str(home),
                       'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}

@@ -140,7 +140,8 @@ def test_skip_leaves_out_what_cannot_be_read_and_counts_it(tmp_path):
     found = {what: (n, where.rpartition('/')[2]) for what, (n, where) in counts.items()}
     assert found == {
         'not UTF-8': (2, 'a.txt'), 'not JSON': (1, 'b.jsonl:4'), 'without text': (2, 'b.jsonl:5'),
-        'with a text that is not a string': (1, 'b.jsonl:6'), 'with NUL bytes, kept': (1, 'b.jsonl:8'),
+        'with a text that is not a string': (1, 'b.jsonl:6'),
+        'with NUL bytes, kept': (1, 'b.jsonl:8'),
         documents.REPAIRED: (1, 'b.jsonl:9'), 'empty': (1, 'b.jsonl:10'),
         'files without text': (1, 'e.parquet')}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_one_document_is_cut_and_an_empty_corpus_has_no_threshold():
 def test_any_number_of_workers_gives_the_same(tmp_path):
     vocabulary = tmp_path / 'tokenizer.json'
     vocabulary.write_text(tokenizer.to_json(tokenizer.build('bytes', None)))
-    batches = [Batch(RAWS[i:i + 5], Position(0, i, i), [''] * 5) for i in range(0, 50, 5)]
+    batches = [Batch(RAWS[i:i + 5], [''] * 5, Position(0, i, i)) for i in range(0, 50, 5)]
     found = [list(encode.tokenized(batches, workers, vocabulary, Options(), SplitRule(1, 0.3, 0.3)))
              for workers in (1, 2)]
     assert found[0] == found[1] and [after for after, _, _ in found[0]] == [
@@ -52,6 +53,15 @@ def test_any_number_of_workers_gives_the_same(tmp_path):
     assert sum(part.documents for part in parts) == 50
     assert sum(part.bytes for part in parts) == sum(map(len, RAWS))
     assert all(len(np.frombuffer(part.ids, np.uint16)) == part.tokens for part in parts)
+
+
+def test_ctrl_c_while_a_batch_is_submitted_is_not_lost():
+    class Pool:
+        def submit(self, *_):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        encode.submit(Pool(), None)
 
 
 def test_preparing_text_imports_no_torch_in_any_process(tmp_path):

@@ -1,11 +1,10 @@
-"""
-Preparing text: every reader, the split, what a kill or a full disk leaves behind, and refusals.
-"""
+"""Preparing text: every reader, the split, kills and full disks, and refusals."""
 
 import gzip
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import pytest
 from conftest import ROOT, script
 from test_files import Server, server
 
-from data import prepare
+from data import explore, prepare
 from gpt import tokenizer
 from gpt.data import documents, encode, sources
 from gpt.data.shards import ShardWriter, Tokens, leaked, verify
@@ -132,7 +131,7 @@ def test_the_same_settings_again_do_nothing_and_others_replace(tmp_path, capsys)
 
 
 def test_a_folder_that_is_not_a_data_set_of_ours_is_never_replaced(tmp_path):
-    """The user's texts may lie in the very folder that would be written."""
+    """The user's texts may be in the very folder that would be written."""
     (tmp_path / 'd').mkdir()
     (tmp_path / 'd/text.txt').write_text(''.join(TEXTS))
     with pytest.raises(ValueError, match='d: not made by this program.*text.txt'):
@@ -153,7 +152,7 @@ def test_a_source_that_changed_is_prepared_again(tmp_path):
 
 
 def test_a_tokenizer_is_not_trained_on_validation_text(tmp_path):
-    """The validation documents alone repeat a word, and it is in no token."""
+    """A word that only validation documents contain is in no token."""
     texts = TEXTS
     run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', texts), val_fraction=0.3)
     val = set(decoded(tmp_path)['val'])
@@ -178,8 +177,8 @@ LONG = [f'{i} ' + 'lorem ipsum dolor ' * 50 for i in range(3000)]
 
 @pytest.mark.parametrize('delay', [0.15, *(pytest.param(delay, marks=pytest.mark.slow)
                                            for delay in (0.0, 0.8))])
-def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, delay):
-    """With two processes, one, and two again; those of the killed one end as well."""
+def test_killed_and_resumed_it_ends_with_the_same_bytes(tmp_path, delay):
+    """With two workers, one, and two again; workers of the killed process exit."""
     source = write_jsonl(tmp_path / 'a.jsonl', LONG)
     code = ('import sys; from data import prepare; prepare.SAVE_SECONDS = 0; '
             'from gpt.settings import configure; '
@@ -199,7 +198,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, delay):
         running.send_signal(signal.SIGKILL)
         running.wait()
         if not (tmp_path / 'x/d').exists():
-            with pytest.raises(ValueError, match='not prepared'):   # what is half written is none
+            with pytest.raises(ValueError, match='not prepared'):   # half a data set is none
                 Tokens('d', 'train', 257, tmp_path / 'x')
     done = script('-c', code, *flags, '--workers=2')
     assert 'resuming from' in done.stdout or 'is up to date' in done.stdout
@@ -210,8 +209,8 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, delay):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('victim', ['one that tokenizes', 'all, by Ctrl-C'])
-def test_what_is_stopped_says_so_and_leaves_no_process(tmp_path, victim):
+@pytest.mark.parametrize('victim', ['a worker', 'all, by Ctrl-C'])
+def test_when_stopped_it_says_so_and_leaves_no_process(tmp_path, victim):
     source = write_jsonl(tmp_path / 'a.jsonl', LONG * 8)
     flags = [f'--data_dir={tmp_path}', '--name=d', '--tokenizer=bpe:300', source, '--workers=2']
     running = subprocess.Popen([sys.executable, 'data/prepare.py', *map(str, flags)], cwd=ROOT,
@@ -243,8 +242,8 @@ def is_running(pid):
 
 
 @pytest.mark.parametrize('kind', ['jsonl', 'jsonl.gz', 'parquet', 'folder'])
-def test_stopped_at_any_point_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, kind):
-    """It is made to fail at every write in turn, with every note of its progress kept."""
+def test_stopped_at_any_write_it_resumes_to_the_same_bytes(tmp_path, monkeypatch, kind):
+    """It fails at every third write, with progress.json written after every batch."""
     monkeypatch.setattr(documents, 'BATCH_BYTES', 600)
     monkeypatch.setattr(prepare, 'SAVE_SECONDS', -1)
     source = tmp_path / f'a.{kind}'
@@ -257,12 +256,12 @@ def test_stopped_at_any_point_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch
     else:
         write_jsonl(source, opener=gzip.open if kind.endswith('gz') else open)
     options = {'shard_tokens': 333, 'val_fraction': 0.3}
-    run(tmp_path, source, name='whole', **options)
+    run(tmp_path, source, name='complete', **options)
     write, calls, stops = prepare.ShardWriter.write, [], []
 
     def fails(writer, ids):
         calls.append(0)
-        if len(calls) > 2:              # two writes succeed; the third is half done
+        if len(calls) > 2:              # the third write is half done
             write(writer, ids[:len(ids) // 2])
             raise RuntimeError
         write(writer, ids)
@@ -274,17 +273,16 @@ def test_stopped_at_any_point_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch
             run(tmp_path, source, **options)
         except RuntimeError:
             stops.append(1)
-    whole, again = files_in(tmp_path / 'whole'), files_in(tmp_path / 'd')
-    again['manifest.json'] = again['manifest.json'].replace(b'"name": "d"', b'"name": "whole"')
-    assert again == whole and len(stops) > 3 and len(whole) >= 10
+    complete, again = files_in(tmp_path / 'complete'), files_in(tmp_path / 'd')
+    again['manifest.json'] = again['manifest.json'].replace(b'"name": "d"', b'"name": "complete"')
+    assert again == complete and len(stops) > 3 and len(complete) >= 10
 
 
 @pytest.mark.parametrize('moment', range(3))
-def test_killed_while_it_is_put_in_its_place_nothing_is_done_again(tmp_path, monkeypatch, moment):
-    """Complete, it is taken as it is: nothing is tokenized a second time."""
+def test_killed_while_it_is_renamed_nothing_is_tokenized_again(tmp_path, monkeypatch, moment):
     source = write_jsonl(tmp_path / 'a.jsonl')
     run(tmp_path, source, seed=2)                                   # to be replaced
-    run(tmp_path, source, name='whole')
+    run(tmp_path, source, name='complete')
     left, unlink, rename = [moment], prepare.Path.unlink, prepare.Path.rename
 
     def counted(method):
@@ -301,14 +299,14 @@ def test_killed_while_it_is_put_in_its_place_nothing_is_done_again(tmp_path, mon
         run(tmp_path, source)
     monkeypatch.setattr(prepare.Path, 'unlink', unlink)
     monkeypatch.setattr(prepare.Path, 'rename', rename)
-    monkeypatch.setattr(prepare, 'write_dataset', None)             # not called any more
+    monkeypatch.setattr(prepare, 'write_dataset', None)             # no longer called
     run(tmp_path, source)
     for name in ('train_000000.bin', 'val_000000.bin', 'tokenizer.json'):
-        assert (tmp_path / 'd' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+        assert (tmp_path / 'd' / name).read_bytes() == (tmp_path / 'complete' / name).read_bytes()
     assert sorted(path.name for path in tmp_path.glob('.*')) == ['.locks']
 
 
-def test_the_number_of_processes_changes_nothing(tmp_path):
+def test_the_number_of_workers_changes_nothing(tmp_path):
     source = write_jsonl(tmp_path / 'a.jsonl', LONG + ['', 'nul \0'])
     run(tmp_path / '1', source, tokenizer='bpe:300', workers=1)
     script('data/prepare.py', f'--data_dir={tmp_path}/3', '--name=d', source,
@@ -321,7 +319,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path):
     assert 'Traceback' not in done.stderr
 
 
-def test_strict_stops_and_a_more_lenient_command_goes_on(tmp_path, monkeypatch, capsys):
+def test_strict_stops_and_errors_skip_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(documents, 'BATCH_BYTES', 600)
     monkeypatch.setattr(prepare, 'SAVE_SECONDS', -1)
     source = write_jsonl(tmp_path / 'a.jsonl')
@@ -338,8 +336,8 @@ def test_strict_stops_and_a_more_lenient_command_goes_on(tmp_path, monkeypatch, 
     assert run(tmp_path, source, errors='skip', name='e')['splits'] == manifest['splits']
 
 
-def test_what_was_begun_of_another_kind_of_source_is_begun_anew(tmp_path):
-    """Shards that are ready have fewer settings."""
+def test_a_partial_of_another_kind_of_source_is_started_over(tmp_path):
+    """Ready shards have fewer settings."""
     plan = {'name': 'd', 'source': {}, 'settings': {'tokenizer': 'gpt2', 'errors': 'strict'}}
     for settings in (plan['settings'], {'tokenizer': 'gpt2', 'shards': 1}):
         prepare.open_partial(tmp_path / '.d.partial', {**plan, 'settings': settings})
@@ -356,8 +354,8 @@ def test_one_name_is_prepared_by_one_process(tmp_path):
     run(tmp_path, source)
 
 
-def test_a_full_disk_leaves_what_was_there_and_what_was_done(tmp_path):
-    """A limit on file sizes stands in for the disk: writing fails in the middle of a shard."""
+def test_a_full_disk_keeps_the_old_data_set_and_the_work_so_far(tmp_path):
+    """A limit on file sizes simulates it: writing fails in the middle of a shard."""
     source = write_jsonl(tmp_path / 'a.jsonl', ['x' * 1000] * 20 + ['y' * 1000])
     run(tmp_path, source, val_fraction=0.5)
     before = (tmp_path / 'd/train_000000.bin').read_bytes()
@@ -374,7 +372,7 @@ def test_a_full_disk_leaves_what_was_there_and_what_was_done(tmp_path):
     assert files_in(tmp_path / 'd') == files_in(tmp_path / 'y/d')
 
 
-def test_twins_are_on_one_side_and_verify_finds_those_that_are_not(tmp_path):
+def test_equal_texts_are_in_one_split_and_verify_finds_those_that_are_not(tmp_path):
     source = write_jsonl(tmp_path / 'a.jsonl', TEXTS * 3)
     manifest = run(tmp_path, source, val_fraction=0.3)
     found = decoded(tmp_path)
@@ -391,7 +389,7 @@ def test_twins_are_on_one_side_and_verify_finds_those_that_are_not(tmp_path):
         prepare.report('d', tmp_path)
 
 
-def test_a_separator_parts_a_file(tmp_path):
+def test_a_separator_divides_a_file(tmp_path):
     (tmp_path / 'a.txt').write_text('<|endoftext|>\n'.join(TEXTS))
     run(tmp_path, tmp_path / 'a.txt', separator='<|endoftext|>')
     found = decoded(tmp_path)
@@ -405,13 +403,13 @@ def test_a_document_over_the_limit_is_named(tmp_path, capsys):
         run(tmp_path, tmp_path / 'a.txt', max_document_mb=0.001)
 
 
-def test_a_separator_that_was_not_given_is_told(tmp_path, capsys):
+def test_a_separator_that_was_not_given_is_suggested(tmp_path, capsys):
     (tmp_path / 'a.txt').write_text('One story.<|endoftext|>\nAnother one.' * 9)
     run(tmp_path, tmp_path / 'a.txt')
     words = capsys.readouterr().out
     assert '1 with <|endoftext|> as text (the first:' in words
     assert "if <|endoftext|> separates documents there, give --separator='<|endoftext|>'" in words
-    run(tmp_path, tmp_path / 'a.txt', separator='<|endoftext|>', name='parted')
+    run(tmp_path, tmp_path / 'a.txt', separator='<|endoftext|>', name='divided')
     assert 'as text' not in capsys.readouterr().out
 
 
@@ -425,7 +423,7 @@ def test_a_separator_that_was_not_given_is_told(tmp_path, capsys):
     ('a.jsonl', b'{"body": "a"}', "no field 'text'"),
     ('a.jsonl', b'{"text": 3}', 'text is int, expected a string'),
     ('a.parquet', b'PAR', 'not a parquet file'), ('a.png', b'', 'expected .txt')])
-def test_bad_files_are_refused_by_name_and_place(tmp_path, name, content, words):
+def test_bad_files_are_refused_with_name_and_line(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         run(tmp_path, tmp_path / name)
@@ -450,19 +448,6 @@ def test_missing_inputs_are_refused(tmp_path):
         run(tmp_path, dataset='shakespear')
     with pytest.raises(ValueError, match='no such file'):
         run(tmp_path, tmp_path / 'nowhere.txt')
-
-
-def test_pydocs_is_read_without_importing(tmp_path):
-    (tmp_path / 'm.py').write_text(
-        '"""Top."""\nraise SystemExit\nclass A:\n    """Of A."""\n'
-        '    def f(self):\n        """Of f.\n\n        More.\n        """\n')
-    found = list(documents.python_documents(tmp_path / 'm.py'))
-    assert found == ['Top.\n\nOf A.\n\nOf f.\n\nMore.']
-    files = sources.python_files()
-    assert not any('site-packages' in str(file) for file in files)
-    topics = [file for file in files
-              if file.parent.name == 'pydoc_data' and file.name == 'topics.py']
-    assert topics and len(list(documents.python_documents(topics[0]))) > 50
 
 
 def test_shakespeare_is_downloaded(tmp_path, server, monkeypatch):
@@ -556,7 +541,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch
     run(tmp_path, source)
 
 
-def test_what_is_replaced_passed_over_or_lopsided_is_said(tmp_path, capsys):
+def test_it_says_what_is_replaced_skipped_or_lopsided(tmp_path, capsys):
     (tmp_path / 'texts').mkdir()
     (tmp_path / 'texts/a.TXT').write_text('A short note.')
     (tmp_path / 'texts/b.txt').write_text('A long book. ' * 1000)
@@ -569,3 +554,32 @@ def test_what_is_replaced_passed_over_or_lopsided_is_said(tmp_path, capsys):
     assert sum(map(len, decoded(tmp_path).values())) == 2, 'a file given twice is read once'
     run(tmp_path, tmp_path / 'texts', seed=seed + 1)
     assert 'it will be replaced' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('text, kind, words', [
+    ('hello there', 'chars', 'val: given 1 token, expected at least 2'),
+    ('a', 'bytes', 'train: given 1 token, expected'), ('a', 'chars', 'train: given 0 tokens')])
+def test_a_split_of_one_token_is_refused(tmp_path, text, kind, words):
+    (tmp_path / 'a.txt').write_text(text)
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, tmp_path / 'a.txt', tokenizer=kind)
+    assert not (tmp_path / 'd').exists()
+    (tmp_path / 'a.txt').write_text(text + ', and more')
+    assert run(tmp_path, tmp_path / 'a.txt', tokenizer=kind, val_fraction=0.3)
+
+
+@pytest.mark.parametrize('kind, ids', [('bytes', [256]), ('bytes', [65]), ('chars', [0])])
+def test_a_data_set_with_one_validation_token_can_be_verified_and_explored(tmp_path, capsys,
+                                                                            kind, ids):
+    """As earlier versions prepared them."""
+    (tmp_path / 'a.txt').write_text('hello there')
+    manifest = run(tmp_path, tmp_path / 'a.txt', tokenizer=kind, val_fraction=0.3)
+    writer = ShardWriter(tmp_path / 'd', 'val', 100, manifest['tokenizer']['eot_id'])
+    writer.write(np.array(ids, np.uint16))
+    writer.close()
+    manifest['splits']['val'] |= {'tokens': 1, 'shards': writer.shards}
+    (tmp_path / 'd/manifest.json').write_text(json.dumps(manifest))
+    prepare.report('d', tmp_path)
+    assert 'd: verified; ' in capsys.readouterr().out and leaked('d', tmp_path) == 0
+    explore.main(explore.Config(name=('d',), data_dir=str(tmp_path)))
+    assert re.search(r'\ntokens +\d+ +1\n', capsys.readouterr().out)

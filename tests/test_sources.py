@@ -1,4 +1,4 @@
-"""Data sets of the hub, by the real client, from a hub on this machine; files of one's own."""
+"""Data sets of the hub, read by the real client from a hub on loopback; your own files."""
 
 import gzip
 import json
@@ -15,14 +15,14 @@ from conftest import ROOT, script
 from loopback_hub import serving
 
 from gpt import tokenizer
-from gpt.data import sources
+from gpt.data import documents, sources
 from gpt.data.shards import ShardWriter, Tokens, verify
 
 pyarrow = pytest.importorskip('pyarrow')
 pytest.importorskip('datasets')
 from pyarrow import parquet
 
-TEXTS = [f'Document {i} of the hub. ' + 'Some more words stand in it. ' * (i % 40)
+TEXTS = [f'Document {i} of the hub. ' + 'Some more words are in it. ' * (i % 40)
          for i in range(400)]
 README = '''---
 configs:
@@ -55,7 +55,7 @@ def root(tmp_path_factory):
     for i in range(3):
         (root / f'someone/lines/c4-train.{i}.json.gz').write_bytes(
             gzip.compress(''.join(lines[i * 100:][:100]).encode()))
-    (root / 'Skylion007/openwebtext').mkdir(parents=True)       # a script, and what came of it
+    (root / 'Skylion007/openwebtext').mkdir(parents=True)       # a script, and its parquet files
     (root / 'Skylion007/openwebtext/openwebtext.py').write_text('raise SystemExit')
     write_table(root / 'Skylion007/openwebtext@parquet/plain_text/partial-train/0000.parquet',
                 TEXTS[:300])
@@ -84,7 +84,7 @@ def prepare(hub, tmp_path, *flags, check=True, **env):
 
 
 def prepare_all(hub, tmp_path, *lines):
-    """What went wrong in each of these command lines, '' for nothing, all in one process."""
+    """The error of each of these command lines, '' for none, all in one process."""
     code = ('import sys; from gpt.settings import configure; from data import prepare\n'
             'for line in sys.argv[1:]:\n'
             '    cfg = configure(prepare.Config, line.split())\n'
@@ -95,8 +95,8 @@ def prepare_all(hub, tmp_path, *lines):
             '        print(f"ended:{error}")\n')
     flags = f'--tokenizer=bytes --data_dir={tmp_path}/data'
     done = script('-c', code, *(f'{line} {flags}' for line in lines), env=hub.env)
-    partly = any('openwebtext' in line for line in lines)
-    assert ('reading only its first gigabytes' in done.stdout) == partly
+    is_partial = any('openwebtext' in line for line in lines)
+    assert ('reading only its first gigabytes' in done.stdout) == is_partial
     return [line.removeprefix('ended:') for line in done.stdout.splitlines()
             if line.startswith('ended:')]
 
@@ -112,7 +112,7 @@ def texts_in(tmp_path, name):
 
 
 def test_parquet_of_the_hub_leaves_no_second_copy(hub, tmp_path):
-    """All splits and configurations of it; a download that breaks off and a 429 are gone over."""
+    """Two splits of it; after a download that breaks off and a 429 it tries again."""
     hub.break_off, hub.too_many = 1, 1
     prepare_all(hub, tmp_path, '--dataset=hub:someone/parquet',
                 '--dataset=hub:someone/parquet --split=test --name=test')
@@ -121,12 +121,12 @@ def test_parquet_of_the_hub_leaves_no_second_copy(hub, tmp_path):
     assert [name for name, *_ in manifest['source']['files']] == [
         f'data/train-{i:05d}.parquet' for i in range(3)]
     assert all(len(sha256) == 64 and size for _, size, sha256 in manifest['source']['files'])
-    assert not list(tmp_path.rglob('*.parquet')), 'what is tokenized is not kept'
+    assert not list(tmp_path.rglob('*.parquet')), 'files are deleted once they are tokenized'
     assert texts_in(tmp_path, 'test') == sorted(TEXTS[300:])
 
 
 @pytest.mark.slow
-def test_configurations_lines_and_what_the_hub_converted(hub, tmp_path):
+def test_configurations_lines_and_converted_data_sets(hub, tmp_path):
     found = prepare_all(
         hub, tmp_path, '--dataset=hub:someone/parquet:one',
         '--dataset=hub:someone/lines --text_key=content --name=lines', '--dataset=openwebtext',
@@ -144,12 +144,12 @@ def test_without_a_hub_it_says_what_to_do(hub, tmp_path):
     done = prepare(hub, tmp_path, '--dataset=fineweb-10B', check=False,
                    HF_ENDPOINT='http://127.0.0.1:9')
     assert done.returncode == 2 and 'Traceback' not in done.stderr
-    last = done.stderr.splitlines()[-1]         # the client's own words come before
+    last = done.stderr.splitlines()[-1]         # after the client's messages
     assert 'cannot be reached' in last and 'give them instead' in last
 
 
 @pytest.mark.slow
-def test_killed_in_a_download_it_goes_on(hub, tmp_path):
+def test_killed_in_a_download_it_resumes(hub, tmp_path):
     hub.stall = True
     command = [sys.executable, 'data/prepare.py', '--dataset=hub:someone/parquet', '--name=killed',
                '--tokenizer=bytes', f'--data_dir={tmp_path}/data']
@@ -166,8 +166,8 @@ def test_killed_in_a_download_it_goes_on(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_ready_shards_are_fetched_verified_and_added_to(hub, tmp_path, root, real):
-    """A damaged one is fetched again; more shards later fetch only what is missing."""
+def test_ready_shards_are_downloaded_verified_and_added_to(hub, tmp_path, root, real):
+    """A damaged one is downloaded again; more shards later download only the missing ones."""
     real('tiktoken_cache')
     hub.altered, hub.too_many = 1, 1
     done = prepare(hub, tmp_path, '--dataset=fineweb-10B', '--shards=2')
@@ -179,7 +179,7 @@ def test_ready_shards_are_fetched_verified_and_added_to(hub, tmp_path, root, rea
         theirs = root / 'datasets/kjj0/fineweb10B-gpt2' / name
         assert (folder / name).read_bytes() == theirs.read_bytes()
     assert verify('fineweb-10B', tmp_path / 'data') == []
-    assert 'is there already' in prepare(hub, tmp_path, '--dataset=fineweb-10B',
+    assert 'is up to date' in prepare(hub, tmp_path, '--dataset=fineweb-10B',
                                          '--shards=1').stdout
     hub.requests.clear()
     prepare(hub, tmp_path, '--dataset=fineweb-10B')
@@ -193,14 +193,14 @@ def test_ready_shards_are_fetched_verified_and_added_to(hub, tmp_path, root, rea
 
 
 @pytest.mark.slow
-def test_a_shard_that_stays_wrong_is_refused_and_the_right_ones_kept(hub, tmp_path, real):
+def test_a_shard_that_stays_damaged_is_refused(hub, tmp_path, real):
     real('tiktoken_cache')
     hub.altered = 10 ** 6
     done = prepare(hub, tmp_path, '--dataset=fineweb-10B', '--shards=1', check=False)
     assert done.returncode == 2 and 'expected' in done.stderr
     assert not (tmp_path / 'data/fineweb-10B').exists() and not list(tmp_path.rglob('*.bin'))
     done = prepare(hub, tmp_path, '--dataset=fineweb-10B', '--tokenizer=bytes', check=False)
-    assert done.returncode == 2 and 'tokens of gpt2 already' in done.stderr
+    assert done.returncode == 2 and "expected 'gpt2'" in done.stderr
 
 
 def test_files_folders_and_patterns(tmp_path, monkeypatch):
@@ -216,9 +216,22 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
     assert names(f'{tmp_path}/settings.json') == ['settings.json']
     assert sources.from_files([f'{tmp_path}/a.jsonl.zst']).name == 'a'
     assert sources.from_files([f'{tmp_path}/*.txt']).name == tmp_path.name
-    monkeypatch.setenv('HOME', str(tmp_path))               # --input=~/… is left to us by a shell
+    monkeypatch.setenv('HOME', str(tmp_path))               # a shell does not expand --input=~/…
     assert sources.from_files(['~/deep']).name == 'deep'
     assert sources.find('~/b.txt', (), '', tmp_path).name == 'b'
     shutil.rmtree(tmp_path / 'deep')
     with pytest.raises(ValueError, match='no such file'):
         names(f'{tmp_path}/*.md')
+
+
+def test_pydocs_is_read_without_importing(tmp_path):
+    (tmp_path / 'm.py').write_text(
+        '"""Top."""\nraise SystemExit\nclass A:\n    """Of A."""\n'
+        '    def f(self):\n        """Of f.\n\n        More.\n        """\n')
+    found = list(documents.python_documents(tmp_path / 'm.py'))
+    assert found == ['Top.\n\nOf A.\n\nOf f.\n\nMore.']
+    files = sources.python_files()
+    assert not any('site-packages' in str(file) for file in files)
+    topics = [file for file in files
+              if file.parent.name == 'pydoc_data' and file.name == 'topics.py']
+    assert topics and len(list(documents.python_documents(topics[0]))) > 50

@@ -181,5 +181,6 @@ def test_pieces_and_documents_at_once_give_what_one_at_a_time_gives(name, reques
 
 def test_very_long_white_space_is_encoded():
     """tiktoken 0.14 alone gives up on this ('Max stack size exceeded for backtracking')."""
-    encoding, text = tokenizer.build('bytes', list), 'a' + ' ' * 1_500_000 + 'b\t' + '\n' * 1_500_000
+    encoding = tokenizer.build('bytes', list)
+    text = 'a' + ' ' * 1_500_000 + 'b\t' + '\n' * 1_500_000
     assert encoding.decode(tokenizer.encode(encoding, text).tolist()) == text

@@ -45,22 +45,17 @@ class Options(NamedTuple):
 class Position(NamedTuple):
     """Where reading starts or resumes."""
     file: int                       # index of the file
-    offset: int                     # bytes (after decompression) or rows before it
-    number: int                     # documents of the file before it
+    offset: int = 0                 # bytes (after decompression) or rows before it
+    number: int = 0                 # documents of the file before it
 
 
 class Batch(NamedTuple):
     """Consecutive documents, not decoded yet."""
     raws: list[bytes]
+    names: list[str]                # of each document, for error messages and remarks
     after: Position                 # where reading resumes after these
-    names: Sequence[str] = ()       # of each document; (): `label` and its number
-    label: str = ''
-    first: int = 0                  # documents of the file before these
     is_json: bool = False           # each is a line of JSON that holds the text
     left_out: tuple = ()            # (remark, name) of documents left out before these
-
-    def name(self, i: int) -> str:
-        return self.names[i] if self.names else f'{self.label}{self.first + i + 1}'
 
     def size(self) -> int:
         return sum(map(len, self.raws))
@@ -77,46 +72,48 @@ def batches(files: Sequence, start: Position, options: Options,
     files: each has a `name`, and path_of(i) is the path of the i-th. Raises ValueError for a file
     that is not what its name says.
     """
-    start, small = Position(*start), []             # small: of one file each, to be joined
+    start, small = Position(*start), []             # small batches are joined
     for i in range(start.file, len(files)):
         if i > start.file:
-            start = Position(i, 0, 0)
+            start = Position(i)
         for batch in read(files[i].name, path_of(i), options, start):
-            if not batch.label:
-                small.append(batch)
-            full = len(small) == 1024 or sum(part.size() for part in small) >= BATCH_BYTES
-            if small and (batch.label or full):
+            if small and batch.is_json != small[0].is_json:
                 yield joined(small)
                 small = []
-            if batch.label:
-                yield batch
+            small.append(batch)
+            if len(small) == 1024 or sum(part.size() for part in small) >= BATCH_BYTES // 2:
+                yield joined(small)
+                small = []
     if small:
         yield joined(small)
 
 
 def joined(small: list[Batch]) -> Batch:
-    return Batch([raw for batch in small for raw in batch.raws], small[-1].after,
-                 [name for batch in small for name in batch.names],
-                 left_out=tuple(remark for batch in small for remark in batch.left_out))
+    raws, names, left_out = [], [], []
+    for batch in small:
+        raws += batch.raws
+        names += batch.names
+        left_out += batch.left_out
+    return small[-1]._replace(raws=raws, names=names, left_out=tuple(left_out))
 
 
 def read(name: str, path: Path, options: Options, start: Position) -> Iterator[Batch]:
     """Batches of one file, from `start` on."""
-    kind, after = kind_of(name), Position(start.file + 1, 0, 0)
+    kind, after = kind_of(name), Position(start.file + 1)
     if kind == '.parquet':
         yield from parquet_batches(name, path, options, start)
     elif kind == '.py':
         raws = [text.encode() for text in python_documents(path) if text]
-        yield Batch(raws, after, [name] * len(raws))
+        yield Batch(raws, [name] * len(raws), after)
     elif is_lines(name) or options.separator:
         yield from separated_batches(name, path, options, start)
     else:
         with opened(name, path) as file:
             raw = file.read(options.max_bytes + len(BOM) + 1).removeprefix(BOM)
         if len(raw) > options.max_bytes:
-            yield Batch([], after, left_out=((TOO_LONG, name),))
+            yield Batch([], [], after, left_out=((TOO_LONG, name),))
         else:
-            yield Batch([raw], after, [name])
+            yield Batch([raw], [name], after)
 
 
 def kind_of(name: str) -> str:
@@ -170,28 +167,27 @@ def separated_batches(name: str, path: Path, options: Options, start: Position) 
                     offset += excess
                 continue
             raws = bytes(pending).split(separator)
+            offset += len(pending) - len(raws[-1])
             pending = bytearray(raws.pop())
-            offset += sum(map(len, raws)) + len(separator) * len(raws)
             after = Position(start.file, offset, number + len(raws))
-            yield without_too_long(Batch(raws, after, (), label, number, is_json), too_long)
+            yield numbered(raws, label, number, after, is_json, too_long)
             number, too_long = after.number, False
     if pending or too_long:
-        no_separator = not number and not is_json
-        last = Batch([bytes(pending)], Position(start.file + 1, 0, 0), (), label, number, is_json,
-                     (('without the separator', name),) if no_separator else ())
-        yield without_too_long(last, too_long)
+        after = Position(start.file + 1)
+        batch = numbered([bytes(pending)], label, number, after, is_json, too_long)
+        if not (number or is_json or too_long):
+            batch = batch._replace(left_out=(('without the separator', name),))
+        yield batch
 
 
-def without_too_long(batch: Batch, too_long: bool) -> Batch:
-    """The batch with line ends stripped, and without its first document if that is too long.
-
-    Only the end of that document was kept.
-    """
-    raws = [raw.strip(b'\r\n') for raw in batch.raws]
-    if not too_long:
-        return batch._replace(raws=raws)
-    return batch._replace(raws=raws[1:], first=batch.first + 1,
-                          left_out=((TOO_LONG, batch.name(0)),))
+def numbered(raws: list[bytes], label: str, number: int, after: Position, is_json: bool,
+             too_long: bool) -> Batch:
+    """A batch of documents after the first `number`; of the first only the end, if too long."""
+    raws = [raw.strip(b'\r\n') for raw in raws]
+    names = [f'{label}{number + k}' for k in range(1, len(raws) + 1)]
+    if too_long:
+        return Batch(raws[1:], names[1:], after, is_json, ((TOO_LONG, names[0]),))
+    return Batch(raws, names, after, is_json)
 
 
 def seek(file: IO[bytes], offset: int) -> None:
@@ -224,48 +220,44 @@ def parquet_batches(name: str, path: Path, options: Options, start: Position) ->
             problem = f'{key} is {columns[key]}, expected a string'
         raise ValueError(f'{name}: {problem}; --text_key names another column, --errors=skip '
                          f'leaves such files out')
-    yield Batch([], Position(start.file + 1, 0, 0), label=f'{name}: row ',
-                left_out=((f'files without {key}', name),))
+    yield Batch([], [], Position(start.file + 1), left_out=((f'files without {key}', name),))
 
 
 def row_batches(table: Any, name: str, key: str, start: Position) -> Iterator[Batch]:
     """Batches of column `key`, of about BATCH_BYTES and within a row group."""
     import pyarrow
-    row, rows = 0, table.metadata.num_rows
+    row = 0
     for i in range(table.num_row_groups):
         group = table.metadata.row_group(i)
         if row + group.num_rows <= start.offset:
             row += group.num_rows
             continue
         size = BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
-        size = min(max(1, size), 2 ** 16)
-        for part in table.iter_batches(size, row_groups=[i], columns=[key]):
+        for part in table.iter_batches(min(max(1, size), 2 ** 16), row_groups=[i], columns=[key]):
             column = part.column(0)[max(0, start.offset - row):]
             row += len(part)
-            if not len(column):
-                continue
             if pyarrow.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             raws = [raw or b'' for raw in column.cast(pyarrow.large_binary()).to_pylist()]
-            after = Position(start.file, row, row) if row < rows else Position(start.file + 1, 0, 0)
-            yield Batch(raws, after, label=f'{name}: row ', first=row - len(raws))
+            names = [f'{name}: row {k + 1}' for k in range(row - len(raws), row)]
+            yield Batch(raws, names, Position(start.file, row, row))
 
 
 def joined_rows(batches: Iterator[Batch], begins: str, start: Position) -> Iterator[Batch]:
     """Rows joined to documents; a row that matches `begins` starts the next one."""
     pattern, rows, row, name = re.compile(begins.encode()), [], start.offset, ''
     for batch in batches:
-        raws, names = [], []
+        raws, names, first = [], [], batch.after.offset - len(batch.raws)
         for k, raw in enumerate(batch.raws):
             if rows and pattern.match(raw):
                 raws.append(b''.join(rows))
                 names.append(name)
                 rows = []
             if not rows:
-                row, name = batch.first + k, batch.name(k)
+                row, name = first + k, batch.names[k]
             rows.append(raw)
-        yield Batch(raws, Position(start.file, row, row), names)
-    yield Batch([b''.join(rows)], Position(start.file + 1, 0, 0), [name])
+        yield Batch(raws, names, Position(start.file, row, row))
+    yield Batch([b''.join(rows)], [name], Position(start.file + 1))
 
 
 def python_documents(file: Path) -> Iterator[str]:
@@ -298,7 +290,7 @@ def texts(batch: Batch, options: Options, counts: dict[str, list]) -> Iterator[t
     """
     for remark, name in batch.left_out:
         count(counts, remark, name)
-    for i, raw in enumerate(batch.raws):
+    for raw, name in zip(batch.raws, batch.names):
         if batch.is_json and not raw.strip():
             continue                                # an empty line
         try:
@@ -306,10 +298,10 @@ def texts(batch: Batch, options: Options, counts: dict[str, list]) -> Iterator[t
         except BadDocument as error:
             remark, message = error.args
             if options.errors != 'skip':
-                raise ValueError(f'{batch.name(i)}: {message}') from None
+                raise ValueError(f'{name}: {message}') from None
             text, remarks = '', [remark]
         for remark in remarks:
-            count(counts, remark, batch.name(i))
+            count(counts, remark, name)
         if text:
             yield text, raw
 

@@ -73,12 +73,17 @@ def tokenized(batches: Iterable[documents.Batch], workers: int, vocabulary: Path
 
 
 def submit(pool: ProcessPoolExecutor, batch: documents.Batch) -> Future:
-    """Submit a batch; a process that starts for it ignores Ctrl-C, which is the parent's."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Submit a batch; a process that starts for it never sees Ctrl-C, which is the parent's.
+
+    It inherits a blocked SIGINT; one that arrives here meanwhile is delivered afterwards.
+    """
+    if not hasattr(signal, 'pthread_sigmask'):      # Windows
+        return pool.submit(tokenize, batch)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(tokenize, batch)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def result_of(future: Future, pool: ProcessPoolExecutor) -> tuple:
