@@ -1,11 +1,14 @@
 """Settings from header, files and flags; and that nothing in a config file is ever executed."""
 
-from dataclasses import asdict
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
 
 import pytest
 from conftest import ROOT, script
 
-from gpt.settings import as_config_file, configure, read_config_file, settings
+from gpt.settings import (as_config_file, check_bounds, configure, header_defaults,
+                          read_config_file, section, settings)
 
 HEADER = {'__name__': 'script', 'batch_size': 12, 'learning_rate': 6e-4, 'eval_only': False,
           'prompt': '', 'compile': 'auto', 'runs': (), 'MAGIC': 7}
@@ -33,7 +36,7 @@ def test_files_and_flags_apply_from_left_to_right(tmp_path):
 
 
 @pytest.mark.parametrize('argv, key, value', [
-    (['--learning_rate=1'], 'learning_rate', 1.0),                  # nanoGPT dies on a bare assert
+    (['--learning_rate=1'], 'learning_rate', 1.0),                  # nanoGPT's asserts
     (['--batch_size=1e2'], 'batch_size', 100),
     (['--batch-size', '4'], 'batch_size', 4),
     (['--prompt=a=b'], 'prompt', 'a=b'), (['--prompt', '- x'], 'prompt', '- x'),
@@ -61,7 +64,7 @@ def test_refusals_name_the_flag_and_what_was_expected(argv, words):
 
 
 @pytest.mark.parametrize('source, words', [
-    ('batchsize = 4', "c.py:1: there is no setting 'batchsize', did you mean 'batch_size'"),
+    ('batchsize = 4', "c.py:1: unknown setting 'batchsize', did you mean 'batch_size'"),
     ("learning_rate = '3e-4'", "c.py:1: learning_rate: given '3e-4', expected a number"),
     ('import os', 'assignments such as'),
     ('batch_size = __import__("os").system("true")', 'expected a literal'),
@@ -97,3 +100,56 @@ def test_help_prints_the_header(name):
     source = (ROOT / name).read_text()
     header = source.split('# ' + '-' * 77)[1]
     assert header.strip() in done.stdout and not done.stderr
+
+
+def test_a_section_takes_the_settings_that_are_its_fields():
+    @dataclass(frozen=True)
+    class Section:
+        batch_size: int
+        prompt: str
+        extra: int = 5
+        other: int = 6
+
+    cfg = make('--batch_size=3')
+    assert section(cfg, Section) == Section(3, '', 5, 6)
+    assert section(cfg, Section, prompt='a', other=7) == Section(3, 'a', 5, 7)
+
+
+def test_a_setting_out_of_bounds_is_named():
+    bounds = [('1 or more', lambda value: value >= 1, 'batch_size learning_rate')]
+    check_bounds(make('--learning_rate=1'), bounds)
+    with pytest.raises(ValueError, match='learning_rate: given 0.0006, expected 1 or more'):
+        check_bounds(make(), bounds)
+
+
+def test_the_defaults_of_a_header_are_read_without_importing_it():
+    import train
+    assert header_defaults(ROOT / 'train.py') == asdict(train.Config())
+
+
+# The end of every script.
+
+@pytest.mark.parametrize('flags, words', [
+    (['--max_itres=3'], "did you mean 'max_iters'"),
+    (['--max_iters=many'], 'expected a whole number'),
+    (['--dataset=nowhere'], 'python data/prepare.py --name=nowhere')])
+def test_a_user_sees_one_line_and_status_2(flags, words):
+    done = script('train.py', '--device=cpu', *flags, check=False)
+    assert done.returncode == 2 and words in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_a_bug_shows_its_traceback_and_ends_with_status_1():
+    code = ('from gpt import settings\nclass C: __module__ = "__main__"\n'
+            'settings.configure = lambda *a: None\nsettings.run(lambda cfg: {}["x"], C)')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and 'KeyError' in done.stderr and 'Traceback' in done.stderr
+
+
+def test_an_error_of_a_library_is_a_bug_and_one_of_ours_is_not():
+    """Ours are known by the file that raised them, in any of our folders."""
+    code = ('import sys, json\nfrom gpt import settings\nclass C: __module__ = "__main__"\n'
+            'settings.configure = lambda *a: None\n')
+    for call, status in (('json.loads("{")', 1), ('settings.known("a", {"b": 1}, "--a")', 2)):
+        done = subprocess.run([sys.executable, '-c', f'{code}settings.run(lambda cfg: {call}, C)'],
+                              cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status and ('Traceback' in done.stderr) == (status == 1)
