@@ -214,8 +214,8 @@ def measure(trainer: Trainer, passes: Callable[[Batch], torch.Tensor], plan: Bat
 
 def time_validation_and_save(validate: Callable[[ValidationConfig], Validation],
                              config: ValidationConfig, available: int, trainer: Trainer) -> float:
-    """Seconds of both, from a validation of four batches of each process; the split has so many
-    tokens `available`."""
+    """Seconds of both, from a validation of four batches of each process; `available` tokens are
+    in the split."""
     start, world = time.perf_counter(), trainer.world
     tokens = 4 * world.size * config.batch_size * config.block_size
     counted = validate(replace(config, eval_iters=0, eval_tokens=tokens)).tokens
@@ -254,7 +254,7 @@ def fitted(cfg: Any, saved: dict) -> dict[str, int]:
 
 
 def describe_cost(trainer: Trainer, cost: Cost, tokens: int) -> str:
-    """A full update of so many tokens."""
+    """Time, speed and memory of a full update of `tokens`."""
     rate, used = tokens / cost.update, peak_memory(trainer.world.device)
     flops = trainer.model.flops_per_token() * rate
     mfu = f', mfu {flops / trainer.peak:.0%}' if trainer.peak else ''

@@ -109,7 +109,7 @@ class Progress:
         return interval > 0 and self.step % interval == 0 and self.step != self.rolled_back_to
 
     def out_of_patience(self, updates: int) -> bool:
-        """Whether so many updates (0: any number) brought no lower validation loss."""
+        """Whether the last `updates` (0: never) brought no lower validation loss."""
         return 0 < updates <= self.step - self.lowest_step
 
     def advance(self, sequences: int) -> None:

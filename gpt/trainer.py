@@ -47,7 +47,7 @@ class Trainer:
         self.peak = peak and peak * world.size      # operations per second, None if unknown
 
     def least_seconds(self, tokens: int) -> float:
-        """What training on so many tokens takes at the peak rate."""
+        """Seconds of training on `tokens` at the peak rate."""
         return self.model.flops_per_token() * tokens / self.peak if self.peak else math.inf
 
     def prepare(self, batch: tuple[torch.Tensor, torch.Tensor], seconds: float) -> None:
@@ -169,7 +169,7 @@ class Trainer:
 
 
 def should_compile(wanted: bool | str, world: World, seconds: float) -> tuple[bool, str]:
-    """(whether to compile, reason) for a run that takes at least so many seconds."""
+    """(whether to compile, reason) for a run that takes `seconds` or more."""
     if isinstance(wanted, bool):
         return wanted, 'as requested'
     if world.device.type == 'cuda':

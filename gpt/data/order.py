@@ -80,7 +80,7 @@ class Data:
             yield index, *self.prefetcher.read(start, batch.micro_batch, then=start + ahead)
 
     def describe_epochs(self, block_size: int, sequences: int) -> str:
-        """How many updates of so many sequences read each data set once."""
+        """How many updates of `sequences` read each data set once."""
         updates = [len(data.train) // block_size / sequences / data.fraction for data in self.sets]
         if len(updates) == 1:
             return f'an epoch: {updates[0]:.1f} updates'
