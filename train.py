@@ -197,7 +197,8 @@ def measure(cfg, data, trainer, p, started):
     """Print what the run takes; the settings, with the schedule of a new run scaled to --minutes.
     """
     world, plan = trainer.world, BatchPlan(section(cfg, BatchConfig), trainer.world.size)
-    times = budget.measure(trainer, partial(passes, cfg.seed, data, trainer, p), plan, cfg.minutes)
+    passes = partial(forward_backward, cfg.seed, data, trainer, p)
+    times = budget.measure(trainer, passes, plan, cfg.minutes)
     evaluate = partial(validate, trainer.model, data.sets, world=world)
     available = sum(len(part.val) for part in data.sets)
     visit = budget.time_validation_and_save(evaluate, section(cfg, ValidationConfig), available,
@@ -246,7 +247,7 @@ def train(cfg, data, run, trainer, p, questions):
         stopwatch.start()
         batch, learning_rate = plan.at(p.step), schedule.learning_rate_at(p.step)
         trainer.set_learning_rate(learning_rate)
-        loss = passes(cfg.seed, data, trainer, p, batch)
+        loss = forward_backward(cfg.seed, data, trainer, p, batch)
         norm = trainer.grad_norm()
         requests = [torch.full_like(loss, request) for request in run.requests()]
         reduced = world.reduce(torch.stack([loss / world.size, *requests]))     # one reduction
@@ -271,7 +272,7 @@ def train(cfg, data, run, trainer, p, questions):
     return 3 if p.diverged else 0
 
 
-def passes(seed, data, trainer, p, batch):
+def forward_backward(seed, data, trainer, p, batch):
     """The forward and backward passes of an update; the mean loss of this rank's micro-batches."""
     world = trainer.world
     loss = torch.zeros((), device=world.device)
