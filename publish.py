@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gpt import checkpoints, tokenizer
-from gpt.curves import Curve, tokens_at
+from gpt.curves import read_log, seconds_to
 from gpt.data.order import load_sets
 from gpt.log import duration
 from gpt.settings import run, settings
@@ -101,25 +101,26 @@ def card(cfg, about, rows, samples):
 
 def table(cfg, folder, model, encoding, dtype):
     """[(key, value)] of what the card says of the model, whose file is in `dtype`."""
-    run_curve, step = Curve(folder.parent), int(folder.name.removeprefix('step_'))
-    tokens = tokens_at(run_curve.records, step)
+    saved, records = checkpoints.load_training(folder), read_log(folder.parent / 'log.jsonl')
+    progress, run_settings = saved['progress'], saved['settings']
+    tokens = progress['position'] * run_settings['block_size']
     c, n_parameters = model.config, model.num_parameters()
     return [('parameters', f'{n_parameters:,}, {n_parameters * dtype.itemsize / 1e6:.1f} MB as '
                            f'{str(dtype)[6:]}: {c.n_layer} layers, {c.n_head} heads, '
                            f'{c.n_embd} wide, a block of {c.block_size} tokens'),
             ('tokenizer', f'{encoding.name}, {encoding.n_vocab:,} tokens'),
-            ('trained', f'{step:,} updates, {tokens:,} tokens, '
-                        f'{duration(run_curve.seconds_to(tokens))} of updates'),
-            ('data set', run_curve.settings.get('dataset', 'not known')),
-            *validation(cfg, run_curve.settings, model),
+            ('trained', f"{progress['step']:,} updates, {tokens:,} tokens, "
+                        f'{duration(seconds_to(records, tokens))} of updates'),
+            ('data set', run_settings['dataset']),
+            *validation(run_settings['dataset'], cfg.data_dir, model),
             ('published with', f'torch {torch.__version__}, Python {platform.python_version()}')]
 
 
-def validation(cfg, run_settings, model):
+def validation(dataset, data_dir, model):
     """Rows of the table about all of the validation text; none if it is not at hand."""
     try:
-        sets, _ = load_sets(run_settings['dataset'], cfg.data_dir)
-    except (OSError, ValueError, KeyError) as error:    # KeyError: a run without its config.py
+        sets, _ = load_sets(dataset, data_dir)
+    except (OSError, ValueError) as error:
         print(f'not validated: {error}')
         return []
     config = ValidationConfig(batch_size=16, block_size=model.config.block_size,

@@ -105,20 +105,6 @@ def seconds_to(records: Sequence[dict], tokens: float) -> float:
     return seconds
 
 
-def tokens_at(records: Sequence[dict], step: int) -> int:
-    """Tokens read until `step`: as logged, else on a straight line between the records around it,
-    or on through the last two."""
-    known = {0: 0, **{record['step']: record['tokens'] for record in records}}
-    if step in known:
-        return known[step]
-    steps = sorted(known)
-    if len(steps) == 1:
-        return 0
-    b = next((i for i in range(1, len(steps)) if steps[i] > step), len(steps) - 1)
-    one, two = steps[b - 1], steps[b]
-    return round(known[one] + (step - one) * (known[two] - known[one]) / (two - one))
-
-
 # Curves of a picture.
 
 def points(records: Iterable[dict], key: str) -> Points:

@@ -86,13 +86,6 @@ def test_tokens_and_seconds_never_run_backwards(tmp_path, seed):
     assert seconds == sorted(seconds) and seconds[-1] == records[-1]['step']
 
 
-def test_tokens_of_a_step_that_was_not_logged():
-    records = [{'step': 0, 'tokens': 0}, {'step': 10, 'tokens': 1000}, {'step': 20, 'tokens': 3000}]
-    found = [curves.tokens_at(records, step) for step in (0, 4, 10, 15, 20, 25)]
-    assert found == [0, 400, 1000, 2000, 3000, 4000]
-    assert curves.tokens_at(records[1:], 4) == 400 and curves.tokens_at(records[1:2], 20) == 2000
-
-
 def test_the_settings_of_a_run_are_its_config_file(tmp_path):
     assert curves.settings_of(tmp_path) == {}
     (tmp_path / 'config.py').write_text("# a comment\nseed = 1  # another\nmax_iters = 2 * 500\n")

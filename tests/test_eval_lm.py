@@ -195,7 +195,7 @@ def answering(text):
     ('paper', ' dot', False), ('last-token', ' dog', True),
     ('last-token', ' dot', False)])
 def test_lambada_by_a_model_that_answers(protocol, says, right):
-    """The whole word has to be the most likely; in the paper's protocol it also has to end there."""
+    """The whole word has to be the most likely; in the paper's protocol it must also end there."""
     texts = ['Once he saw the dog']
     measures, _, _ = eval_lm.lambada(config(task='lambada', protocol=protocol), answering(says),
                                      BYTES, texts, HOW)

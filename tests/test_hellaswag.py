@@ -102,7 +102,7 @@ def test_the_protocols_render_as_their_authors_do():
 
 
 def test_parts_encoded_alone_are_the_whole_encoded(real, gpt2):
-    """For GPT-2's tokens, over original rows: no token reaches across the space before an ending."""
+    """With GPT-2's tokens, on original rows: none reaches across the space before an ending."""
     encoding = gpt2
     rows, _ = benchmarks.hellaswag(real('hellaswag/hellaswag_val_original_500.jsonl'))
     for row in rows:

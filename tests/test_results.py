@@ -28,7 +28,8 @@ def test_a_perplexity_has_the_interval_of_its_pieces():
     bits = results.per_unit(nats, [2] * 4, 'byte', bits=True)
     assert bits['value'] == pytest.approx(1.5 / math.log(2)) and bits['count'] == 8
     assert '95 %' in results.format_measure(found)
-    assert '95 %' not in results.format_measure(results.per_unit([2.0], [1], 'word'))    # one piece: unknown
+    one_piece = results.per_unit([2.0], [1], 'word')                # whose interval is unknown
+    assert '95 %' not in results.format_measure(one_piece)
 
 
 def test_the_interval_covers_the_truth_nineteen_times_in_twenty():
