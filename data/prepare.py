@@ -11,6 +11,7 @@ Text becomes tokens in shards, ready for train.py. If killed, the same command r
 
 import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -136,8 +137,8 @@ def make_plan(cfg, source):
                          f"{' and '.join(sources.READY)} come in shards")
     if source.ready:
         if kind != 'gpt2':
-            raise ValueError(f"tokenizer: given {kind!r}, expected 'gpt2', of which {cfg.dataset} is "
-                             f"tokens already; as text there are {', '.join(sources.HUB)}")
+            raise ValueError(f"tokenizer: given {kind!r}, expected 'gpt2', the tokens of "
+                             f"{cfg.dataset}; as text there are {', '.join(sources.HUB)}")
         available = sum('_train_' in file.name for file in source.files)
         chosen = {'tokenizer': kind, 'shards': min(cfg.shards or available, available)}
         return {'name': name, 'source': facts, 'settings': chosen}
@@ -289,8 +290,8 @@ def write_dataset(cfg, source, plan, folder):
     for split, facts in progress.splits.items():
         if facts['tokens'] < 2:
             tokens = number_of(facts['tokens'], 'token')
-            raise ValueError(f'{split}: given {tokens}, expected at least 2 (an input and a target); '
-                             f'give more text or another --val_fraction')
+            raise ValueError(f'{split}: given {tokens}, expected at least 2 (an input and a '
+                             f'target); give more text or another --val_fraction')
         facts['shards'] = writers[split].shards
     if progress.splits['val']['bytes'] <= XZ_BYTES:
         progress.splits['val']['xz_bytes'] = xz_size(folder, encoding)
@@ -328,16 +329,14 @@ def make_tokenizer(file, kind, corpus, rule):
 
 def sample(texts, kind, rule):
     """What a tokenizer is made from: the first training text; for chars all text."""
-    room = SAMPLE_CHARACTERS
-    for text, raw in texts:
-        for split, piece, _ in divide(text, raw, rule):
-            if kind == 'chars':
-                yield piece
-            elif split == 'train':
-                yield piece[:room]
-                room -= len(piece)
-                if room <= 0:
-                    return
+    pieces = (piece for text, raw in texts for split, piece, _ in divide(text, raw, rule)
+              if split == 'train' or kind == 'chars')
+    room = math.inf if kind == 'chars' else SAMPLE_CHARACTERS
+    for piece in pieces:
+        yield piece if len(piece) <= room else piece[:room]
+        room -= len(piece)
+        if room <= 0:
+            return
 
 
 def write_splits(results, writers, progress, n_files):

@@ -111,6 +111,3 @@ def append_rest(url: str, file: IO[bytes]) -> None:
         file.flush()
         if total and file.seek(0, os.SEEK_END) < total:
             raise OSError('the connection broke off')
-
-
-digest, fetch = sha256, download        # former names, until every caller has the new ones

@@ -51,7 +51,7 @@ def test_hellaswag_rows_are_read(tmp_path):
     (json.dumps({**ROW, 'label': 4}), 'label: given 4, expected 0 to 3'),
     (json.dumps({**ROW, 'label': True}), 'label: given True, expected 0 to 3'),
     (b'{"ctx": "caf\xe9"}', 'a:1: not UTF-8')])
-def test_hellaswag_refuses_by_file_and_line(tmp_path, content, words):
+def test_hellaswag_errors_have_file_and_line(tmp_path, content, words):
     with pytest.raises(ValueError, match=words):
         benchmarks.hellaswag(write(tmp_path / 'a', content))
 
@@ -91,12 +91,12 @@ def test_cbt_questions_are_read(tmp_path, end):
     (question(answer='yak'), "the answer 'yak' is not one of"),
     (question().replace('Sentence 3', 'Séntence').encode('latin-1'), 'a:3: not UTF-8'),
     ('\n\n', 'this file is empty')])
-def test_cbt_refuses_by_file_and_line(tmp_path, content, words):
+def test_cbt_errors_have_file_and_line(tmp_path, content, words):
     with pytest.raises(ValueError, match=words):
         benchmarks.cbt('CN', 'valid', write(tmp_path / 'a', content))
 
 
-def test_cbt_skips_what_is_malformed_when_told_to_and_counts_it(tmp_path):
+def test_cbt_skips_malformed_questions_if_asked_and_counts_them(tmp_path):
     text = question(1) + question(2, answer='yak') + question(3)
     questions, facts = benchmarks.cbt('CN', 'valid', write(tmp_path / 'a', text), skip_bad=True)
     assert [q.query[10] for q in questions] == ['1', '3'] and facts['skipped'] == 1
@@ -165,7 +165,7 @@ def test_test_sets_are_downloaded_once_checked_and_unpacked(server, place, monke
     found = {path.name for path in benchmarks.PLACE.iterdir()}
     assert found == {'hellaswag_val.jsonl', 'wt2.zip', 'CBTest.tgz', 'cbtest_CN_valid_2000ex.txt',
                      'cbtest_NE_valid_2000ex.txt', '1bw.tar.gz', 'news.en'}
-    # the same archive, given by hand
+    # the same archive, given by path
     raw, facts = benchmarks.obtain('wikitext2', benchmarks.PLACE / 'wt2.zip')
     assert raw == b' = A = \n' and facts['official']
     with pytest.raises(ValueError, match='cannot be unpacked'):

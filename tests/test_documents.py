@@ -70,8 +70,8 @@ def texts_of(batches, options=Options(), counts=None):
 @pytest.mark.parametrize('size', [1, 40, 700, 2 ** 20])
 @pytest.mark.parametrize('kind', ['jsonl', 'jsonl.gz', 'jsonl.zst', 'parquet', 'txt', 'md.gz',
                                   'txt.zst', 'folder'])
-def test_any_size_of_batch_gives_the_same_and_goes_on_from_any(tmp_path, monkeypatch, kind, size):
-    """The promise that a killed preparation rests on: what `after` names is what follows."""
+def test_any_batch_size_gives_the_same_and_resumes_anywhere(tmp_path, monkeypatch, kind, size):
+    """Resuming relies on it: reading from `after` gives the batches that follow."""
     monkeypatch.setattr(documents, 'BATCH_BYTES', size)
     options = Options(separator='<|end|>' if kind[:2] in ('tx', 'md') else '')
     paths, wanted = files_of(tmp_path, kind), [text for text in TEXTS if text]
@@ -87,7 +87,7 @@ def test_any_size_of_batch_gives_the_same_and_goes_on_from_any(tmp_path, monkeyp
 
 @pytest.mark.parametrize('kind', ['jsonl', 'jsonl.gz', 'jsonl.zst', 'txt', 'txt.gz'])
 @pytest.mark.parametrize('ended', [True, False])
-def test_a_document_that_is_too_long_is_passed_over_without_being_held(tmp_path, kind, ended):
+def test_a_document_that_is_too_long_is_skipped_in_little_memory(tmp_path, kind, ended):
     """60 MB in one document, among others; not a tenth of it is in memory."""
     options = Options(separator='' if 'json' in kind else '<|end|>', max_bytes=2 ** 20)
     long = b'{"text": "' + b'x' * 60_000_000
@@ -108,7 +108,7 @@ def test_a_document_that_is_too_long_is_passed_over_without_being_held(tmp_path,
     assert peak < 6_000_000
 
 
-def test_what_is_too_long_in_whole_files_and_rows(tmp_path):
+def test_too_long_files_and_rows_are_skipped(tmp_path):
     options = Options(max_bytes=100)
     (tmp_path / 'a.txt').write_text('x' * 101)
     (tmp_path / 'b.txt').write_text('x' * 100)
@@ -146,7 +146,7 @@ def test_skip_leaves_out_what_cannot_be_read_and_counts_it(tmp_path):
         'files without text': (1, 'e.parquet')}
 
 
-def test_replace_mends_bytes_and_refuses_the_rest(tmp_path):
+def test_replace_repairs_bytes_and_refuses_the_rest(tmp_path):
     options, counts = Options(errors='replace'), {}
     paths = bad_files(tmp_path)
     assert texts_of(batches_of(paths[:1], options), options, counts) == ['caf\ufffd']
@@ -158,7 +158,7 @@ def test_replace_mends_bytes_and_refuses_the_rest(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.jsonl.zst', 'a.parquet'])
-def test_a_file_that_is_cut_off_is_named(tmp_path, name):
+def test_a_truncated_file_is_named(tmp_path, name):
     path = tmp_path / name
     raw = as_lines([random.Random(1).randbytes(99_000).hex()])
     if name.endswith('parquet'):
@@ -184,7 +184,7 @@ def test_columns_of_any_string_type_are_read_and_numbers_refused(tmp_path):
 
 @pytest.mark.parametrize('size', [1, 100, 2 ** 20])
 def test_lines_are_joined_to_articles(tmp_path, monkeypatch, size):
-    """As WikiText has them on the hub: a line a row, an article from a heading on."""
+    """As in WikiText on the hub: a row per line, an article from a heading on."""
     monkeypatch.setattr(documents, 'BATCH_BYTES', size)
     articles = [''.join([f' = Title {i} = \n', '', f' text {i} \n' * (i % 4), ' = = Part = = \n'])
                 for i in range(30)]
@@ -208,7 +208,7 @@ def test_a_line_end_may_be_the_separator(tmp_path):
 
 
 @pytest.mark.parametrize('size', [*range(1, 12), 2 ** 20])
-def test_a_separator_within_a_longer_row_of_it_parts_the_same_in_any_batch(tmp_path, monkeypatch,
+def test_overlapping_separators_divide_the_same_in_any_batch(tmp_path, monkeypatch,
                                                                            size):
     monkeypatch.setattr(documents, 'BATCH_BYTES', size)
     (tmp_path / 'a.txt').write_text('one\n----\ntwo---three\n-------four')
@@ -222,7 +222,7 @@ def test_a_separator_within_a_longer_row_of_it_parts_the_same_in_any_batch(tmp_p
 
 @pytest.mark.parametrize('line', ['{"text": "a", "n": ' + '1' * 5000 + '}',
                                   '{"text": ' + '[' * 100_000, '"text"', '[{"text": "a"}]', '{}'])
-def test_whatever_a_line_of_json_holds_it_is_named_or_skipped(tmp_path, line):
+def test_a_bad_line_of_json_is_named_or_skipped(tmp_path, line):
     path = tmp_path / 'a.jsonl'
     path.write_text(f'{{"text": "first"}}\n{line}\n{{"text": "last"}}\n')
     with pytest.raises(ValueError, match=r'a.jsonl:2: (not JSON|no field|expected one)'):
@@ -253,7 +253,7 @@ PARAGRAPHS = ['CHAPTER ONE', '"' + 'It was a windy night, and the sea was loud. 
 
 @pytest.mark.parametrize('between', ['\n', '\n\n', '\r\n'])
 def test_lines_broken_at_a_width_are_joined(between):
-    """By textwrap, as someone else broke them; without empty lines a short last line tells."""
+    """Broken by textwrap; without empty lines a short last line ends a paragraph."""
     wrapped = between.join(textwrap.fill(text, 70) for text in PARAGRAPHS)
     assert documents.unwrapped(wrapped).split('\n') == PARAGRAPHS
 

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all; downloads that break off, resume, or bring other bytes."""
+"""Files: written completely or not at all; downloads that break off, resume, or are wrong."""
 
 import hashlib
 import http.server

@@ -89,7 +89,7 @@ def test_adding_documents_moves_none(tmp_path):
 
 
 @pytest.mark.parametrize('n', [2, 3])
-def test_neither_side_is_ever_empty(tmp_path, n):
+def test_neither_split_is_ever_empty(tmp_path, n):
     for fraction in (0.01, 0.99):
         run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', TEXTS[:n]), val_fraction=fraction)
         found = decoded(tmp_path)
@@ -106,7 +106,7 @@ def test_one_document_is_split_by_position_as_nanogpt_does(tmp_path):
     assert decoded(tmp_path, 'shakespeare_char') == {'train': [text[:cut]], 'val': [text[cut:]]}
 
 
-def test_shakespeare_char_is_nanogpt_s(tmp_path, real):
+def test_shakespeare_char_equals_that_of_nanogpt(tmp_path, real):
     """65 characters, 1,003,854 and 111,540 tokens (nanoGPT, data/shakespeare_char/readme.md)."""
     source = real('tinyshakespeare/input.txt')
     manifest = run(tmp_path, source, dataset='shakespeare', tokenizer='chars', name='')

@@ -71,7 +71,7 @@ def test_an_id_outside_of_the_vocabulary_is_refused(tmp_path):
         found.read(900, 100)
 
 
-def test_a_missing_data_set_says_how_to_make_it(tmp_path):
+def test_a_data_set_that_is_not_there_says_how_to_make_it(tmp_path):
     command = 'python data/prepare.py --dataset=shakespeare --tokenizer=chars'
     with pytest.raises(ValueError, match=command):
         Tokens('shakespeare_char', 'train', 65, tmp_path)
@@ -96,7 +96,7 @@ def test_a_damaged_manifest_is_named(stories, tmp_path):
         verify('tiny', tmp_path)
 
 
-def test_the_manifest_counts_what_is_there(stories):
+def test_the_manifest_counts_documents(stories):
     facts = json.loads((stories / 'tiny/manifest.json').read_text())
     assert sum(split['documents'] for split in facts['splits'].values()) == 40
     assert facts['tokenizer']['eot_id'] == 299 and facts['splits']['val']['xz_bytes'] > 0
@@ -124,7 +124,7 @@ def test_a_data_set_with_a_file_missing_is_refused(stories, tmp_path, name):
         load_facts('tiny', tmp_path)
 
 
-def test_swapped_shards_are_refused(stories, tmp_path):
+def test_shards_that_changed_places_are_refused(stories, tmp_path):
     shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
     train, val = (tmp_path / 'tiny' / f'{split}_000000.bin' for split in ('train', 'val'))
     raw = train.read_bytes()
@@ -144,7 +144,7 @@ def test_a_shard_written_again_is_refused(tmp_path):
 
 
 def plain_documents(ids, eot):
-    """Lists of the ids that stand between the ids `eot`, by hand."""
+    """Lists of the ids between the ids `eot`, by plain Python."""
     found = [[]]
     for i in ids:
         if i == eot:
@@ -157,7 +157,7 @@ def plain_documents(ids, eot):
 
 
 @pytest.mark.parametrize('size', [1, 2, 3, 7, 10 ** 6])
-def test_documents_are_what_stands_between_the_marks(tmp_path, size):
+def test_documents_are_what_is_between_the_eot_tokens(tmp_path, size):
     """Whatever the size of the pieces, also where documents are empty or longer than one."""
     rng = random.Random(size)
     for trial in range(40):
@@ -172,9 +172,9 @@ def test_documents_are_what_stands_between_the_marks(tmp_path, size):
             if ends:
                 found, pieces = [*found, pieces], []
         assert found == plain_documents(ids, 0) and not pieces
-        whole = list(documents(tokens, None, size))
-        assert np.concatenate([part for part, _ in whole]).tolist() == ids
-        assert [ends for _, ends in whole] == [False] * (len(whole) - 1) + [True]
+        pieces = list(documents(tokens, None, size))
+        assert np.concatenate([part for part, _ in pieces]).tolist() == ids
+        assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
 def test_documents_refuse_ids_outside_of_the_vocabulary(tmp_path):

@@ -116,7 +116,7 @@ def test_a_tokenizer_that_encodes_differently_is_refused(tmp_path, change):
 
 
 def test_special_tokens_may_have_any_id():
-    """Others train a tokenizer with these at its beginning, and add some at its end."""
+    """Some tokenizers have them at the beginning and at the end."""
     tokenizers = pytest.importorskip('tokenizers')
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -163,7 +163,7 @@ PARTS = ['a', 'ab', 'the', ' ', '  ', '\n', '\r\n', '\t', '\u3000', '\x85', "'s"
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'bpe:300', 'bytes'])
-def test_pieces_and_documents_at_once_give_what_one_at_a_time_gives(name, request, monkeypatch):
+def test_pieces_and_batches_of_documents_encode_as_one_text_at_a_time(name, request, monkeypatch):
     """Against tiktoken's encode_ordinary of each text."""
     if name == 'gpt2':
         request.getfixturevalue('gpt2')

@@ -217,20 +217,29 @@ def cbt(subset: str, split: str, path: str | Path = '',
         path = unpack('cbt', [SOURCES['cbt'][2] + file for file in files])
     raw = read_bytes(path)
     blob = hashlib.sha1(b'blob %d\0' % len(raw) + raw).hexdigest()
-    questions, block, skipped = [], [], 0
-    for where, line in [*lines_of(raw, path), (f'{path}: end', '')]:
+    questions, skipped = [], 0
+    for block in blocks_of(raw, path):
+        try:
+            questions.append(question(block))
+        except ValueError:
+            if not skip_bad:
+                raise
+            skipped += 1
+    return not_empty(questions, {**facts(path, raw), 'skipped': skipped,
+                                 'official': blob.startswith(CBT_BLOBS[name])})
+
+
+def blocks_of(raw: bytes, path: str | Path) -> Iterator[list[tuple[str, str]]]:
+    """Lists of ('file:line', text) of the lines between empty ones."""
+    block = []
+    for where, line in lines_of(raw, path):
         if line.strip():
             block.append((where, line))
         elif block:
-            try:
-                questions.append(question(block))
-            except ValueError:
-                if not skip_bad:
-                    raise
-                skipped += 1
+            yield block
             block = []
-    return not_empty(questions, {**facts(path, raw), 'skipped': skipped,
-                                 'official': blob.startswith(CBT_BLOBS[name])})
+    if block:
+        yield block
 
 
 def question(block: list[tuple[str, str]]) -> Question:

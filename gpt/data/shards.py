@@ -229,11 +229,14 @@ def documents(tokens: Tokens, eot_id: int | None,
     <|endoftext|> are a document too; then one at the very end starts none, as in nanoGPT's files,
     where it follows each document. Without eot_id the split is one document.
     """
-    rest, eots, leading, cut = np.empty(0, np.uint16), 0, False, False
+    rest = np.empty(0, np.uint16)       # of the open document
+    cut = False                         # whether a piece of it was yielded
+    eots, leading = 0, False            # whether a document precedes the first <|endoftext|>
     for chunk in tokens.chunks(size):
         ids, start = np.concatenate([rest, chunk]), 0
-        for end in [] if eot_id is None else np.flatnonzero(ids == eot_id).tolist():
-            if eots or end or cut:
+        ends = [] if eot_id is None else np.flatnonzero(ids == eot_id).tolist()
+        for end in ends:
+            if eots or end or cut:      # else nothing precedes the first one
                 yield ids[start:end], True
                 leading |= not eots
             start, eots, cut = end + 1, eots + 1, False
