@@ -78,7 +78,7 @@ def gpt2() -> tiktoken.Encoding:
             f"tokenizer 'gpt2': its two files are not cached and could not be downloaded "
             f"({type(error).__name__}); put OpenAI's vocab.bpe as {GPT2_FILES[0]} and "
             f"encoder.json as {GPT2_FILES[1]} into a folder and set TIKTOKEN_CACHE_DIR to it, or "
-            f"set HF_ENDPOINT to a mirror of the hub; --tokenizer=bpe:4096 needs no network"
+            f"name a mirror of the hub in HF_ENDPOINT; --tokenizer=bpe:4096 needs no network"
         ) from None
 
 
