@@ -74,7 +74,7 @@ PUBLISHED = {               # per cent, by preset, model and subset
 def main(cfg):
     if cfg.compare:
         return print(results.compare(cfg.compare))
-    results.evaluate(resolved(cfg), read, measure)
+    results.run_evaluation(resolved(cfg), read_data, outcome)
 
 
 def resolved(cfg):
@@ -96,7 +96,7 @@ def resolved(cfg):
     return cfg
 
 
-def read(cfg):
+def read_data(cfg):
     """The Data; its items are ({subset: Questions}, {sentence: book})."""
     subsets, facts = {}, []
     for name in cfg.subset:
@@ -112,7 +112,7 @@ def read(cfg):
     return results.Data((subsets, books), together, first, '\n'.join(one['path'] for one in facts))
 
 
-def measure(cfg, model, encoding, data, options):
+def outcome(cfg, model, encoding, data, options):
     """The Outcome: an accuracy for each subset, with the published figure of the same protocol."""
     preset, (subsets, books) = PRESETS[cfg.preset], data.items
     as_published = (data.is_official and not data.facts['skipped']

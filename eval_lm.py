@@ -93,7 +93,7 @@ def main(cfg):
         return print(results.compare(cfg.compare))
     if cfg.table3:
         return print(table(cfg.model))
-    results.evaluate(resolved(cfg), read, measure)
+    results.run_evaluation(resolved(cfg), read_data, outcome)
 
 
 def resolved(cfg):
@@ -116,7 +116,7 @@ def resolved(cfg):
     return cfg
 
 
-def read(cfg):
+def read_data(cfg):
     """The Data; its items are the passages of LAMBADA, or the Corpus of any other text."""
     if cfg.task == 'lambada':
         passages, facts = benchmarks.lambada(cfg.data)
@@ -137,7 +137,7 @@ def read(cfg):
     return results.Data(as_corpus(text, cfg), facts, first, facts['path'])
 
 
-def measure(cfg, model, encoding, data, options):
+def outcome(cfg, model, encoding, data, options):
     """The Outcome of the task, with the published figures of the same measurement."""
     score = lambada if cfg.task == 'lambada' else rolling
     measures, tokens, notes = score(cfg, model, encoding, data.items, options)

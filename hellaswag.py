@@ -56,17 +56,17 @@ def main(cfg):
         return print(results.compare(cfg.compare))
     if cfg.protocol not in PROTOCOLS:
         raise ValueError(f"protocol: given {cfg.protocol!r}, expected 'completion' or 'lm-eval'")
-    results.evaluate(cfg, read, measure)
+    results.run_evaluation(cfg, read_data, outcome)
 
 
-def read(cfg):
+def read_data(cfg):
     questions, facts = benchmarks.hellaswag(cfg.data)
     summary = f"{facts['path']}: {len(questions):,} questions"
     questions, first = results.limited(questions, cfg.limit)
     return results.Data(questions, facts, first, summary)
 
 
-def measure(cfg, model, encoding, data, options):
+def outcome(cfg, model, encoding, data, options):
     """The Outcome of the protocol, with the published figures of the same measurement."""
     questions = data.items
     answers = evaluate(model, encoding, questions, cfg.protocol, share=cfg.share, **options)

@@ -52,7 +52,7 @@ def main(cfg):
     texts = {name: (folder.parent / name).read_text(encoding='utf-8')
              for name in FROM_THE_RUN if (folder.parent / name).exists()}
     # the published weights are measured: those of the file, in float32
-    rows = table(cfg, folder, model.float(), encoding, dtype)
+    rows = properties(cfg, folder, model.float(), encoding, dtype)
     samples = [line for prompt in cfg.prompts for line in quoted(cfg, prompt, model, encoding)]
     texts['README.md'] = card(cfg, about.strip(), rows, samples)
     checkpoints.publish(target, model.to(dtype), encoding, texts)
@@ -99,7 +99,7 @@ def card(cfg, about, rows, samples):
         *samples, ''])
 
 
-def table(cfg, folder, model, encoding, dtype):
+def properties(cfg, folder, model, encoding, dtype):
     """[(key, value)] of what the card says of the model, whose file is in `dtype`."""
     saved, records = checkpoints.load_training(folder), read_log(folder.parent / 'log.jsonl')
     progress, run_settings = saved['progress'], saved['settings']
@@ -117,7 +117,7 @@ def table(cfg, folder, model, encoding, dtype):
 
 
 def validation(dataset, data_dir, model):
-    """Rows of the table about all of the validation text; none if it is not at hand."""
+    """Properties measured on all of the validation text; none if it is not at hand."""
     try:
         sets, _ = load_sets(dataset, data_dir)
     except (OSError, ValueError) as error:

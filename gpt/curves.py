@@ -202,7 +202,7 @@ def compared(folders: Sequence[Path], target: float = 0.0) -> list[str]:
         if len(group) > 1:
             final += f' ± {stdev(finals):.4f}'
         best = mean(min(curve.losses(key)) for curve in group)
-        tokens, seconds, rate = map(number, cost_of(group, target, key))
+        tokens, seconds, rate = map(format_number, cost_of(group, target, key))
         lines.append(f'{name_of(group):32}{final:>22}{best:10.4f}{tokens:>20}{seconds:>10}'
                      f'{rate:>12}')
     for group in groups[1:]:
@@ -301,5 +301,5 @@ def name_of(group: Sequence[Curve]) -> str:
     return group[0].name + seeds
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     return '-' if value is None else f'{value:,.0f}'

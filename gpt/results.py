@@ -68,42 +68,43 @@ class Outcome(NamedTuple):
     rows: Iterable[dict] = ()               # a record for each item, of --dump
 
 
-def evaluate(cfg: Any, read: Callable[..., Data], measure: Callable[..., Outcome]) -> None:
+def run_evaluation(cfg: Any, read_data: Callable[..., Data],
+                   outcome: Callable[..., Outcome]) -> None:
     """Run an evaluation on all processes: read the data, load the model, measure, print, write.
 
-    read(cfg) runs on rank 0 alone, measure(cfg, model, encoding, data, options) on every rank;
+    read_data(cfg) runs on rank 0 alone, outcome(cfg, model, encoding, data, options) on every rank;
     options are those of gpt.scoring.ScoringOptions, as a dict.
     """
     check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'limit batch_tokens')])
     make_parents(cfg.out, getattr(cfg, 'dump', ''))
     world = World.join(cfg.device, timeout_minutes=120)             # rank 0 may have to download
-    data = world.on_main(read, cfg)
+    data = world.on_main(read_data, cfg)
     if cfg.download:
         world.print(data.summary)
         return world.leave()
     model, encoding, weights = checkpoints.load_for_evaluation(world, cfg.model, cfg.dtype)
     started = time.perf_counter()
     options = {'batch_tokens': cfg.batch_tokens, 'world': world, 'progress': True}
-    outcome = measure(cfg, model, encoding, data, options)
+    found = outcome(cfg, model, encoding, data, options)
+    seconds = round(time.perf_counter() - started, 2)
     if world.is_main:
-        seconds = round(time.perf_counter() - started, 2)
-        finish(cfg, outcome, {
-            'task': outcome.task, 'name': outcome.name, 'protocol': outcome.protocol,
+        finish(cfg, found.rows, {
+            'task': found.task, 'name': found.name, 'protocol': found.protocol,
             'model': weights, 'data': data.facts, 'first': data.first,
-            'measures': outcome.measures, 'notes': outcome.notes, 'tokens': outcome.tokens,
+            'measures': found.measures, 'notes': found.notes, 'tokens': found.tokens,
             'settings': vars(cfg), 'device': str(world.device), 'processes': world.size,
             'seconds': seconds,
             'versions': {'python': platform.python_version(), 'torch': torch.__version__}})
     world.leave()
 
 
-def finish(cfg: Any, outcome: Outcome, result: dict) -> None:
-    """Print a result, and write it and the dump of its items."""
+def finish(cfg: Any, rows: Iterable[dict], result: dict) -> None:
+    """Print and write a result, and write the rows of its items if asked to."""
     path = Path(cfg.out) if cfg.out else result_path(result)
     write(path, result)
     print(format_result(result), f'  written to {path}', sep='\n')
     if getattr(cfg, 'dump', ''):
-        lines = ''.join(json.dumps(row) + '\n' for row in outcome.rows)
+        lines = ''.join(json.dumps(row) + '\n' for row in rows)
         Path(cfg.dump).write_text(lines, encoding='utf-8')
 
 
