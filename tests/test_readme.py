@@ -36,7 +36,7 @@ def script_and_arguments(command):
 def test_a_command_parses(command, monkeypatch):
     name, arguments = script_and_arguments(command)
     if name is None:
-        assert re.match(r'make (quickstart|test|bench|table3)|python3 -m venv|'
+        assert re.match(r'git clone|make (quickstart|test|bench|table3)|python3 -m venv|'
                         r'pip install -r requirements.txt', command), command
         return
     module = __import__(name[:-3].replace('/', '.'), fromlist=['Config'])
@@ -59,10 +59,31 @@ def test_the_faults_in_the_documents_have_tests():
     assert len(named) > 50 and not [name for name in named if f'def test_{name}(' not in tests]
 
 
-def test_the_tree_names_every_file():
-    tree = (ROOT / 'README.md').read_text().partition('## The tree')[2]
-    for path in [*ROOT.glob('*.py'), *(ROOT / 'data').glob('[a-z]*.py')]:
-        assert str(path.relative_to(ROOT)) in tree
+@pytest.mark.parametrize('name, title', [('README.md', '## The tree'),
+                                         ('README_zh.md', '## 目录结构')])
+def test_the_tree_names_every_file(name, title):
+    tree = (ROOT / name).read_text().partition(title)[2]
+    named = set(re.findall(r'^([\w/.]+)', tree, re.MULTILINE))
+    files = {str(path.relative_to(ROOT)) for pattern in ('*.py', 'data/*.py', 'gpt/**/*.py')
+             for path in ROOT.glob(pattern) if path.name != '__init__.py'}
+    assert not files - named
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_reading_order_names_files():
+    section = (ROOT / 'README.md').read_text().partition('## Read the code')[2]
+    names = re.findall(r'^\d\. `([\w/.]+)`', section, re.MULTILINE)
+    assert len(names) == 9 and all((ROOT / name).exists() for name in names)
+
+
+def test_the_constraints_fit_the_requirements():
+    """Every package that is required has a tested version."""
+    names = {re.match(r'[\w.-]+', line)[0].lower() for file in ROOT.glob('requirements*.txt')
+             for line in file.read_text().splitlines() if line and not line.startswith('-')}
+    tested = dict(re.findall(r'^([\w.-]+)==(\S+)$', (ROOT / 'constraints.txt').read_text().lower(),
+                             re.MULTILINE))
+    assert len(names) > 15 and not names - set(tested)
+    assert f"torch=={tested['torch']}" in (ROOT / 'requirements.txt').read_text()
 
 
 @pytest.mark.slow
@@ -72,8 +93,9 @@ def test_the_commands_run_one_after_another(tmp_path):
     files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True,
                            check=True).stdout.split()
     for name in files:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+        if (ROOT / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / 'notes').mkdir()
     (tmp_path / 'notes/a.md').write_text(
         'A note about nothing much, and then a little more of it.\n' * 40)
