@@ -7,6 +7,7 @@ folder shared/data beside the repository (or TEST_DATA) has it, is used as an ex
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,20 @@ def config(stories, tmp_path):
     from train import Config
     tiny = {**TINY, 'data_dir': str(stories), 'out_dir': str(tmp_path / 'run')}
     return lambda **changes: Config(**{**tiny, **changes})
+
+
+@pytest.fixture
+def two_sets(stories, tmp_path):
+    """A data folder with 'tiny', 'other' (other documents in the same bpe:300) and 'bytes'."""
+    from data import prepare
+    shutil.copytree(stories / 'tiny', tmp_path / 'data/tiny')
+    source = tmp_path / 'other.jsonl'
+    texts = [f'{i} ducks swam over the lake; {i % 7} came back. ' * 9 for i in range(30)]
+    source.write_text('\n'.join(json.dumps({'text': text}) for text in texts))
+    make = dict(input=(str(source),), val_fraction=0.2, data_dir=str(tmp_path / 'data'))
+    prepare.main(prepare.Config(tokenizer=str(stories / 'tiny'), **make))
+    prepare.main(prepare.Config(tokenizer='bytes', name='bytes', **make))
+    return tmp_path / 'data'
 
 
 def command_line(folder, stories, **changes):

@@ -10,7 +10,8 @@ def test_a_plan_says_what_the_run_takes_and_writes_nothing(config, tmp_path, cap
     text = capsys.readouterr().out
     for part in ('device', 'dtype', 'compiler', 'data', 'vocabulary', 'batch', 'disk'):
         assert re.search(rf'^{part} +(?!FAILS)\S', text, re.M), text
-    assert re.search(r'a full update takes [\d.e-]+ s: [\d,]+ tokens/s, mfu \d+%; peak memory', text)
+    assert re.search(r'a full update takes [\d.e-]+ s: [\d,]+ tokens/s, mfu \d+%; peak memory',
+                     text)
     assert re.search(r'5,000 updates, 1.3M tokens: [\d.]+ minutes', text)
     assert not (tmp_path / 'run').exists()
 

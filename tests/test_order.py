@@ -1,5 +1,7 @@
-"""The order in which sequences come: of one data set, of several, and read ahead."""
+"""The order in which sequences come: of one data set, of several, and prefetched."""
 
+import json
+import shutil
 import threading
 import tracemalloc
 from collections import Counter
@@ -9,7 +11,8 @@ import pytest
 from conftest import ROOT, script
 from test_shards import tokens, write
 
-from gpt.data.order import CYCLE, Ahead, Mixture, TokenBatches, mixture, permuted
+from gpt.data.order import (CYCLE, Batch, Data, Mixture, Prefetcher, TokenBatches, load_sets,
+                            mixture, permuted)
 from gpt.data.shards import HEADER_BYTES, Tokens
 
 
@@ -22,8 +25,8 @@ def test_permuted_is_a_permutation_that_depends_on_its_key(size):
 
 
 def test_permuted_mixes_well():
-    """Neighbours land apart as in a uniform permutation: mean distance size / 3,
-    positions uncorrelated."""
+    """Neighbours are as far apart as in a uniform permutation: mean distance size / 3, no
+    correlation between positions."""
     size = 10_000
     once = permuted(np.arange(size), size, 'a')
     assert np.abs(np.diff(once)).mean() == pytest.approx(size / 3, rel=0.05)
@@ -32,8 +35,8 @@ def test_permuted_mixes_well():
 
 @pytest.mark.parametrize('world', [1, 2, 3, 4])
 def test_an_epoch_is_every_block_once_whatever_the_world_size(tmp_path, world):
-    """1003 tokens in blocks of 10: 100 blocks an epoch;
-    ranks read in turn and together see each once."""
+    """1003 tokens in blocks of 10: 100 blocks in an epoch, and all ranks together read each
+    once."""
     batches = TokenBatches(tokens(tmp_path, 1003), 10, seed=3)
     assert batches.blocks == 100
     for epoch in range(3):
@@ -66,8 +69,8 @@ def test_a_data_set_smaller_than_one_update(tmp_path):
 
 
 def test_the_order_never_changes():
-    """A run that goes on after an update of this program goes on with the same data. Two ends of
-    an epoch among them, and 10 ** 11 tokens, whose permutation is computed, never stored."""
+    """A run resumed by a newer version of this program reads the same data. The numbers cross two
+    ends of an epoch, one of them of 10 ** 11 tokens."""
     small = TokenBatches(range(100_000), 64, 1337)
     assert small.starts(np.arange(4)).tolist() == [26828, 59916, 11916, 36044]
     assert small.starts(np.arange(1558, 1566)).tolist() == [
@@ -127,13 +130,13 @@ def test_a_sequence_begins_with_the_first_document_of_its_block(tmp_path, size, 
 
 # Mixtures.
 
-@pytest.mark.parametrize('text, shares', [
+@pytest.mark.parametrize('text, counts', [
     ('a', {'a': 1000}), ('a:3', {'a': 1000}), ('a,b', {'a': 500, 'b': 500}),
     ('a:0.7,b:0.3', {'a': 700, 'b': 300}), (' a : 7 , b:3', {'a': 700, 'b': 300}),
     ('a,b,c', {'a': 334, 'b': 333, 'c': 333}), ('a:1,b:2,c:3', {'a': 167, 'b': 333, 'c': 500}),
     ('a:0.9994,b:0.0006', {'a': 999, 'b': 1})])
-def test_weights_become_shares_of_a_cycle(text, shares):
-    assert mixture(text) == shares and sum(shares.values()) == CYCLE
+def test_weights_become_counts_of_a_cycle(text, counts):
+    assert mixture(text) == counts and sum(counts.values()) == CYCLE
 
 
 @pytest.mark.parametrize('text, words', [
@@ -184,10 +187,54 @@ def test_a_mixture_is_a_function_of_seed_and_position(tmp_path, world):
     assert (mixed(tmp_path, seed=4).read(0, 1200)[0] != whole).any()
 
 
-# Reading ahead.
+# Data sets.
+
+@pytest.mark.parametrize('text, words', [
+    ('tiny,bytes', 'data sets tiny and bytes have different tokenizers, '
+     r'bpe:300 \(300\) and bytes .257.; .*--tokenizer=.*/tiny$'),
+    ('tiny,nowhere', 'not prepared; run\n    python data/prepare.py --name=nowhere'),
+    ('tiny,tiny', 'each once'), ('tiny:x,other:1', 'a weight above 0')])
+def test_mixtures_that_are_refused(two_sets, text, words):
+    with pytest.raises(ValueError, match=words):
+        load_sets(text, str(two_sets))
+
+
+def test_a_val_split_of_one_token_is_refused(stories, tmp_path):
+    shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
+    path = tmp_path / 'tiny/manifest.json'
+    manifest = json.loads(path.read_text())
+    for tokens in (2, 1):
+        [shard] = write(tmp_path / 'tiny', [5] * tokens, split='val')
+        manifest['splits']['val'] |= {'tokens': tokens, 'shards': [shard]}
+        path.write_text(json.dumps(manifest))
+        if tokens == 2:
+            assert len(load_sets('tiny', tmp_path)[0][0].val) == 2
+    with pytest.raises(ValueError, match='/tiny: the val split has one token, expected at least 2'):
+        load_sets('tiny', tmp_path)
+
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_the_micro_batches_of_all_ranks_are_the_sequences_of_an_update(stories, world):
+    """In order, and each rank's next one is read ahead, also across updates."""
+    data = Data('tiny', stories)
+    data.set_order(16, seed=1)
+    batch = Batch(sequences=8, micro_batch=2, micro_steps=4 // world)
+    for position in (0, 8):
+        rows, indices = [], []
+        for rank in range(world):
+            for index, x, y in data.micro_batches(position, batch, rank):
+                rows.append(x)
+                indices.append(index)
+        assert indices == [0, 1, 2, 3]
+        assert (np.concatenate(rows) == data.order.read(position, 8)[0].numpy()).all()
+        expected = position + 8 + (world - 1) * 4                   # the last rank's next one
+        assert data.prefetcher.expected == (expected, 2)
+
+
+# Prefetching.
 
 class Counted:
-    """Batches that say from which thread each was read; some cannot be read."""
+    """Batches that record which thread read each; those at `broken` positions cannot be read."""
 
     def __init__(self, batches, broken=()):
         self.batches, self.broken, self.calls = batches, broken, []
@@ -199,33 +246,33 @@ class Counted:
         return self.batches.read(position, count)
 
 
-def test_reading_ahead_gives_the_same_batches(tmp_path):
+def test_prefetching_gives_the_same_batches(tmp_path):
     batches = TokenBatches(tokens(tmp_path), 10, seed=3)
     counted = Counted(batches)
-    ahead = Ahead(counted)
+    prefetcher = Prefetcher(counted)
     asked = [(0, 4, 4), (4, 4, 8), (8, 4, 50), (50, 2, 52), (52, 2, 8), (8, 2, None), (8, 2, 10)]
     for position, count, then in asked:                             # right and wrong guesses
-        x, y = ahead.read(position, count, then)
+        x, y = prefetcher.read(position, count, then)
         assert (x == batches.read(position, count)[0]).all()
         assert (y == batches.read(position, count)[1]).all()
-    ahead.thread.join()
+    prefetcher.thread.join()
     in_main = [position for position, main in counted.calls if main]
     assert in_main == [0, 50, 8]                                    # 50: of another size, 8: twice
 
 
-def test_an_error_in_reading_ahead_surfaces_where_the_batch_is_asked_for(tmp_path):
-    ahead = Ahead(Counted(TokenBatches(tokens(tmp_path), 10, seed=3), broken=(4, 12)))
-    ahead.read(0, 4, then=4)
-    ahead.read(8, 4, then=12)                                       # 4 is never asked for
+def test_an_error_of_prefetching_is_raised_where_the_batch_is_asked_for(tmp_path):
+    prefetcher = Prefetcher(Counted(TokenBatches(tokens(tmp_path), 10, seed=3), broken=(4, 12)))
+    prefetcher.read(0, 4, then=4)
+    prefetcher.read(8, 4, then=12)                                       # 4 is never asked for
     with pytest.raises(ValueError, match='12 cannot be read'):
-        ahead.read(12, 4, then=16)
-    assert ahead.read(16, 4)[0].shape == (4, 10)
+        prefetcher.read(12, 4, then=16)
+    assert prefetcher.read(16, 4)[0].shape == (4, 10)
 
 
-def test_reading_ahead_keeps_no_process_alive():
-    code = ('import time\nfrom data.batches import Ahead\n'
+def test_prefetching_keeps_no_process_alive():
+    code = ('import time\nfrom gpt.data.order import Prefetcher\n'
             'class Slow:\n    def read(self, position, count): time.sleep(1000 * position)\n'
-            'Ahead(Slow()).read(0, 1, then=1)')
+            'Prefetcher(Slow()).read(0, 1, then=1)')
     script('-c', code)
 
 
@@ -239,7 +286,7 @@ def test_reading_needs_no_memory_that_grows_with_the_corpus(tmp_path):
         file.write(np.array([20_000_000], '<i4').tobytes())
         file.truncate(HEADER_BYTES + 40_000_000)
     code = (f"import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            f"from data.shards import Tokens; from data.batches import TokenBatches\n"
+            f"from gpt.data.shards import Tokens; from gpt.data.order import TokenBatches\n"
             f"batches = TokenBatches(Tokens('d', 'train', 9, {str(tmp_path)!r}), 1024, 1)\n"
             f"peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             f"batches.read(0, 16); before = peak()\n"
