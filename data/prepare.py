@@ -233,9 +233,9 @@ def keep_partial(partial):
 def replace(folder, partial):
     """Put the complete data set in `partial` in its place."""
     shutil.rmtree(partial / 'downloads', ignore_errors=True)
-    for path in list(partial.iterdir()):
-        if path.suffix == '.partial' or not re.fullmatch(OUR_FILES, path.name):
-            path.unlink(missing_ok=True)
+    for pattern in ('plan.json', 'progress.json', '.*.partial', '*.aside'):     # of killed writes
+        for path in partial.glob(pattern):
+            path.unlink()
     old = folder.with_name(f'.{folder.name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -246,53 +246,32 @@ def replace(folder, partial):
 
 # Text to shards.
 
-class Corpus:
-    """The documents of a source."""
-
-    def __init__(self, source, options, downloads):
-        self.files, self.options = source.files, options
-        self.path_of = sources.Downloads(self.files, downloads)
-
-    def batches(self, start=(0, 0, 0)):
-        return documents.batches(self.files, start, self.options, self.path_of)
-
-    def texts(self, counts):
-        """(text, the same as UTF-8) of every document; remarks are added to `counts`."""
-        for batch in self.batches():
-            yield from documents.texts(batch, self.options, counts)
-
-    def check_unchanged(self):
-        for file in self.files:
-            if file.mtime and file.path.stat().st_mtime_ns != file.mtime:
-                raise ValueError(f'{file.name}: changed while it was read; run the same command '
-                                 f'again')
-
-
 def write_dataset(cfg, source, plan, folder):
     """Write shards, tokenizer.json and, last, manifest.json into `folder`."""
     separator = cfg.separator.replace('\\n', '\n').replace('\\t', '\t')
     options = documents.Options(cfg.text_key, separator, int(cfg.max_document_mb * 2 ** 20),
                                 cfg.errors, source.begins, cfg.unwrap)
-    corpus, chosen = Corpus(source, options, folder / 'downloads'), plan['settings']
-    progress = read_progress(folder) or start(folder, corpus, chosen)
+    path_of = sources.Downloads(source.files, folder / 'downloads')
+
+    def batches(start=(0, 0, 0)):
+        return documents.batches(source.files, start, options, path_of)
+
+    def texts(counts):
+        return (text for batch in batches() for text in documents.texts(batch, options, counts))
+
+    chosen, vocabulary = plan['settings'], folder / 'tokenizer.json'
+    progress = read_progress(folder) or start_progress(folder, texts, chosen)
     rule = SplitRule(chosen['seed'], chosen['val_fraction'], progress.threshold)
-    vocabulary = folder / 'tokenizer.json'
     if not vocabulary.exists():
-        make_tokenizer(vocabulary, chosen['tokenizer'], corpus, rule)
+        make_tokenizer(vocabulary, chosen['tokenizer'], texts, rule)
     encoding = gpt2() if chosen['tokenizer'] == 'gpt2' else load(vocabulary)
     is_large = sum(file.size for file in source.files) > LARGE_BYTES
     workers = cfg.workers or (cores() if is_large else 1)
-    results = tokenized(corpus.batches(progress.after), workers, vocabulary, options, rule)
+    results = tokenized(batches(progress.after), workers, vocabulary, options, rule)
     writers = {split: ShardWriter(folder, split, chosen['shard_tokens'], eot_id(encoding),
-                                 progress.writers.get(split)) for split in ('train', 'val')}
+                                  progress.writers.get(split)) for split in ('train', 'val')}
     write_splits(results, writers, progress, len(source.files))
-    corpus.check_unchanged()
-    for split, facts in progress.splits.items():
-        if facts['tokens'] < 2:
-            tokens = number_of(facts['tokens'], 'token')
-            raise ValueError(f'{split}: given {tokens}, expected at least 2 (an input and a '
-                             f'target); give more text or another --val_fraction')
-        facts['shards'] = writers[split].shards
+    check_written(source.files, progress.splits)
     if progress.splits['val']['bytes'] <= XZ_BYTES:
         progress.splits['val']['xz_bytes'] = xz_size(folder, encoding)
     write_manifest(folder, plan, encoding, progress.splits, progress.counts)
@@ -304,12 +283,12 @@ def read_progress(folder):
     return Progress(**json.loads(file.read_text(encoding='utf-8'))) if file.exists() else None
 
 
-def start(folder, corpus, chosen):
+def start_progress(folder, texts, chosen):
     """A new Progress; shards that no progress.json counts are deleted."""
     for path in folder.glob('*.bin'):
         path.unlink()
     counts = {}
-    raws = (raw for _, raw in corpus.texts(counts))
+    raws = (raw for _, raw in texts(counts))
     threshold = val_threshold(raws, chosen['seed'], chosen['val_fraction'])
     if threshold is None:
         message = f'there is no text to prepare{describe(counts)}'
@@ -319,11 +298,11 @@ def start(folder, corpus, chosen):
     return Progress(threshold)
 
 
-def make_tokenizer(file, kind, corpus, rule):
+def make_tokenizer(file, kind, texts, rule):
     """Write the tokenizer of this kind to `file`, trained on the corpus if need be."""
     if kind.startswith('bpe:'):
         print(f'training the tokenizer {kind}', flush=True)
-    encoding = build(kind, lambda: sample(corpus.texts({}), kind, rule))
+    encoding = build(kind, lambda: sample(texts({}), kind, rule))
     atomic_write(file, to_json(encoding))
 
 
@@ -361,8 +340,21 @@ def write_splits(results, writers, progress, n_files):
             if time.monotonic() - saved > SAVE_SECONDS:
                 save_progress(progress, writers)
                 saved = time.monotonic()
-    for writer in writers.values():
+    for split, writer in writers.items():
         writer.close()
+        progress.splits[split]['shards'] = writer.shards
+
+
+def check_written(files, splits):
+    """Raise ValueError if a file has changed since it was listed, or a split is too small."""
+    for file in files:
+        if file.mtime and file.path.stat().st_mtime_ns != file.mtime:
+            raise ValueError(f'{file.name}: changed while it was read; run the same command again')
+    for split, facts in splits.items():
+        if facts['tokens'] < 2:
+            tokens = number_of(facts['tokens'], 'token')
+            raise ValueError(f'{split}: given {tokens}, expected at least 2 (an input and a '
+                             f'target); give more text or another --val_fraction')
 
 
 def save_progress(progress, writers):
