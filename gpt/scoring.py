@@ -16,7 +16,8 @@ accept positions (B, T) and a bool mask (B, 1, T, T) by name. A model of transfo
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from gpt.sharding import is_sharded
 from gpt.world import World
 
 MAX_LOGITS = 2 ** 25        # made at once: the head is applied to slices of positions
@@ -192,34 +194,46 @@ def score_parts(model: Callable, parts: Sequence[list[Row]],
             for part in parts]
 
 
-@torch.inference_mode()
 def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) -> list[Score]:
     """The Score of every Row, on every rank.
 
     Rows are sorted by length and read in batches; a batch that does not fit in the memory of a GPU
     is halved. Raises ValueError, with the row's number, where a model gives NaN.
     """
-    device = torch.device(options.device or device_of(model))
-    batches = batches_of(rows, options.batch_tokens or (1024 if device.type == 'cpu' else 65536))
-    world = options.world or World()
-    batches = batches[world.rank::world.size]
-    bar = tqdm(total=sum(len(row.ids) for batch in batches for _, row in batch), unit='tok',
+    device, world = torch.device(options.device or device_of(model)), options.world or World()
+    sharded = is_sharded(model)         # then a batch makes logits of all its tokens
+    size = options.batch_tokens or (1024 if device.type == 'cpu' else 8192 if sharded else 65536)
+    batches = batches_of(rows, size)
+    mine = batches[world.rank::world.size]
+    if sharded and len(mine) < -(-len(batches) // world.size):
+        mine.append(batches[-1])        # a second time: every rank takes part in every pass
+    bar = tqdm(total=sum(len(row.ids) for batch in mine for _, row in batch), unit='tok',
                unit_scale=True, disable=not (options.progress and world.is_main), leave=False,
                **({} if sys.stderr.isatty() else PROGRESS_LINES))
     scores = {}
-    for batch in batches:
-        new = score_batch(model, [row for _, row in batch], options.banned, device)
-        for (i, row), score in zip(batch, new):
-            if np.isnan(score.logprobs).any():
-                raise ValueError(f'the model gives NaN for row {i}: its weights are damaged, '
-                                 f'or the dtype is too narrow for them')
-            scores[i] = score
-            bar.update(len(row.ids))
+    with forward_context(sharded, world):
+        for batch in mine:
+            new = score_batch(model, [row for _, row in batch], options.banned, device)
+            for (i, row), score in zip(batch, new):
+                if np.isnan(score.logprobs).any():
+                    raise ValueError(f'the model gives NaN for row {i}: its weights are damaged, '
+                                     f'or the dtype is too narrow for them')
+                scores[i] = score
+                bar.update(len(row.ids))
     bar.close()
     if options.world:
         for part in world.gather(scores):
             scores.update(part)
     return [scores[i] for i in range(len(rows))]
+
+
+@contextmanager
+def forward_context(sharded: bool, world: World) -> Iterator[None]:
+    """Without gradients. A sharded model runs as it trains: under autocast, and not in inference
+    mode, whose tensors its buffers could not keep."""
+    with torch.no_grad() if sharded else torch.inference_mode():
+        with world.autocast() if sharded else nullcontext():
+            yield
 
 
 def device_of(model: Callable) -> torch.device | str:
@@ -245,7 +259,7 @@ def score_batch(model: Callable, rows: list[Row], banned: torch.Tensor | None,
     try:
         return read_batch(model, rows, banned, device)
     except torch.OutOfMemoryError:
-        if len(rows) == 1:
+        if len(rows) == 1 or is_sharded(model):
             raise ValueError(f'a row of {len(rows[0].ids)} tokens does not fit in the memory of '
                              f'{device}; --dtype=bfloat16 needs half of it') from None
     torch.cuda.empty_cache()            # outside of except, where the error keeps tensors alive
@@ -258,13 +272,13 @@ def read_batch(model: Callable, rows: list[Row], banned: torch.Tensor | None,
                device: torch.device) -> list[Score]:
     counts = [len(row.targets) for row in rows]
     ids, places = model_inputs(rows, device)
-    x = getattr(model, 'hidden', model)(ids, **places)                      # (B, T, C or V)
+    body, head = body_and_head(model)
+    x = body(ids, **places)                                                 # (B, T, C or V)
     row_of, columns, targets = (torch.from_numpy(part).to(device) for part in (
         np.repeat(np.arange(len(rows)), counts), np.concatenate([row.columns for row in rows]),
         np.concatenate([row.targets for row in rows])))                     # (N,)
     is_first = torch.from_numpy(np.concatenate([row.columns == row.columns[0] for row in rows]))
     x = x[row_of, columns]                                                  # (N, C or V)
-    head = getattr(model, 'head', lambda logits: logits)
     logprobs, predicted = [], []
     size = max(1, MAX_LOGITS // head(x[:1]).size(-1))
     for start in range(0, len(targets), size):
@@ -278,6 +292,14 @@ def read_batch(model: Callable, rows: list[Row], banned: torch.Tensor | None,
     ends = np.cumsum(counts)[:-1]
     return [Score(*pair) for pair in zip(np.split(torch.cat(logprobs).cpu().numpy(), ends),
                                          np.split(torch.cat(predicted).cpu().numpy(), ends))]
+
+
+def body_and_head(model: Callable) -> tuple[Callable, Callable]:
+    """(ids to hidden states, these to logits). A sharded model gathers its parameters only when it
+    is called as a whole: as of any callable, the body gives logits, and the head nothing new."""
+    if is_sharded(model) or not hasattr(model, 'hidden'):
+        return model, lambda logits: logits
+    return model.hidden, model.head
 
 
 def model_inputs(rows: list[Row],
