@@ -1,0 +1,182 @@
+"""Updates of a Trainer: in pieces, undone, compiled, in one process and in two."""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import ROOT, script
+
+import train
+from gpt import trainer as trainer_module
+from gpt.optim import OptimizerConfig
+from gpt.trainer import Trainer, TrainerConfig, should_compile
+from gpt.world import World
+from model import GPT, GPTConfig
+
+TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
+IDS = torch.randint(61, (8, 17), generator=torch.Generator().manual_seed(0))
+
+
+def make(dtype=torch.float32, optimizer='adamw', seed=0):
+    torch.manual_seed(seed)
+    return Trainer(GPT(TINY), World(dtype=dtype), TrainerConfig(compile=False),
+                   OptimizerConfig(optimizer=optimizer))
+
+
+def update(trainer, pieces=1):
+    """One update on IDS in so many micro-batches: (loss, norm)."""
+    loss = torch.zeros(())
+    for i, part in enumerate(IDS.chunk(pieces), 1):
+        loss += trainer.backward(part[:, :-1], part[:, 1:], pieces, last=i == pieces)
+    norm = trainer.grad_norm()
+    trainer.step(loss, norm)
+    return loss, norm
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def test_micro_batches_change_nothing_but_rounding():
+    whole, pieces = make(), make()
+    for _ in range(3):
+        for a, b in zip(update(whole), update(pieces, 4)):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(weights(whole)[0], weights(make())[0])
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_a_state_dict_and_the_weights_restore_a_trainer(dtype, optimizer):
+    """The next update is the same to the last bit, the loss scale included."""
+    first = make(dtype, optimizer)
+    for _ in range(2):
+        update(first)
+    second = make(dtype, optimizer, seed=1)
+    second.load_weights(first.model)
+    second.load_state_dict(first.state_dict())
+    assert second.scaler.state_dict() == first.scaler.state_dict()
+    for a, b in zip(update(first), update(second)):
+        assert torch.equal(a, b)
+    assert all(map(torch.equal, weights(first), weights(second)))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_a_dry_run_leaves_no_trace(dtype):
+    trainer = make(dtype)
+    before, scaler = weights(trainer), trainer.scaler.state_dict()
+    with trainer.dry_run():
+        update(trainer)
+    assert all(map(torch.equal, before, weights(trainer)))
+    assert trainer.scaler.state_dict() == scaler and not trainer.state_dict()['optimizer']
+
+
+def test_evaluating_is_in_eval_mode_and_training_after_it():
+    trainer = make()
+    with trainer.evaluating() as model:
+        assert model is trainer.model and not model.training
+    assert trainer.model.training and trainer.full_model() is trainer.model
+
+
+def test_compiling_is_decided_by_the_length_of_the_run(monkeypatch):
+    monkeypatch.setattr(trainer_module.shutil, 'which', lambda name: '/usr/bin/g++')
+    for dtype, name in ((torch.bfloat16, 'half'), (torch.float32, 'float32')):
+        world, least = World(dtype=dtype), trainer_module.MIN_SECONDS_TO_COMPILE[name]
+        assert should_compile('auto', world, least + 1)[0]
+        assert not should_compile('auto', world, least - 1)[0]
+    assert not should_compile(False, World(), 1e9)[0] and should_compile(True, World(), 1)[0]
+    assert should_compile('auto', World(device=torch.device('cuda')), 1)[0]
+    assert not should_compile('auto', World(device=torch.device('mps')), 1e9)[0]
+    monkeypatch.setattr(trainer_module.shutil, 'which', lambda name: None)
+    wanted, reason = should_compile('auto', World(), 1e9)
+    assert not wanted and 'no C++ compiler' in reason
+
+
+def test_a_compiler_that_fails_leaves_an_eager_run_and_one_line(
+        config, tmp_path, monkeypatch, capsys):
+    def broken(model):
+        def call(*_):
+            raise RuntimeError('no compiler\nand a long story')
+        return call
+    monkeypatch.setattr(torch, 'compile', broken)
+    train.main(config(compile=True, max_iters=2))
+    text = 'compiling failed, continuing without (RuntimeError: no compiler)'
+    assert text in capsys.readouterr().out
+    assert (tmp_path / 'run/step_0000002').exists()
+
+
+COMPILED = """
+import json
+import math
+import sys
+
+import torch
+from torch._dynamo.utils import counters
+
+from gpt import tokenizer
+from gpt.data.order import DataSet
+from gpt.optim import OptimizerConfig
+from gpt.trainer import Trainer, TrainerConfig
+from gpt.validation import ValidationConfig, validate
+from gpt.world import World
+from model import GPT, GPTConfig
+from train import draw_sample
+
+
+class Text:
+    def __len__(self):
+        return 100
+
+    def read(self, start, count):
+        return (torch.arange(start, start + count) % 61).numpy()
+
+
+compiled, parallel = sys.argv[1] == 'compiled', sys.argv[2]
+world = World.join('cpu')
+torch.manual_seed(0)
+trainer = Trainer(GPT(GPTConfig(16, 257, 2, 2, 32)), world,
+                  TrainerConfig(compiled, parallel), OptimizerConfig())
+ids = torch.randint(257, (2, 2, 4, 17), generator=torch.Generator().manual_seed(world.rank))
+trainer.prepare((ids[0, 0, :, :-1], ids[0, 0, :, 1:]), math.inf)
+blocks = [block._compiled_call_impl is not None for block in trainer.model.h]
+losses, graphs = [], []
+for step in range(6):
+    loss = torch.zeros(())
+    for i in range(2):
+        part = ids[step % 2, i]
+        loss += trainer.backward(part[:, :-1], part[:, 1:], 2, last=i == 1)
+    norm = trainer.grad_norm()
+    world.reduce(loss)
+    trainer.step(loss, norm)
+    losses.append([loss.item() / world.size, norm.item()])
+    graphs.append(counters['stats']['unique_graphs'])
+    with trainer.evaluating() as model:     # shapes that differ from those of training
+        val = validate(model, [DataSet('text', 1.0, {}, Text(), Text())],
+                       ValidationConfig(3, 16, 100), world).loss
+    draw_sample(trainer, tokenizer.byte_pairs('bytes', []), seed=1)
+    graphs.append(counters['stats']['unique_graphs'])
+if world.is_main:
+    print(json.dumps([losses, graphs, blocks, 'loss' in vars(trainer.model), val]))
+world.leave()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+def test_two_processes_compile_blocks_and_loss_and_evaluate_without(tmp_path, parallel):
+    """The updates are those of an eager run, to rounding; validations and samples between them
+    compile nothing."""
+    (tmp_path / 'run.py').write_text(COMPILED)
+    found = {}
+    for how in ('eager', 'compiled'):
+        done = script(tmp_path / 'run.py', how, parallel, torchrun=2, timeout=600,
+                      env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        found[how] = json.loads(done.stdout.splitlines()[-1])
+    losses, graphs, blocks, loss_is_compiled, val = found['compiled']
+    assert blocks == [True, True] and loss_is_compiled
+    assert graphs[0] > 0 and len(set(graphs)) == 1, 'compiled again'
+    expected, none, *_, expected_val = found['eager']
+    assert set(none) == {0}
+    for a, b in zip([*losses, [val]], [*expected, [expected_val]], strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
