@@ -1,0 +1,202 @@
+"""
+What no CPU can test, in about five minutes on one CUDA card, with real processes:
+
+    python tests/gpu.py
+
+Prints a line for each check and exits with status 1 if one failed. With two cards or more it also
+trains on two, with DDP and FSDP.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from gpt.optim import OptimizerConfig
+from gpt.trainer import Trainer, TrainerConfig
+from gpt.world import World
+from model import GPT, GPTConfig
+
+SMALL = {'dataset': 'text', 'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'block_size': 256,
+         'batch_size': 16, 'total_batch_size': 16 * 16 * 256, 'max_iters': 60, 'dropout': 0.1,
+         'eval_interval': 20, 'eval_tokens': 20_000, 'log_interval': 1, 'warmup_iters': 5,
+         'save_minutes': 0.0, 'compile': False}
+SHAPE = GPTConfig(block_size=256, vocab_size=50257, n_layer=4, n_head=4, n_embd=256)
+
+
+def main():
+    if not torch.cuda.is_available():
+        print('no CUDA card: nothing was tested')
+        return 2
+    print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}', flush=True)
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        run('data/prepare.py', '--name=text', '--tokenizer=bpe:2048', '--data_dir=data',
+            str(ROOT / 'docs'), str(ROOT / 'README.md'))
+        for check in CHECKS:
+            start = time.perf_counter()
+            try:
+                outcome, found = 'ok', check()
+            except Exception as error:
+                outcome, found = 'FAILED', f'{type(error).__name__}: {error}'
+                failed += 1
+            print(f'{outcome:7}{time.perf_counter() - start:6.1f} s  {check.__doc__}: {found}',
+                  flush=True)
+    return int(failed > 0)
+
+
+def run(script, *args, processes=0, **settings):
+    """Output of a script of the repository; processes: under torchrun."""
+    flags = [f'--{key}={value}' for key, value in settings.items()]
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    done = subprocess.run([sys.executable, *(torchrun if processes else []), str(ROOT / script),
+                           *args, *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-1500:]
+    return done.stdout
+
+
+def train(out_dir, processes=0, **changes):
+    return run('train.py', processes=processes, data_dir='data', out_dir=out_dir,
+               **{**SMALL, **changes})
+
+
+def losses(out_dir):
+    """{step: loss}, the last record of each step."""
+    records = map(json.loads, Path(out_dir, 'log.jsonl').read_text().splitlines())
+    return {record['step']: record['loss'] for record in records if 'loss' in record}
+
+
+def difference(a, b):
+    """The largest difference of two curves over the same steps."""
+    a, b = losses(a), losses(b)
+    assert set(a) == set(b), 'the runs have different steps'
+    return max(abs(a[step] - b[step]) for step in a)
+
+
+def killed_and_resumed(dtype):
+    """The largest difference of the losses of a run that was killed and of one that was not."""
+    train(f'whole_{dtype}', dtype=dtype)
+    flags = [f'--{key}={value}' for key, value in SMALL.items()]
+    process = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), '--data_dir=data', *flags,
+                                f'--out_dir=killed_{dtype}', f'--dtype={dtype}'],
+                               stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not Path(f'killed_{dtype}/step_0000020/manifest.json').exists():
+        assert time.monotonic() < deadline and process.poll() is None, 'no checkpoint to resume'
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 'resuming from' in train(f'killed_{dtype}', dtype=dtype)
+    worst = difference(f'whole_{dtype}', f'killed_{dtype}')
+    assert worst < 1e-2, worst
+    return f'largest difference of a loss {worst:.1e}'
+
+
+def resume_float32():
+    """kill -9 and resume, float32"""
+    return killed_and_resumed('float32')
+
+
+def resume_bfloat16():
+    """kill -9 and resume, bfloat16"""
+    return killed_and_resumed('bfloat16')
+
+
+def float16():
+    """float16 with its scaler against float32"""
+    train('float16', dtype='float16')
+    worst = difference('float16', 'whole_float32')
+    assert worst < 0.05, worst
+    return f'largest difference of a loss {worst:.4f}'
+
+
+def compiled():
+    """compiled against eager, bfloat16"""
+    text = train('compiled', dtype='bfloat16', compile=True)
+    assert 'compiled in' in text, text
+    worst = difference('compiled', 'whole_bfloat16')
+    assert worst < 0.05, worst
+    seconds = text.partition('compiled in ')[2].partition(' s')[0]
+    return f'largest difference of a loss {worst:.4f}; compiled in {seconds} s'
+
+
+def one_process_nccl():
+    """torchrun with NCCL, one process, Muon"""
+    train('nccl', processes=1, optimizer='muon', dtype='bfloat16')
+    train('alone', optimizer='muon', dtype='bfloat16')
+    worst = difference('nccl', 'alone')
+    assert worst < 1e-2, worst
+    return f'largest difference of a loss {worst:.1e}'
+
+
+def two_processes():
+    """DDP, FSDP, and one resumed as the other, on two cards"""
+    if torch.cuda.device_count() < 2:
+        return 'skipped: one card'
+    train('ddp', processes=2, dtype='bfloat16')
+    train('fsdp', processes=2, dtype='bfloat16', parallel='fsdp', max_iters=40, lr_decay_iters=60)
+    train('fsdp', processes=2, dtype='bfloat16', lr_decay_iters=60)
+    worst = difference('ddp', 'fsdp')
+    assert worst < 0.05, worst
+    return f'largest difference of a loss {worst:.4f}'
+
+
+def generation():
+    """cached generation against full forward passes, float32 and bfloat16"""
+    torch.manual_seed(0)
+    model, found = GPT(SHAPE).cuda().eval(), []
+    ids = torch.randint(50257, (2, 20), device='cuda')
+    torch.set_float32_matmul_precision('highest')
+    out = model.generate(ids, 40, temperature=0)
+    with torch.no_grad():
+        again = model(out[:, :-1])[:, 19:].argmax(dim=-1)
+    same = (again == out[:, 20:]).float().mean().item()
+    assert same > 0.99, same
+    half = model.bfloat16().generate(ids, 40, temperature=0)
+    found.append(f'{same:.1%} of the tokens equal in float32')
+    found.append(f'{(half == out).float().mean().item():.1%} in bfloat16')
+    return ', '.join(found)
+
+
+def scores():
+    """a benchmark on the card against the CPU"""
+    text = ROOT / 'README.md'
+    values = []
+    for device in ('cuda', 'cpu'):
+        run('eval_lm.py', model='whole_float32', file=text, device=device, out=f'{device}.json')
+        measures = json.loads(Path(f'{device}.json').read_text())['measures']
+        values.append(measures['byte']['value'])
+    assert abs(values[0] - values[1]) < 1e-2, values
+    return f'{values[0]:.4f} and {values[1]:.4f} bits per byte'
+
+
+def memory():
+    """peak memory of an update of GPT-2 124M, 8 x 1,024, bfloat16"""
+    world = World(device=torch.device('cuda'), dtype=torch.bfloat16)
+    model = GPT(GPTConfig())
+    trainer = Trainer(model, world, TrainerConfig(compile=False), OptimizerConfig())
+    torch.cuda.reset_peak_memory_stats()
+    x = torch.randint(50257, (8, 1024), device='cuda')
+    for _ in range(2):
+        loss = trainer.backward(x, x, micro_steps=1, last=True)
+        trainer.step(loss, trainer.grad_norm())
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    assert peak < 20, peak
+    return f'{peak:.1f} GB'
+
+
+CHECKS = (resume_float32, resume_bfloat16, float16, compiled, one_process_nccl, two_processes,
+          generation, scores, memory)
+
+if __name__ == '__main__':
+    sys.exit(main())
