@@ -62,7 +62,7 @@ def test_the_faults_in_the_documents_have_tests():
 @pytest.mark.parametrize('name, title', [('README.md', '## The tree'),
                                          ('README_zh.md', '## 目录结构')])
 def test_the_tree_names_every_file(name, title):
-    tree = (ROOT / name).read_text().partition(title)[2]
+    tree = (ROOT / name).read_text().partition(title)[2].split('```')[1]
     named = set(re.findall(r'^([\w/.]+)', tree, re.MULTILINE))
     files = {str(path.relative_to(ROOT)) for pattern in ('*.py', 'data/*.py', 'gpt/**/*.py')
              for path in ROOT.glob(pattern) if path.name != '__init__.py'}
