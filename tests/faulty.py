@@ -24,18 +24,18 @@ KIND, RANK, UPDATE, TIMES = (*os.environ['FAULT'].split(), '1')[:4]
 HERE = RANK in ('all', os.environ.get('RANK', '0'))
 UPDATES = range(int(UPDATE), int(UPDATE) + int(TIMES))
 FIRST_START = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0'
-passes, loss, write = train.passes, GPT.loss, checkpoints.write
+forward_backward, loss, write = train.forward_backward, GPT.loss, checkpoints.write
 factor = 1.0
 
 
-def faulty_passes(seed, data, trainer, p, batch):
+def faulty_forward_backward(seed, data, trainer, p, batch):
     global factor
     due = HERE and p.position // batch.sequences in UPDATES
     if due and FIRST_START and KIND in ('SIGKILL', 'SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1',
                                         'SIGSTOP'):
         os.kill(os.getpid(), getattr(signal, KIND))
     factor = {'nan': math.nan, 'high_loss': 1000.0}.get(KIND, 1.0) if due else 1.0
-    return passes(seed, data, trainer, p, batch)
+    return forward_backward(seed, data, trainer, p, batch)
 
 
 def faulty_loss(self, x, targets):
@@ -61,7 +61,8 @@ def no_data(*args):
     raise ValueError('no data here')
 
 
-train.passes, GPT.loss, checkpoints.write = faulty_passes, faulty_loss, faulty_write
+train.forward_backward, GPT.loss = faulty_forward_backward, faulty_loss
+checkpoints.write = faulty_write
 if KIND == 'blind' and HERE:                    # this rank sees no checkpoint
     checkpoints.steps = lambda out_dir: {}
 if KIND == 'no_data' and HERE:

@@ -1,0 +1,289 @@
+"""The folder of a run: what it starts from and refuses, its lock, its signals, wandb."""
+
+import json
+import shutil
+import signal
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from conftest import losses
+
+import train
+from gpt import checkpoints, files, log
+from gpt.run import StopSignal
+from gpt.validation import Validation
+from gpt.world import World
+
+
+# What it starts from.
+
+def test_data_that_was_prepared_again_is_refused(config, stories, tmp_path):
+    shutil.copytree(stories / 'tiny', tmp_path / 'data/tiny')
+    cfg = config(data_dir=str(tmp_path / 'data'), max_iters=4)
+    train.main(cfg)
+    shard = tmp_path / 'data/tiny/train_000000.bin'
+    shard.rename(tmp_path / 'elsewhere.bin')
+    with pytest.raises(ValueError, match='train_000000.bin.* missing'):
+        train.main(cfg)
+    (tmp_path / 'elsewhere.bin').rename(shard)
+    path = tmp_path / 'data/tiny/manifest.json'
+    facts = json.loads(path.read_text())
+    facts['splits']['train']['shards'][0]['sha256'] = '0' * 64
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match='was prepared again'):
+        train.main(cfg)
+
+
+def test_without_an_intact_checkpoint_a_run_does_not_start_over(config, tmp_path):
+    train.main(config())
+    for folder in checkpoints.steps(tmp_path / 'run').values():
+        (folder / 'training.pt').write_bytes(b'')
+    with pytest.raises(ValueError, match='no intact one:(.|\n)*training.pt is truncated'):
+        train.main(config())
+
+
+def test_changed_settings_win_and_are_named(config, tmp_path, capsys):
+    train.main(config(max_iters=4))
+    train.main(config(max_iters=6, learning_rate=1e-4, decay_lr=False))
+    text = capsys.readouterr().out
+    assert 'changed: max_iters 4 -> 6' in text and 'learning_rate 0.003 -> 0.0001' in text
+    assert losses(tmp_path / 'run', 'lr')[-1] == 1e-4
+
+
+def test_another_data_set_or_seed_is_refused_unless_it_is_asked_for(config, two_sets, tmp_path):
+    """The best loss on one data set is not compared with that on another."""
+    cfg = config(data_dir=str(two_sets), max_iters=4)
+    train.main(cfg)
+    for change in ({'dataset': 'other'}, {'seed': 2}):
+        with pytest.raises(ValueError, match='holds a run with .* give another --out_dir'):
+            train.main(replace(cfg, max_iters=8, **change))
+    train.main(replace(cfg, dataset='other', eval_only=True))
+    best = tmp_path / 'run/best.json'
+    best.write_text(json.dumps({'step': 4, 'val_loss': 0.0}))
+    train.main(replace(cfg, max_iters=8, dataset='other', init_from='resume'))
+    assert json.loads(best.read_text())['val_loss'] == min(
+        loss for loss in losses(tmp_path / 'run', 'val_loss')[-2:])
+
+
+def test_scratch_over_an_existing_run(config):
+    train.main(config(max_iters=4))
+    with pytest.raises(ValueError, match="init_from='scratch', but .*step_0000004 holds a run"):
+        train.main(config(init_from='scratch'))
+
+
+def test_a_checkpoint_of_another_shape(config):
+    train.main(config(max_iters=4))
+    with pytest.raises(ValueError, match='step_0000004 has n_layer=2, given n_layer=3'):
+        train.main(config(n_layer=3))
+
+
+def test_a_checkpoint_of_another_tokenizer(config, stories, tmp_path):
+    from data import prepare
+    train.main(config(max_iters=4))
+    prepare.main(prepare.Config(input=(str(stories / 'tiny.jsonl'),), tokenizer='bytes',
+                                name='tiny', val_fraction=0.2, data_dir=str(tmp_path / 'data')))
+    text = r'was trained on tokens of bpe:300.*holds those of another tokenizer, bpe:257'
+    with pytest.raises(ValueError, match=text):
+        train.main(config(data_dir=str(tmp_path / 'data')))
+
+
+def test_a_checkpoint_of_another_optimizer(config):
+    train.main(config(max_iters=4))
+    with pytest.raises(ValueError, match='no matching optimizer state for h.0.attn.c_attn.weight'):
+        train.main(config(optimizer='muon'))
+
+
+# Its folder is its own.
+
+def test_a_second_process_in_the_same_folder_is_refused(config, tmp_path):
+    (tmp_path / 'run').mkdir()
+    with open(tmp_path / 'run/.lock', 'a') as file:
+        files.lock(file)
+        with pytest.raises(ValueError, match='another process is training in this folder'):
+            train.main(config())
+        assert [path.name for path in (tmp_path / 'run').iterdir()] == ['.lock']
+    assert train.main(config(max_iters=1)) == 0
+
+
+@pytest.mark.parametrize('name', ['line\nbreak', '../above', 'space and "quote"'])
+def test_a_run_writes_in_its_own_folder_only(config, tmp_path, monkeypatch, name):
+    here = tmp_path / 'here'
+    here.mkdir()
+    monkeypatch.chdir(here)
+    train.main(config(out_dir=name, max_iters=1))
+    assert 1 in checkpoints.steps(here / name)
+    shutil.copytree(here / name, tmp_path / 'copy')
+    before = {path: path.stat().st_mtime_ns for path in (here / name).rglob('*')}
+    train.main(config(out_dir=str(tmp_path / 'copy'), max_iters=2))
+    assert before == {path: path.stat().st_mtime_ns for path in (here / name).rglob('*')}
+    assert 2 in checkpoints.steps(tmp_path / 'copy')
+
+
+# What it saves.
+
+def save_except(monkeypatch, *failing):
+    """Let the checkpoints of these steps fail."""
+    write = checkpoints.write
+
+    def fails(partial, model, encoding, training):
+        if training['progress']['step'] in failing:
+            raise OSError(28, 'No space left on device')
+        write(partial, model, encoding, training)
+    monkeypatch.setattr(checkpoints, 'write', fails)
+
+
+def validate_as(monkeypatch, *values):
+    """Let the validations of a run have these losses, from step 0 on."""
+    found = iter(values)
+    monkeypatch.setattr(train, 'validate',
+                        lambda *_: Validation(next(found), {}, 100))
+
+
+def test_a_better_loss_that_was_not_saved_counts_for_patience(config, tmp_path, monkeypatch,
+                                                              capsys):
+    """The lowest loss is that of step 8, whose save fails: two validations later, at 16, the run
+    ends, and the step it names is one that is on the disk."""
+    save_except(monkeypatch, 8)
+    validate_as(monkeypatch, 5.0, 4.0, 3.0, 4.5, 4.5, 4.5)
+    assert train.main(config(max_iters=40, patience=2)) == 0
+    text = capsys.readouterr().out
+    assert 'step 8: cannot save: ' in text and 'No space left on device; continuing' in text
+    assert 'ended at step 16, 2 validations after the lowest loss' in text
+    assert 'best val_loss 4.0000 at step 4. `python sample.py' in text
+    assert set(checkpoints.steps(tmp_path / 'run')) == {4, 12, 16}
+    assert json.loads((tmp_path / 'run/best.json').read_text()) == {'step': 4, 'val_loss': 4.0}
+    saved = checkpoints.load_training(tmp_path / 'run/step_0000016')['progress']
+    assert (saved['lowest_step'], saved['lowest_val_loss']) == (8, 3.0)
+    train.main(config(max_iters=40, patience=2))                    # a resume ends as soon
+    assert 'ended at step 16' in capsys.readouterr().out
+
+
+def test_the_last_line_names_no_step_that_is_not_on_the_disk(config, tmp_path, monkeypatch,
+                                                             capsys):
+    save_except(monkeypatch, 8)
+    validate_as(monkeypatch, 5.0, 6.0, 4.0, 6.0)
+    assert train.main(config()) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == 'finished 12 updates'
+    assert not (tmp_path / 'run/best.json').exists()
+
+
+def test_a_last_save_that_fails_ends_with_an_error(config, monkeypatch, capsys):
+    save_except(monkeypatch, 12)
+    with pytest.raises(OSError, match='could not be saved .*the one before is intact'):
+        train.main(config())
+    assert 'finished 12 updates' in capsys.readouterr().out
+
+
+# Signals.
+
+def test_a_second_ctrl_c_ends_at_once_but_not_the_one_that_torchrun_repeats(capfd):
+    for under_torchrun in (True, False):
+        stop = StopSignal(World())
+        stop.debounce_seconds = 2 * under_torchrun
+        try:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.requested
+            if under_torchrun:
+                signal.raise_signal(signal.SIGINT)
+                stop.since -= 3                                  # later
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        finally:
+            stop.restore()
+    assert capfd.readouterr().err == 2 * (
+        'ending after this update, with a checkpoint; Ctrl-C again ends at once, without one\n'
+        'ended, without a checkpoint\n')
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As nohup does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopSignal(World())
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == stop.receive
+        stop.restore()
+        assert signal.getsignal(signal.SIGTERM) != stop.receive
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# wandb.
+
+@pytest.mark.slow
+def test_wandb_offline_keeps_its_id_over_a_resume(config, tmp_path):
+    pytest.importorskip('wandb')
+    train.main(config(max_iters=3, wandb_log=True))
+    name = (tmp_path / 'run/wandb_id.txt').read_text()
+    train.main(config(max_iters=5, wandb_log=True))
+    files = list((tmp_path / 'run/wandb').glob(f'offline-run-*-{name}/run-{name}.wandb'))
+    assert len(files) == 2 and all(file.stat().st_size > 0 for file in files)
+
+
+def test_wandb_that_fails_stops_nothing(config, tmp_path, monkeypatch, capsys):
+    wandb = pytest.importorskip('wandb')
+    monkeypatch.setattr(wandb, 'init', lambda **_: (_ for _ in ()).throw(ConnectionError('down')))
+    assert train.main(config(max_iters=3, wandb_log=True)) == 0
+    assert 'wandb: ConnectionError: down; continuing without it' in capsys.readouterr().out
+    assert len(losses(tmp_path / 'run')) == 3
+
+
+WANDB = """
+import time
+def fail(*args, **options):
+    {action}
+class Run:
+    def define_metric(self, *args, **options): pass
+    log = {log}
+    finish = {finish}
+init = {init}
+"""
+
+
+@pytest.mark.parametrize('action', ["raise ConnectionError('down')", 'time.sleep(1000)'])
+@pytest.mark.parametrize('where', ['init', 'log', 'finish'])
+def test_wandb_that_raises_or_hangs_stops_nothing(config, tmp_path, monkeypatch, where, action):
+    fine = 'lambda *args, **options: None'
+    parts = {'init': 'lambda *args, **options: Run()', 'log': fine, 'finish': fine, where: 'fail'}
+    (tmp_path / 'stub').mkdir()
+    (tmp_path / 'stub/wandb.py').write_text(WANDB.format(action=action, **parts))
+    monkeypatch.syspath_prepend(tmp_path / 'stub')
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    sys.modules.pop('wandb')                            # restored after the test
+    monkeypatch.setattr(log, 'WANDB_SECONDS', 0.2)
+    started = time.monotonic()
+    assert train.main(config(wandb_log=True)) == 0
+    assert time.monotonic() - started < 60
+    assert len(losses(tmp_path / 'run')) == 12
+    sys.modules.pop('wandb', None)
+
+
+def test_an_exception_finishes_wandb_and_releases_the_folder(config, tmp_path, monkeypatch):
+    calls = []
+    stub = SimpleNamespace(define_metric=lambda *args, **options: None,
+                           log=lambda record: calls.append(record['step']),
+                           finish=lambda exit_code: calls.append(f'exit code {exit_code}'))
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=lambda **options: stub))
+    first = train.forward_backward
+
+    def fails(seed, data, trainer, p, batch):
+        if p.step == 6:
+            raise RuntimeError('a bug')
+        return first(seed, data, trainer, p, batch)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, 'forward_backward', fails)
+    with pytest.raises(RuntimeError, match='a bug'):
+        train.main(config(wandb_log=True))
+    assert calls[-2:] == [6, 'exit code 1']
+    with open(tmp_path / 'run/.lock', 'a') as file:
+        files.lock(file, wait=False)
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=lambda **options: stub))
+    assert train.main(config(wandb_log=True)) == 0 and calls[-1] == 'exit code 0'
+    assert max(checkpoints.steps(tmp_path / 'run')) == 12
