@@ -1,8 +1,8 @@
 """
-One run on two hosts: network namespaces of Linux, joined by a cable that can be pulled out.
+One run on two hosts: network namespaces of Linux, joined by a link that can be taken down.
 
-Real torchrun, one agent and one process to a host, gloo. The folder of the run is on a disk that
-both have. Needs root and iproute2; without them all of it is skipped.
+Real torchrun, one agent and one process on each host, gloo. Both see the folder of the run. Needs
+root and iproute2; without them all of it is skipped.
 """
 
 import os
@@ -32,7 +32,7 @@ def ip(*args, check=True):
 
 
 class Host:
-    """A namespace: an address, an end of the cable, and the processes in it."""
+    """A namespace: an address, one end of the link, and the processes in it."""
 
     def __init__(self, name, address, store):
         self.name, self.address, self.store, self.started = name, address, store, []
@@ -41,8 +41,8 @@ class Host:
         return ip('-n', self.name, *args)
 
     def torchrun(self, folder, *launcher, conf='', loop=False):
-        """torchrun here, with train.py in `folder`, begun; `loop`: again until it ends well. Host
-        names cannot tell two namespaces apart, so the agent is told its address."""
+        """Start torchrun here, with train.py in `folder`; `loop`: again until it ends with status
+        0. The host name is the same in both namespaces, so the agent is given its address."""
         values = {**TINY, **SETTINGS, 'data_dir': folder.parent / 'data', 'out_dir': folder}
         command = [sys.executable, '-m', 'torch.distributed.run', *launcher, '--nproc_per_node=1',
                    '--rdzv_backend=c10d', f'--rdzv_endpoint={self.store}:{PORT}', '--rdzv_id=run',
@@ -57,12 +57,12 @@ class Host:
                 ['ip', 'netns', 'exec', self.name, *command], cwd=ROOT, stdout=file,
                 stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, 'GLOO_SOCKET_IFNAME': 'veth0', 'PYTHONUNBUFFERED': '1'})
-        process.words = words.read_text                         # what it has said until now
+        process.words = words.read_text                         # its output so far
         self.started.append(process)
         return process
 
     def pids(self, but=None):
-        """The processes here, but the one that was started as `but`."""
+        """The processes here, except the one that was started as `but`."""
         found = map(int, ip('netns', 'pids', self.name, check=False).stdout.split())
         return [pid for pid in found if but is None or pid != but.pid]
 
@@ -96,7 +96,7 @@ def hosts():
         yield a, b
     finally:
         for host in (a, b):
-            for _ in range(3):                                  # a loop may just have begun again
+            for _ in range(3):                                  # a loop may just have started again
                 host.kill()
             for process in host.started:
                 process.wait()
@@ -134,8 +134,8 @@ def ends(*processes):
 
 
 def worlds(process):
-    """The numbers of processes that the run had, one after another, as rank 0 said them."""
-    return list(map(int, re.findall(r'tokens = (\d+) processes', process.words())))
+    """The numbers of processes that the run had, one after another, as rank 0 printed them."""
+    return list(map(int, re.findall(r'tokens = (\d+) process', process.words())))
 
 
 def reached(folder, step):
@@ -158,8 +158,9 @@ def test_two_hosts_train_as_one_machine_does(hosts, run, whole):
 @pytest.mark.faults
 @pytest.mark.parametrize('how', ['killed', 'cut off'])
 def test_a_host_is_lost_and_comes_back(hosts, run, whole, how, monkeypatch):
-    """The other one goes on alone from the last checkpoint, and with it again when it is back. So
-    that this is before the end, its process is paused until then; rounding is all that differs."""
+    """The other one continues alone from the last checkpoint, and with it again when it is back.
+    Its process is paused until then, so that the run does not end before. Losses differ by
+    rounding."""
     monkeypatch.setenv('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')       # a returning host needs it
     a, b = hosts
     staying, lost = (host.torchrun(run, *ELASTIC, conf=QUICK) for host in hosts)
@@ -167,19 +168,19 @@ def test_a_host_is_lost_and_comes_back(hosts, run, whole, how, monkeypatch):
     if how == 'cut off':
         b('link', 'set', 'veth0', 'down')               # gloo waits for timeout_minutes, then fails
     else:
-        b.kill()                                        # its connections end, which is seen at once
+        b.kill()                                        # its connections close: seen at once
     wait_for(lambda: staying.words().partition('= 1 process ')[2].count('\nstep') > 2, staying,
              lost)
     [alone] = a.pids(but=staying)
     os.kill(alone, signal.SIGSTOP)
-    b.kill()                        # torchrun there may hang for minutes; two would be one too many
+    b.kill()                        # torchrun there may hang for minutes; only one may run
     b('link', 'set', 'veth0', 'up')
     back = b.torchrun(run, *ELASTIC, conf=QUICK)
     wait_for(lambda: 'closing signal SIGTERM' in staying.words(), staying, back)
-    os.kill(alone, signal.SIGCONT)                      # it saves, and the two begin from there
+    os.kill(alone, signal.SIGCONT)                      # it saves, and both start from there
     ends(staying, back)
     assert worlds(staying) == [2, 1, 2]
-    assert staying.words().count('the same command goes on') == 1
+    assert staying.words().count('the same command resumes') == 1
     found, expected = curve(run), curve(whole)
     assert found.keys() == expected.keys()
     pairs = [(float.fromhex(found[step][i]), float.fromhex(expected[step][i]))
@@ -192,8 +193,8 @@ def test_a_host_is_lost_and_comes_back(hosts, run, whole, how, monkeypatch):
 @pytest.mark.faults
 @pytest.mark.parametrize('victim', [0, 1])
 def test_an_outer_loop_brings_any_host_back(hosts, run, whole, victim):
-    """Two hosts or none, each in a loop: one is killed, the one that holds the store or the other;
-    both begin again, and it is the run that met nothing."""
+    """Two hosts or none, each in a loop: one is killed, the one that holds the store or the other.
+    Both start again, and the run equals one without a fault."""
     processes = [host.torchrun(run, '--nnodes=2', conf=',join_timeout=60', loop=True)
                  for host in hosts]
     wait_for(reached(run, 30), *processes)

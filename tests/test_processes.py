@@ -1,6 +1,6 @@
 """
-Runs of several real processes under torchrun: the same bits after any stop,
-the same data on any world size.
+Runs of several real processes under torchrun: the same bits after any stop, the same data on any
+world size.
 """
 
 import json
@@ -63,13 +63,13 @@ def kill_all(process, folder):
                     for both in ((2, 'adamw'), (4, 'muon')))])
 def test_a_resume_is_exact_on_any_number_of_processes(flags, undisturbed, tmp_path, world,
                                                       optimizer):
-    """Two ranks cannot show that DDP adds in another order after a restart; four can. (One process
-    is in test_train.py.)"""
+    """Four ranks, since two cannot show that DDP adds in another order after a restart. (One
+    process: test_train.py.)"""
     expected = undisturbed(world, optimizer=optimizer)
     script(*flags('stopped', optimizer=optimizer, max_iters=5, lr_decay_iters=12), torchrun=world)
     script(*flags('stopped', optimizer=optimizer), torchrun=world)
     whole, resumed = curve(expected), curve(tmp_path / 'stopped')
-    resumed[5] = resumed[5][:3] + whole[5][3:]                      # it validated where it stopped
+    resumed[5] = resumed[5][:3] + whole[5][3:]                      # validated where it stopped
     assert resumed == whole and len(whole) == 13
     assert checkpoint_bytes(expected) == checkpoint_bytes(tmp_path / 'stopped')
 
@@ -101,9 +101,9 @@ def test_world_sizes_agree_to_rounding_dropout_included(flags, tmp_path, optimiz
 
 @pytest.mark.faults
 @pytest.mark.parametrize('optimizer, tolerance', [('adamw', 1e-5), ('muon', 1e-4)])
-def test_a_sharded_model_trains_as_a_whole_one_does(flags, undisturbed, tmp_path, optimizer,
+def test_a_sharded_model_trains_as_a_replicated_one_does(flags, undisturbed, tmp_path, optimizer,
                                                     tolerance):
-    """2 and 4 shares; and one run of 2 whole ones, 4 shares, one process alone, 2 shares."""
+    """On 2 and 4 processes; and one run on 2 replicated, 4 sharded, one process, 2 sharded."""
     options = {'optimizer': optimizer}
     whole = undisturbed(2, **options)
     for world in (2, 4):
@@ -136,7 +136,7 @@ def test_a_sharded_run_resumes_exactly(flags, undisturbed, tmp_path, world, opti
 
 @pytest.mark.faults
 def test_a_sharded_model_computes_in_bfloat16(flags, undisturbed, tmp_path):
-    """Shares and sums stay float32; what is gathered does not, LayerNorms included."""
+    """Parameters and gradient sums stay float32; what attention and MLP gather does not."""
     options = {'dtype': 'bfloat16', 'dropout': 0.0}
     script(*flags('run', **options, parallel='fsdp', checkpoint_activations=True), torchrun=2)
     found, expected = losses(tmp_path / 'run'), losses(undisturbed(2, **options))
@@ -157,14 +157,15 @@ def test_a_sharded_model_compiles(flags, tmp_path):
 
 
 @pytest.mark.faults
-def test_a_share_takes_less_memory(flags):
-    """43M parameters, 4 processes: what --plan says of the peak of one."""
+def test_sharding_takes_less_memory(flags):
+    """43M parameters, 4 processes: the peak of one by --plan."""
     peaks = {}
     for parallel in ('ddp', 'fsdp'):
         done = script(*flags(parallel, parallel=parallel, n_layer=6, n_embd=768, plan=True,
                             total_batch_size=4 * 4 * 16),
                       torchrun=4)
-        size, unit = re.search(r'at its peak: ([\d.]+) ([MG])B', done.stdout).groups()
+        size, unit = re.search(r'peak memory of this process: ([\d.]+) ([MG])B',
+                               done.stdout).groups()
         peaks[parallel] = float(size) * {'M': 1, 'G': 1000}[unit]
     print(peaks)
     assert peaks['fsdp'] < 0.75 * peaks['ddp']
@@ -174,8 +175,8 @@ def test_a_share_takes_less_memory(flags):
     (signal.SIGTERM, 1), *(pytest.param(*both, marks=pytest.mark.faults) for both in (
         (signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGINT, 2)))])
 def test_a_signal_ends_in_a_checkpoint(flags, undisturbed, tmp_path, world, number):
-    """SIGTERM or Ctrl-C, to the process or to torchrun: saved within a step,
-    and nothing of it shows in the end."""
+    """SIGTERM or Ctrl-C, to the process or to torchrun: saved within an update, and the resumed
+    run equals one without a stop."""
     torchrun = world if world > 1 else 0
     whole = undisturbed(torchrun, max_iters=60, eval_interval=60)
     process = start(flags('run', max_iters=60, eval_interval=60), world)
@@ -186,7 +187,7 @@ def test_a_signal_ends_in_a_checkpoint(flags, undisturbed, tmp_path, world, numb
     finally:
         kill_all(process, tmp_path)
     assert words.count('ending after this update') == 1
-    assert 'the same command goes on' in words and (world > 1 or process.returncode == 0), words
+    assert 'the same command resumes' in words and (world > 1 or process.returncode == 0), words
     step = max(checkpoints.steps(tmp_path / 'run'))
     assert 20 <= step < 60 and not checkpoints.problem(tmp_path / f'run/step_{step:07d}')
     script(*flags('run', max_iters=60, eval_interval=60), torchrun=torchrun)
@@ -212,12 +213,12 @@ def test_kill_9_costs_the_steps_since_the_last_save(flags, undisturbed, tmp_path
 
 
 @pytest.mark.faults
-def test_killed_inside_a_save_the_checkpoint_before_is_used(flags, undisturbed, tmp_path):
-    """Killed while files of step 40 lie in the temporary folder: it has no final name,
-    and step 20 is whole."""
+def test_killed_in_a_save_the_checkpoint_before_is_used(flags, undisturbed, tmp_path):
+    """Killed while files of step 40 are in the temporary folder, which has no final name: step 20
+    is used."""
     options = dict(max_iters=60, eval_interval=20, n_embd=128)
     whole = undisturbed(**options)
-    for _ in range(5):                                              # until a kill meets the moment
+    for _ in range(5):                                              # until a kill is in time
         process = start(flags('run', **options), 1)
         while process.poll() is None and not (tmp_path / 'run/.step_0000040.partial').exists():
             time.sleep(0.0005)
@@ -235,7 +236,7 @@ def test_orphans_of_a_killed_torchrun_keep_others_out(flags, tmp_path):
     process = start(flags('run', max_iters=100_000, eval_interval=100_000), 2)
     try:
         wait_for_step(process, tmp_path / 'run', 5)
-        os.kill(process.pid, signal.SIGKILL)                    # torchrun alone: its workers go on
+        os.kill(process.pid, signal.SIGKILL)                    # torchrun alone, not its workers
         refused = script(*flags('run'), check=False)
         assert (refused.returncode == 2
                 and 'another process is training in this folder' in refused.stderr)
@@ -244,7 +245,7 @@ def test_orphans_of_a_killed_torchrun_keep_others_out(flags, tmp_path):
 
 
 def test_validation_is_the_same_on_any_world_size(flags, tmp_path):
-    """Fewer validation batches than ranks, and a number that 3 does not divide."""
+    """Fewer validation batches than ranks, and a number of them that 3 does not divide."""
     found = []
     for world in (1, 2, 3):
         script(*flags(f'v{world}', max_iters=0, batch_size=3, total_batch_size=12 * 3 * 16,
