@@ -1,7 +1,6 @@
 """
-The pictures of the documents, what the blocks of the walkthrough print, and what the cells of
-play.ipynb show, made anew from checkpoint/ (after publish.py has replaced it, or the code has
-changed).
+Regenerate the pictures of the documents, the outputs of the walkthrough's code blocks and those of
+play.ipynb from checkpoint/, after publish.py has replaced it or the code has changed.
 
     python docs/refresh.py
 """
@@ -18,11 +17,10 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                                       # this file runs from docs/
 import plot
-import train
 from gpt.checkpoints import load_model
-from gpt.optimizers import learning_rate_at
+from gpt.optim import Schedule
 
-WALKS = ROOT / 'docs/walkthrough.md', ROOT / 'docs/walkthrough_zh.md'
+WALKTHROUGHS = ROOT / 'docs/walkthrough.md', ROOT / 'docs/walkthrough_zh.md'
 BLOCK = re.compile(r'```python\n(.*?)```\n\n```text\n(.*?)```', re.DOTALL)
 MARK = '-- end of a block --'
 PICTURES = ROOT / 'docs/pictures'
@@ -31,11 +29,12 @@ BLUE, ORANGE = '#3a6ea5', '#c8702a'
 
 
 def main():
-    for path in WALKS:
+    for path in WALKTHROUGHS:
         text = path.read_text(encoding='utf-8')
-        printed = iter(run_blocks(text))
-        path.write_text(BLOCK.sub(lambda found: f'```python\n{found[1]}```\n\n```text\n'
-                                                f'{next(printed)}```', text), encoding='utf-8')
+        outputs = iter(run_blocks(text))
+        text = BLOCK.sub(lambda match: f'```python\n{match[1]}```\n\n```text\n{next(outputs)}```',
+                         text)
+        path.write_text(text, encoding='utf-8')
     gpt, encoding = load_model('checkpoint')
     with rc_context({'font.size': 11, 'axes.spines.top': False, 'axes.spines.right': False,
                      'figure.facecolor': 'white', 'savefig.dpi': 120}):
@@ -47,8 +46,8 @@ def main():
 
 
 def notebook(path):
-    """Run all cells in place, in the notebook's own folder; what they show is kept, less what
-    differs each time: when it was, and the name of the temporary folder."""
+    """Run all cells in place, in the notebook's own folder. Outputs are stored without what differs
+    each time: timestamps, and the name of the temporary folder."""
     import nbformat
     from nbclient import NotebookClient
     book = nbformat.read(path, as_version=4)
@@ -61,8 +60,8 @@ def notebook(path):
 
 
 def run_blocks(text):
-    """What each block of Python prints, when they are run one after another in one process."""
-    blocks = [found[1] for found in BLOCK.finditer(text)]
+    """What each block of Python prints; they run one after another in one process."""
+    blocks = [match[1] for match in BLOCK.finditer(text)]
     program = f"\nprint('{MARK}')\n".join(blocks)
     done = subprocess.run([sys.executable, '-'], input=program, cwd=ROOT, text=True,
                           capture_output=True, encoding='utf-8')
@@ -87,19 +86,19 @@ def weights_of(gpt, ids):
 
 
 def attention(gpt, encoding):
-    """Three heads on one sentence: the one that most attends to the token before, to the first
-    token, and to what followed the same token earlier."""
+    """Three heads on one sentence: those that attend most to the previous token, to the first
+    token, and to what followed an earlier copy of the same token."""
     ids = torch.tensor(encoding.encode_ordinary(SENTENCE))
     weights, T = weights_of(gpt, ids), len(ids)
-    followed = torch.zeros(T, T)                        # 1 where the token before j is i's own
+    followed = torch.zeros(T, T)                        # 1 where the token before j equals token i
     followed[:, 1:] = (ids[:, None] == ids[None, :-1]).tril(-1).float()
-    marks = {'the token before': weights.diagonal(offset=-1, dim1=2, dim2=3).mean(dim=2),
-             'the first token': weights[..., 1:, 0].mean(dim=2),
-             'what followed this token': (weights * followed).sum(dim=(2, 3))}
+    scores = {'the previous token': weights.diagonal(offset=-1, dim1=2, dim2=3).mean(dim=2),
+              'the first token': weights[..., 1:, 0].mean(dim=2),
+              'what followed this token': (weights * followed).sum(dim=(2, 3))}
     figure = Figure((5.2, 14.2), layout='constrained')
     tokens = [encoding.decode([i]) for i in ids.tolist()]
-    for axis, (name, mark) in zip(figure.subplots(3), marks.items()):
-        layer, head = divmod(mark.argmax().item(), gpt.config.n_head)
+    for axis, (name, score) in zip(figure.subplots(3), scores.items()):
+        layer, head = divmod(score.argmax().item(), gpt.config.n_head)
         axis.imshow(weights[layer, head], cmap='Blues', vmin=0, vmax=1)
         axis.set_xticks(range(T), tokens, rotation=90)
         axis.set_yticks(range(T), tokens)
@@ -111,18 +110,18 @@ def attention(gpt, encoding):
 def schedules(gpt, encoding):
     figure = Figure((5.2, 3), layout='constrained')
     axis = figure.subplots()
-    for schedule, colour in ('cosine', BLUE), ('wsd', ORANGE):
-        cfg = train.Config(schedule=schedule, max_iters=1000, warmup_iters=50, cooldown_iters=500,
-                           min_lr=0.0)
-        axis.plot([learning_rate_at(step, cfg) / cfg.learning_rate for step in range(1001)],
-                  color=colour, linewidth=2, label=schedule)
-    axis.set(xlabel='update', ylabel='of the highest learning rate', ylim=(0, 1.05))
+    for name, colour in ('cosine', BLUE), ('wsd', ORANGE):
+        schedule = Schedule(name, learning_rate=1.0, min_lr=0.0, decay_lr=True, max_iters=1000,
+                            warmup_iters=50, lr_decay_iters=0, cooldown_iters=500)
+        axis.plot([schedule.learning_rate_at(step) for step in range(1001)],
+                  color=colour, linewidth=2, label=name)
+    axis.set(xlabel='update', ylabel='fraction of the maximum', ylim=(0, 1.05))
     axis.legend(frameon=False)
     return figure
 
 
 def sampling(gpt, encoding, prompt='She opened the door and'):
-    """The 20 likeliest next tokens at three temperatures; where top-k = 5 and top-p = 0.4 cut."""
+    """The 20 most likely next tokens at three temperatures, and what top-k and top-p keep."""
     ids = torch.tensor([encoding.encode_ordinary(prompt)])
     with torch.no_grad():
         logits = gpt(ids)[0, -1]
