@@ -2,9 +2,9 @@
 # python train.py config/checkpoint.py
 # python publish.py --model=out/checkpoint --to=checkpoint --about=FILE:about.md --license=mit
 #
-# The GPT in checkpoint/ (5.0M parameters), on 84 novels that checkpoint/README.md names. 2 CPU
-# cores (AMD EPYC without AVX-512, float32), other programs beside it: 1 h 3 min of training, 7.1M
-# tokens, 1.655 bits per byte of five other novels (`xz -9e` makes 2.371 of the same text).
+# The GPT in checkpoint/ (5.0M parameters), trained on 84 novels that checkpoint/README.md names.
+# 2 CPU cores (AMD EPYC without AVX-512, float32), while other programs ran: 1 h 3 min of training,
+# 7.1M tokens, 1.655 bits per byte of five other novels (`xz -9e` on the same text: 2.371).
 out_dir = 'out/checkpoint'
 dataset = 'novels'
 n_layer = 5

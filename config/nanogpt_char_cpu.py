@@ -1,10 +1,10 @@
 # python data/prepare.py --dataset=shakespeare --tokenizer=chars
 # python train.py config/nanogpt_char_cpu.py
 #
-# nanoGPT's documented CPU run on character Shakespeare, its settings unchanged, to compare with:
+# nanoGPT's documented CPU run on character Shakespeare, its settings unchanged, for comparison:
 # 0.8M parameters, 2000 updates of 768 characters. nanoGPT reports 1.88.
-# 2 CPU cores (AMD EPYC): 1.909 over the whole validation split, 88 s. nanoGPT's own code, run
-# beside it, ends at 1.898 over the whole split (its own estimate from 20 batches: 1.886).
+# 2 CPU cores (AMD EPYC): 1.909 over the whole validation split, 88 s. nanoGPT's own code, at the
+# same time, ends at 1.898 over the whole split (its own estimate from 20 batches: 1.886).
 out_dir = 'out/nanogpt_char_cpu'
 dataset = 'shakespeare_char'
 device = 'cpu'

@@ -1,10 +1,10 @@
 # python data/prepare.py --dataset=fineweb-edu-10B
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 #
-# GPT-2 124M on 10B tokens of FineWeb-Edu: 19,073 updates of 524,288 tokens. The same batch on any
-# number of GPUs: with one, leave torchrun away; with less memory, --batch_size=8 changes nothing
-# but the time. Expected, not yet measured: about 1.5 hours on 8 A100 (llm.c's rate on the same
-# work), validation loss near 3.29, which is what OpenAI's 124M reaches on this text.
+# GPT-2 124M on 10B tokens of FineWeb-Edu: 19,073 updates of 524,288 tokens. The batch is the same
+# on any number of GPUs: on one, run it without torchrun; with less memory, --batch_size=8 changes
+# only the time. Expected, not yet measured: about 1.5 hours on 8 A100 (llm.c's rate for the same
+# work), validation loss near 3.29, which OpenAI's 124M reaches on this text.
 out_dir = 'out/gpt2'
 dataset = 'fineweb-edu-10B'
 total_batch_size = 524_288  # 2**19 tokens

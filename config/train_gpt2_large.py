@@ -1,5 +1,6 @@
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py config/train_gpt2_large.py
-# GPT-2 1280: what differs from the 124M run before it. Not yet measured.
+#
+# GPT-2 large, 774M: what differs from config/train_gpt2.py. Not yet measured.
 out_dir = 'out/gpt2-large'
 n_layer = 36
 n_head = 20

@@ -1,5 +1,6 @@
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py config/train_gpt2_medium.py
-# GPT-2 1024: what differs from the 124M run before it. Not yet measured.
+#
+# GPT-2 medium, 355M: what differs from config/train_gpt2.py. Not yet measured.
 out_dir = 'out/gpt2-medium'
 n_layer = 24
 n_head = 16

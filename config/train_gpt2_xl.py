@@ -1,5 +1,6 @@
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py config/train_gpt2_xl.py
-# GPT-2 1600: what differs from the 124M run before it. Not yet measured.
+#
+# GPT-2 XL, 1558M: what differs from config/train_gpt2.py. Not yet measured.
 out_dir = 'out/gpt2-xl'
 n_layer = 48
 n_head = 25

@@ -35,11 +35,11 @@ def main():
         text = BLOCK.sub(lambda match: f'```python\n{match[1]}```\n\n```text\n{next(outputs)}```',
                          text)
         path.write_text(text, encoding='utf-8')
-    gpt, encoding = load_model('checkpoint')
+    model, encoding = load_model('checkpoint')
     with rc_context({'font.size': 11, 'axes.spines.top': False, 'axes.spines.right': False,
                      'figure.facecolor': 'white', 'savefig.dpi': 120}):
         for draw in attention, schedules, sampling:
-            draw(gpt, encoding).savefig(PICTURES / f'{draw.__name__}.png')
+            draw(model, encoding).savefig(PICTURES / f'{draw.__name__}.png')
     for theme, name in ('light', 'curve.png'), ('dark', 'curve_dark.png'):
         plot.main(plot.Config(runs=('checkpoint',), theme=theme, out=str(PICTURES / name)))
     notebook(ROOT / 'play.ipynb')
@@ -70,26 +70,26 @@ def run_blocks(text):
     return done.stdout.split(MARK + '\n')
 
 
-def weights_of(gpt, ids):
+def weights_of(model, ids):
     """Attention weights (n_layer, n_head, T, T), from the queries and keys of the model."""
     caught = []
     hooks = [block.attn.c_attn.register_forward_hook(lambda module, x, y: caught.append(y[0]))
-             for block in gpt.h]
+             for block in model.h]
     with torch.no_grad():
-        gpt.hidden(ids[None])
+        model.hidden(ids[None])
     for hook in hooks:
         hook.remove()
-    q, k, _ = (part.view(gpt.config.n_layer, len(ids), gpt.config.n_head, -1).transpose(1, 2)
+    q, k, _ = (part.view(model.config.n_layer, len(ids), model.config.n_head, -1).transpose(1, 2)
                for part in torch.stack(caught).chunk(3, dim=2))     # (n_layer, n_head, T, hs)
     later = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
     return (q @ k.mT / q.size(-1) ** 0.5).masked_fill(later, -torch.inf).softmax(dim=-1)
 
 
-def attention(gpt, encoding):
+def attention(model, encoding):
     """Three heads on one sentence: those that attend most to the previous token, to the first
     token, and to what followed an earlier copy of the same token."""
     ids = torch.tensor(encoding.encode_ordinary(SENTENCE))
-    weights, T = weights_of(gpt, ids), len(ids)
+    weights, T = weights_of(model, ids), len(ids)
     followed = torch.zeros(T, T)                        # 1 where the token before j equals token i
     followed[:, 1:] = (ids[:, None] == ids[None, :-1]).tril(-1).float()
     scores = {'the previous token': weights.diagonal(offset=-1, dim1=2, dim2=3).mean(dim=2),
@@ -98,7 +98,7 @@ def attention(gpt, encoding):
     figure = Figure((5.2, 14.2), layout='constrained')
     tokens = [encoding.decode([i]) for i in ids.tolist()]
     for axis, (name, score) in zip(figure.subplots(3), scores.items()):
-        layer, head = divmod(score.argmax().item(), gpt.config.n_head)
+        layer, head = divmod(score.argmax().item(), model.config.n_head)
         axis.imshow(weights[layer, head], cmap='Blues', vmin=0, vmax=1)
         axis.set_xticks(range(T), tokens, rotation=90)
         axis.set_yticks(range(T), tokens)
@@ -107,7 +107,7 @@ def attention(gpt, encoding):
     return figure
 
 
-def schedules(gpt, encoding):
+def schedules(model, encoding):
     figure = Figure((5.2, 3), layout='constrained')
     axis = figure.subplots()
     for name, colour in ('cosine', BLUE), ('wsd', ORANGE):
@@ -120,11 +120,11 @@ def schedules(gpt, encoding):
     return figure
 
 
-def sampling(gpt, encoding, prompt='She opened the door and'):
+def sampling(model, encoding, prompt='She opened the door and'):
     """The 20 most likely next tokens at three temperatures, and what top-k and top-p keep."""
     ids = torch.tensor([encoding.encode_ordinary(prompt)])
     with torch.no_grad():
-        logits = gpt(ids)[0, -1]
+        logits = model(ids)[0, -1]
     order = logits.sort(descending=True).indices[:20]
     figure = Figure((5.2, 8), layout='constrained')
     axes = figure.subplots(3, sharex=True)

@@ -1,6 +1,6 @@
 """
-play.ipynb: what is committed was run, is small and tells nothing of the machine it was run on; and
-it runs, in a copy of the repository and without a network, and leaves nothing behind.
+play.ipynb: what is committed was run, is small and reveals nothing about the machine it ran on. It
+runs in a copy of the repository without a network, and leaves no files.
 """
 
 import json
@@ -25,14 +25,14 @@ def test_it_was_run_from_top_to_bottom_without_an_error():
     assert not [output['text'] for output in outputs if output.get('name') == 'stderr']
 
 
-def test_it_is_small_and_says_nothing_of_a_machine():
+def test_it_is_small_and_reveals_no_machine():
     assert len(TEXT.encode()) < 300_000
     assert not re.search(r'/(work|home|root|Users)/|site-packages|/tmp/(?!play\b)', TEXT)
     assert not [cell for cell in CELLS if 'execution' in cell['metadata']]     # when it was run
     assert json.loads(TEXT)['metadata']['kernelspec']['name'] == 'python3'
 
 
-def test_the_first_cell_of_code_is_for_colab():
+def test_the_first_code_cell_is_for_colab():
     first = ''.join(CODE[0]['source'])
     assert re.match(r"REPOSITORY = '", first) and 'git' in first and 'pip' in first
     wanted = dict(re.findall(r"'(\w+)[>=]+([\d.]+)'", first))
@@ -40,7 +40,7 @@ def test_the_first_cell_of_code_is_for_colab():
     assert wanted.pop('torch') and wanted.items() <= ours.items()
 
 
-def test_each_cell_of_code_has_words_before_it():
+def test_each_code_cell_is_explained():
     for before, cell in zip([{}, *CELLS], CELLS):
         if cell['cell_type'] == 'code':
             assert before['cell_type'] == 'markdown' and len(''.join(before['source'])) > 100
@@ -54,7 +54,7 @@ def test_links_lead_somewhere():
 
 
 @pytest.mark.slow
-def test_it_runs_without_a_network_and_leaves_nothing_behind(tmp_path):
+def test_it_runs_without_a_network_and_leaves_no_files(tmp_path):
     pytest.importorskip('nbclient')
     pytest.importorskip('ipykernel')
     known = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'],
@@ -63,9 +63,9 @@ def test_it_runs_without_a_network_and_leaves_nothing_behind(tmp_path):
         if (ROOT / name).is_file():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / name)
-    book = tmp_path / 'play.ipynb'                      # the same cells, with less to compute
+    book = tmp_path / 'play.ipynb'                      # the same cells, computing less
     book.write_text(TEXT.replace('max_iters=100, warmup_iters=10', 'max_iters=20, warmup_iters=2')
-                    .replace('gpt.generate(ids, 50', 'gpt.generate(ids, 5')
+                    .replace('model.generate(ids, 50', 'model.generate(ids, 5')
                     .replace('stride=128', 'stride=256').replace('limit=20', 'limit=2'))
     before = files(tmp_path)
     program = ('import sys; sys.path.insert(0, "docs"); import refresh; '
