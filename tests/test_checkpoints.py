@@ -1,4 +1,4 @@
-"""Weights both ways, what is refused as a GPT-2, and that nothing in a checkpoint is executed."""
+"""Weights both ways, what is refused as a GPT-2, damage, and that no checkpoint runs code."""
 
 import json
 import math
@@ -6,14 +6,14 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
 from conftest import ROOT
 
-from gpt import checkpoints
-from gpt import tokenizer
+import train
+from gpt import checkpoints, tokenizer
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
@@ -29,7 +29,7 @@ def save(folder, step=1, config=CONFIG):
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('vocab_size', [257, 4200])
 def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path, bias, vocab_size):
-    """4,200 tokens are padded to 4,224 inside; the file holds 4,200 rows."""
+    """4,200 tokens are padded to 4,224 in memory; the file has 4,200 rows."""
     config = GPTConfig(16, vocab_size, 2, 2, 32, bias=bias)
     model, folder = save(tmp_path, config=config)
     again = GPT(checkpoints.read_config(folder))
@@ -71,7 +71,7 @@ def test_a_padded_vocabulary_is_cut_to_the_tokens(tmp_path):
     config = transformers.GPT2Config(**checkpoints.config_json(CONFIG, 0) | {'vocab_size': 300})
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='there is no tokenizer.json'):
+    with pytest.raises(ValueError, match='no tokenizer.json, nor vocab.json'):
         checkpoints.load_model(tmp_path)
     (tmp_path / 'tokenizer.json').write_text(tokenizer.to_json(BYTES))
     model, encoding = checkpoints.load_model(tmp_path)
@@ -83,14 +83,14 @@ def test_a_padded_vocabulary_is_cut_to_the_tokens(tmp_path):
     (tmp_path / 'tokenizer.json').write_text(tokenizer.to_json(larger))
     config = json.loads((tmp_path / 'config.json').read_text())
     (tmp_path / 'config.json').write_text(json.dumps(config | {'vocab_size': 257}))
-    with pytest.raises(ValueError, match=r'its tokenizer has \d+ tokens, the model knows 257'):
+    with pytest.raises(ValueError, match=r'its tokenizer has \d+ tokens, the model 257'):
         checkpoints.load_model(tmp_path)
 
 
 @pytest.mark.parametrize('content, words', [
     (b'version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n', 'git lfs pull'),
-    (b'x' * 100, 'damaged or only half there'), (None, 'pytorch_model.bin is not read')])
-def test_weights_that_are_not_all_there_say_how_to_get_them(tmp_path, content, words):
+    (b'x' * 100, 'damaged or incomplete'), (None, 'pytorch_model.bin is not read')])
+def test_incomplete_weights_say_how_to_get_them(tmp_path, content, words):
     _, folder = save(tmp_path)
     folder = folder.rename(tmp_path / 'model')
     (folder / 'manifest.json').unlink()
@@ -109,7 +109,7 @@ def test_a_missing_shard_is_named(tmp_path):
     shards = sorted(tmp_path.glob('*.safetensors'))
     assert len(shards) > 1 and checkpoints.load_model(tmp_path)
     shards[1].unlink()
-    with pytest.raises(ValueError, match=f'only half there .*{shards[1].name}'):
+    with pytest.raises(ValueError, match=f'incomplete .*{shards[1].name}'):
         checkpoints.load_model(tmp_path)
     (tmp_path / 'model.safetensors.index.json').write_text('{"weight_map"')
     with pytest.raises(ValueError, match='index.json is damaged'):
@@ -118,7 +118,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs /proc')
 def test_the_weights_are_never_twice_in_memory(tmp_path):
-    """A new process loads 150 MB, the largest tensor of 17 MB; its peak is read off."""
+    """A new process loads 150 MB, of tensors up to 17 MB: its peak memory."""
     config = GPTConfig(block_size=16, vocab_size=257, n_layer=3, n_head=2, n_embd=1024)
     _, folder = save(tmp_path, config=replace(config, n_layer=1))
     code = """
@@ -127,7 +127,7 @@ import sys
 from gpt import checkpoints
 peak = lambda: int(re.search('VmHWM: +([0-9]+)',
                              open('/proc/self/status').read().replace('\\t', ' '))[1]) / 1000
-checkpoints.load_model(sys.argv[1])                     # whatever loading takes at its first time
+checkpoints.load_model(sys.argv[1])                     # what loading takes the first time
 before = peak()
 model, _ = checkpoints.load_model(sys.argv[2])
 weights = sum(p.numel() for p in model.parameters()) * 4 / 1e6
@@ -160,7 +160,7 @@ def test_what_is_not_this_gpt2_is_refused(tmp_path, change, words):
     ('config.json', 'config.json is damaged'), ('tokenizer.json', 'cannot be used as a tokenizer'),
     ('model.safetensors', 'model: ')])
 def test_damaged_files_are_named(tmp_path, name, words):
-    """With the manifest its checksum tells; a folder without one is met file by file."""
+    """With a manifest by its checksum; without one when the file is read."""
     _, folder = save(tmp_path)
     (folder / name).write_bytes((folder / name).read_bytes()[:-9])
     with pytest.raises(ValueError, match=f'{name} is truncated'):
@@ -178,7 +178,7 @@ def test_a_checkpoint_of_nanogpt_is_named(tmp_path):
         checkpoints.find(tmp_path)
 
 
-def test_the_newest_whole_step_wins(tmp_path):
+def test_the_newest_intact_step_wins(tmp_path):
     for step in (1, 2, 10):
         save(tmp_path, step)
     (tmp_path / 'step_0000010/model.safetensors').write_bytes(b'x')
@@ -201,7 +201,7 @@ def test_a_reader_of_weights_does_not_read_what_a_resume_needs(tmp_path):
         tmp_path / 'step_0000001', [(folder, 'training.pt is damaged')])
 
 
-def test_a_step_that_is_there_whole_is_left_alone_and_a_damaged_one_replaced(tmp_path):
+def test_an_intact_step_is_left_as_it_is_and_a_damaged_one_replaced(tmp_path):
     _, folder = save(tmp_path)
     made = (folder / 'model.safetensors').stat().st_mtime_ns
     save(tmp_path)
@@ -218,7 +218,6 @@ def test_a_save_that_fails_leaves_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         save(tmp_path, 2)
     assert list(checkpoints.steps(tmp_path)) == [1]
-    checkpoints.lock(tmp_path).close()
     assert not list(tmp_path.glob('.*.partial'))
 
 
@@ -238,3 +237,54 @@ def test_a_pickled_payload_is_not_run(tmp_path):
     with pytest.raises(Exception):
         checkpoints.load_training(folder)
     assert not (tmp_path / 'ran').exists()
+
+
+# Settings of a model that transformers does not have.
+
+@dataclass(frozen=True)
+class Variant(GPTConfig):
+    tied: bool = True
+
+
+def test_a_setting_that_model_py_lacks_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, 'GPTConfig', Variant)
+        _, folder = save(tmp_path, config=Variant(**{**asdict(CONFIG), 'tied': False}))
+        assert checkpoints.load_folder(folder).model.config.tied is False
+    text = 'its model was built with tied=False, a setting that model.py does not have'
+    with pytest.raises(ValueError, match=text):
+        checkpoints.load_model(folder)
+
+
+def test_a_variant_is_called_one_and_transformers_refuses_it(tmp_path, monkeypatch):
+    transformers = pytest.importorskip('transformers')
+    monkeypatch.setattr(checkpoints, 'GPTConfig', Variant)
+    found = {}
+    for step, tied in ((1, True), (2, False)):
+        config = Variant(**{**asdict(CONFIG), 'tied': tied})
+        found[tied] = save(tmp_path, step, config)[1]
+        assert checkpoints.read_config(found[tied]) == config
+    facts = {tied: json.loads((folder / 'config.json').read_text())
+             for tied, folder in found.items()}
+    assert facts[True]['model_type'] == 'gpt2' and facts[False]['model_type'] == 'gpt2-variant'
+    assert facts[True]['architectures'] == ['GPT2LMHeadModel']
+    assert facts[False]['gpt_config'] == {'tied': False}
+    transformers.AutoModelForCausalLM.from_pretrained(found[True])
+    with pytest.raises(ValueError, match='gpt2-variant'):
+        transformers.AutoModelForCausalLM.from_pretrained(found[False])
+    assert 'gpt_config' not in checkpoints.config_json(CONFIG, 0)
+
+
+def test_a_checkpoint_is_a_hugging_face_model(config, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    train.main(config(max_iters=4))
+    folder = tmp_path / 'run/step_0000004'
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model, encoding = checkpoints.load_model(folder)
+    text = 'The fox counted 12 apples and went home'
+    ids = encoding.encode_ordinary(text)
+    assert their_tokenizer(text)['input_ids'] == ids and their_tokenizer.decode(ids) == text
+    assert their_tokenizer.eos_token_id == encoding.eot_token == theirs.config.eos_token_id
+    x = torch.tensor([ids[:16]])
+    torch.testing.assert_close(model(x), theirs(x).logits, rtol=1e-4, atol=1e-5)

@@ -1,7 +1,7 @@
 """
-The real hub client against a hub on this machine, which serves models that transformers made here.
+The hub's own client against a hub on the loopback address, with models that transformers made.
 
-The client reads its environment when it is imported, and so runs in processes of its own.
+The client reads its environment when it is imported: it runs in processes of its own.
 """
 
 import json
@@ -27,7 +27,7 @@ SHAPE = dict(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=257)
 
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
-    """{repository: transformers' model}, and the folder in which they lie for the hub."""
+    """(the folder that the hub serves, {repository: transformers' model})."""
     from safetensors.torch import save_file
     root, made = tmp_path_factory.mktemp('hub'), {}
     for seed, repo in enumerate(('someone/one', 'someone/shards', 'openai-community/gpt2',
@@ -98,8 +98,8 @@ def check(model, found):
     assert vocab_size == 257
 
 
-def test_models_of_the_hub_are_those_of_transformers_and_stay_in_the_cache(hub, models):
-    """One file, shards with an index, OpenAI's names with masks; then again, asking nobody."""
+def test_models_of_the_hub_are_those_of_transformers_and_are_cached(hub, models):
+    """One file, shards with an index, OpenAI's names with masks; then again, without requests."""
     names = {'someone/one': 'someone/one', 'someone/shards': 'someone/shards',
              'gpt2': 'openai-community/gpt2', 'someone/pair': 'someone/pair'}
     first = load(hub, *names)
@@ -118,7 +118,8 @@ def test_the_vocabulary_of_gpt2_comes_from_a_mirror_and_is_verified(gpt2, tmp_pa
     repo.mkdir(parents=True)
     text = tokenizer.to_json(gpt2)
     (repo / 'tokenizer.json').write_text(text)
-    code = "import tokenizer; enc = tokenizer.gpt2(); print(enc.name, enc.encode('Hello, I am'))"
+    code = ('from gpt import tokenizer; enc = tokenizer.gpt2()\n'
+            'print(enc.name, enc.encode("Hello, I am"))')
     with serving(tmp_path / 'hub', tmp_path / 'home') as hub:
         env = {**hub.env, 'HTTPS_PROXY': 'http://127.0.0.1:9', 'TIKTOKEN_CACHE_DIR': str(tmp_path)}
         for words, altered in (('gpt2 [15496, 11, 314, 716]', text),
@@ -133,7 +134,7 @@ def test_the_vocabulary_of_gpt2_comes_from_a_mirror_and_is_verified(gpt2, tmp_pa
 
 @pytest.mark.slow
 def test_weights_cached_without_their_tokenizer_get_it_from_the_hub(hub, models):
-    """As transformers' from_pretrained() leaves them; GPT-2's own would be a wrong guess."""
+    """As transformers' from_pretrained() leaves them. GPT-2's own would be wrong."""
     code = """
 from huggingface_hub import hf_hub_download
 for name in ('config.json', 'model.safetensors'):
@@ -141,11 +142,11 @@ for name in ('config.json', 'model.safetensors'):
 """
     subprocess.run([sys.executable, '-c', code], env=hub.env, check=True, capture_output=True)
     found = load(hub, 'someone/one', HF_HUB_OFFLINE='1')['someone/one']
-    assert 'it is not (whole) in the cache' in found
+    assert 'not (completely) in the cache' in found
     check(models[1]['someone/one'], load(hub, 'someone/one')['someone/one'])
 
 
-def test_every_refusal_names_the_way_out(hub):
+def test_every_refusal_says_what_to_do(hub):
     found = load(hub, 'someone/gated', 'someone/private', 'someone/nothing', 'openai/gpt-2',
                  'gpt-2', 'someone/pickle', 'someone/llama', 'someone/broken', 'not a name',
                  './nowhere', 'tests/nowhere')
@@ -154,16 +155,16 @@ def test_every_refusal_names_the_way_out(hub):
             'someone/private': r'or it is private \(then set HF_TOKEN\)$',
             'someone/nothing': r'no such model at http://127',
             'openai/gpt-2': 'Did you mean gpt2\\?', 'gpt-2': 'Did you mean gpt2\\?',
-            'someone/pickle': 'no model.safetensors here; pytorch_model.bin is not read',
+            'someone/pickle': 'no model.safetensors in this folder; pytorch_model.bin is not read',
             'someone/llama': 'not a GPT-2 that this program can run: model_type is',
-            'someone/broken': r'cannot be reached|could not be had',
-            'not a name': 'no such folder here and no such model',
-            './nowhere': 'there is no such folder$',
-            'tests/nowhere': 'there is no such folder$'}.items():
+            'someone/broken': r'cannot be reached|could not be downloaded',
+            'not a name': 'no such folder, and no such model',
+            './nowhere': 'no such folder$',
+            'tests/nowhere': 'no such folder$'}.items():
         assert isinstance(found[name], str) and re.search(words, found[name]), found[name]
         assert found[name].count('\n') == 0
     assert not any(method == 'GET' and 'llama' in path and 'safetensors' in path
-                   for method, path, _ in hub.requests), 'weights that cannot be used were fetched'
+                   for method, path, _ in hub.requests), 'useless weights were downloaded'
 
 
 @pytest.mark.slow
@@ -179,7 +180,7 @@ def test_a_hub_that_cannot_be_reached_is_named(hub):
 
 
 @pytest.mark.slow
-def test_a_download_that_breaks_off_goes_on_where_it_was(hub, models):
+def test_a_download_that_breaks_off_resumes_where_it_was(hub, models):
     hub.break_off = 2
     check(models[1]['someone/large'], load(hub, 'someone/large')['someone/large'])
     ranges = [given for method, path, given in hub.requests
@@ -188,7 +189,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(hub, models):
 
 
 @pytest.mark.slow
-def test_a_download_that_is_killed_leaves_nothing_that_looks_whole(hub, models):
+def test_a_download_that_is_killed_leaves_nothing_that_looks_complete(hub, models):
     hub.stall = True
     process = subprocess.Popen([sys.executable, '-c', LOAD, 'someone/one'], cwd=ROOT, env=hub.env)
     deadline = time.monotonic() + 60
@@ -200,14 +201,14 @@ def test_a_download_that_is_killed_leaves_nothing_that_looks_whole(hub, models):
     process.wait()
     hub.stall, hub.break_off = False, 0
     found = load(hub, 'someone/one', HF_HUB_OFFLINE='1')['someone/one']
-    assert 'it is not (whole) in the cache' in found
+    assert 'not (completely) in the cache' in found
     check(models[1]['someone/one'], load(hub, 'someone/one')['someone/one'])
 
 
 @pytest.mark.slow
 def test_fine_tuning_from_download_to_sample(hub, tmp_path):
     """The README's path on a small model: prepare, fine-tune from the hub with a shorter block,
-    go on, sample; the last is offline."""
+    resume, sample; the last two offline."""
     text, data = tmp_path / 'verse.txt', tmp_path / 'data'
     text.write_text('To be, or not to be, that is the question.\n' * 60)
     script('data/prepare.py', f'--data_dir={data}', '--tokenizer=bytes', text, env=hub.env)
@@ -216,12 +217,12 @@ def test_fine_tuning_from_download_to_sample(hub, tmp_path):
                '--batch_size=4', '--total_batch_size=64', '--device=cpu', '--learning_rate=3e-3',
                '--warmup_iters=0']
     first = script(*command, '--max_iters=10', env=hub.env).stdout
-    assert 'a new run' in first and 'reads 16 tokens at a time' in first
+    assert 'new run in' in first and 'block_size 16 (up to --block_size=32' in first
     again = script(*command, '--max_iters=40', env={**hub.env, 'HF_HUB_OFFLINE': '1'}).stdout
-    assert 'going on from' in again
+    assert 'resuming from' in again
     losses = [float(loss) for loss in re.findall(r'val_loss (\d+\.\d+)', first + again)]
     assert losses[0] > 5 and losses[-1] < 3
-    assert f'--model={tmp_path}/run' in again and 'the best' in again
+    assert f'--model={tmp_path}/run` samples from it' in again and 'best val_loss' in again
     done = script('sample.py', f'--model={tmp_path}/run', '-p', 'To be', '-m', '60',
                   '--temperature=0', '--device=cpu', env={**hub.env, 'HF_HUB_OFFLINE': '1'})
     assert done.stdout.startswith('To be') and len(done.stdout) > 60
