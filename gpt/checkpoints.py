@@ -248,7 +248,8 @@ def official_name(name: str) -> str:
     return name if name in SIZES else ''
 
 
-def random_model(size: str, device, dropout: float, dtype: torch.dtype) -> Loaded:
+def random_model(size: str, device: str | torch.device, dropout: float,
+                 dtype: torch.dtype) -> Loaded:
     """What 'random:gpt2' stands for: an untrained model of that size, made with seed 0."""
     if size not in SIZES:
         raise ValueError(f"random:{size}: expected random: and one of {', '.join(SIZES)}")

@@ -5,6 +5,7 @@ What only a CPU wants: weights packed for oneDNN, freed memory kept, and how fas
 import ctypes
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,11 +22,11 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64)
         self.bias = bias
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
 
 
-def pack(model):
+def pack(model) -> nn.Module:
     """Pack the weights of a GPT in place for fast inference, and return it: F.linear would
     rearrange them at every call. A packed model cannot be trained or saved: its weights are gone.
 
@@ -45,7 +46,7 @@ def pack(model):
 
 
 @contextmanager
-def no_onednn_for_one_token(ids: torch.Tensor, weight: torch.Tensor):
+def no_onednn_for_one_token(ids: torch.Tensor, weight: torch.Tensor) -> Iterator[None]:
     """For one token in bfloat16 on a CPU, switch oneDNN off: it rearranges a weight at every
     product, which takes twice as long as reading it."""
     if ids.numel() > 1 or weight.device.type != 'cpu' or weight.dtype != torch.bfloat16:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 
@@ -92,7 +92,7 @@ class Log:
         except OSError as error:
             self.report_missed(path, error)
 
-    def append(self, file, record: dict) -> None:
+    def append(self, file: IO[bytes], record: dict) -> None:
         """A line in `file`; a full disk costs the record, not the run."""
         try:
             line = json.dumps(record).encode() + b'\n'

@@ -148,12 +148,13 @@ class Muon(torch.optim.Optimizer):
         self.dtype, self.grad_scale, self.found_inf = dtype, None, None
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         for group in self.param_groups:
             for batch in batches_of_one_shape(group['params']):
                 self.update(batch, **{key: group[key] for key in self.defaults})
 
-    def update(self, batch, lr, momentum, weight_decay):
+    def update(self, batch: list[torch.Tensor], lr: float, momentum: float,
+               weight_decay: float) -> None:
         for p in batch:
             if not self.state[p]:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p)

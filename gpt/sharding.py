@@ -28,7 +28,7 @@ def shard(model, device: torch.device, dtype: torch.dtype = torch.float32) -> No
         cpu.release_freed_memory()
 
 
-def is_sharded(thing) -> bool:
+def is_sharded(thing: object) -> bool:
     """Whether a model was given to shard(), or a tensor is a part of one."""
     return hasattr(thing, 'reshard') or hasattr(thing, 'full_tensor')
 
@@ -51,7 +51,7 @@ def shard_like(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def unsharded(model, keep: bool = True):
+def unsharded(model, keep: bool = True) -> torch.nn.Module | None:
     """`model` itself, or a full copy on the CPU if it is sharded, for those that `keep` it (else
     None). A collective, as gather_full()."""
     if not is_sharded(model):

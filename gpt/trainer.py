@@ -137,7 +137,7 @@ class Trainer:
             yield self.model
             self.model.train()
 
-    def full_model(self, keep: bool = True):
+    def full_model(self, keep: bool = True) -> torch.nn.Module | None:
         """The model, or a full copy on the CPU if it is sharded; see sharding.unsharded()."""
         return unsharded(self.model, keep)
 

@@ -64,7 +64,7 @@ class World:
         if self.is_main:
             print(*words)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         """Forward passes run under it. Its cache is off: a weight is used once in a pass."""
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False,
                               enabled=self.dtype != torch.float32)
