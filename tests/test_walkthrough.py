@@ -1,6 +1,6 @@
 """
-The walkthrough is true: the names it speaks of exist, its blocks run and print what it says, its
-pictures are there, and the Chinese one says the same.
+The walkthrough: the names in it exist, its blocks run and print what it shows, links and pictures
+lead to files, and the Chinese version has the same sections, commands and figures. The READMEs too.
 """
 
 import ast
@@ -21,23 +21,23 @@ REFERENCE = re.compile(r'`([\w/]+\.py):\s+([\w.]+)`')
 
 def names_of(path):
     """Functions, classes with their methods, and variables of a file."""
-    found = set()
+    names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign):
-            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         elif hasattr(node, 'name'):
-            found |= {node.name, *(f'{node.name}.{part.name}' for part in getattr(node, 'body', [])
+            names |= {node.name, *(f'{node.name}.{part.name}' for part in getattr(node, 'body', [])
                                    if hasattr(part, 'name'))}
-    return found
+    return names
 
 
 @pytest.mark.parametrize('path, name', sorted(set(REFERENCE.findall(ENGLISH + CHINESE))))
-def test_a_name_is_there(path, name):
+def test_a_name_exists(path, name):
     assert name in names_of(ROOT / path)
 
 
 @pytest.mark.parametrize('text', [ENGLISH, CHINESE], ids=['english', 'chinese'])
-def test_every_section_names_its_lines_and_has_a_block_that_runs(text):
+def test_every_section_names_code_and_has_a_block_that_runs(text):
     sections = re.split(r'^## (?=\d+\. )', text, flags=re.MULTILINE)[1:]
     assert len(sections) == 16
     for section in sections:
@@ -45,14 +45,15 @@ def test_every_section_names_its_lines_and_has_a_block_that_runs(text):
 
 
 @pytest.mark.slow
-def test_the_blocks_print_what_is_printed_there():
-    """Words alike, numbers to a twentieth and their last digit: processors round differently."""
+def test_the_blocks_print_what_is_shown():
+    """The same words; numbers to 5 % or 1.5 of their last digit, as processors round differently.
+    """
     printed = refresh.run_blocks(ENGLISH)
-    expected = [found[2] for found in refresh.BLOCK.finditer(ENGLISH)]
+    expected = [match[2] for match in refresh.BLOCK.finditer(ENGLISH)]
     assert len(printed) == len(expected) >= 14
     number = re.compile(r'-?\d+(?:\.\d+)?(?:e[-+]?\d+)?')
     for now, then in zip(printed, expected):
-        if 'difference' in then:                                    # of rounding: any small one
+        if 'difference' in then:                                    # of rounding
             continue
         assert number.sub('#', now).split() == number.sub('#', then).split()
         for one, other in zip(number.findall(now), number.findall(then)):
@@ -66,8 +67,8 @@ def test_both_languages_have_the_same_sections_commands_and_figures(english, chi
     for pattern in (r'^(#+) ', r'```\w+\n.*?```', r'!\[[^]]*\]\(([^)]+)\)', REFERENCE.pattern):
         found = [re.findall(pattern, text, re.MULTILINE | re.DOTALL) for text in (one, two)]
         assert found[0] == found[1], pattern
-    proses = [re.sub('```.*?```', '', text, flags=re.DOTALL) for text in (one, two)]
-    figures = [sorted(re.findall(r'\d+(?:,\d{3})*(?:\.\d+)?', prose)) for prose in proses]
+    prose = [re.sub('```.*?```', '', text, flags=re.DOTALL) for text in (one, two)]
+    figures = [sorted(re.findall(r'\d+(?:,\d{3})*(?:\.\d+)?', text)) for text in prose]
     assert figures[0] == figures[1]
 
 
@@ -75,11 +76,16 @@ def test_both_languages_have_the_same_sections_commands_and_figures(english, chi
     str(path.relative_to(ROOT)) for path in sorted((ROOT / 'docs').glob('*.md')))])
 def test_links_and_pictures_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding='utf-8')
-    anchors = {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')
-               for title in re.findall(r'^#+ (.*)', text, re.MULTILINE)}
     for target in re.findall(r'\]\(([^)\s]+)\)', re.sub('```.*?```', '', text, flags=re.DOTALL)):
         path, _, anchor = target.partition('#')
-        if not path:
-            assert anchor in anchors, target
-        elif '://' not in path:
-            assert ((ROOT / name).parent / path).exists(), target
+        if '://' in path:
+            continue
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding='utf-8')), target
+
+
+def anchors(text):
+    """The anchors of the headings of a document."""
+    return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')
+            for title in re.findall(r'^#+ (.*)', text, re.MULTILINE)}
