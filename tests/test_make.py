@@ -1,4 +1,4 @@
-"""What the Makefile says on machines that lack something."""
+"""The Makefile on machines that lack something."""
 
 import shutil
 import subprocess
@@ -7,11 +7,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.skipif(not shutil.which('make'), reason='there is no make here')
+pytestmark = pytest.mark.skipif(not shutil.which('make'), reason='no make on this machine')
 
 
 def make(tmp_path, refuses):
-    """`make install` with a Python that fails when its arguments contain `refuses`."""
+    """`make install` with a Python that fails if its arguments contain `refuses`."""
     python = tmp_path / 'python'
     python.write_text(f'#!/bin/sh\ncase "$*" in *{refuses}*) exit 1;; esac\n'
                       f'exec {sys.executable} "$@"\n')
