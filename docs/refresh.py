@@ -55,7 +55,7 @@ def notebook(path):
                    coalesce_streams=True, resources={'metadata': {'path': str(path.parent)}}
                    ).execute()
     book.metadata.language_info = {'name': 'python'}
-    text = re.sub(r'[^\s"\'`]*/play-\w+', '/tmp/play', nbformat.writes(book))
+    text = re.sub(r'[^\s"\'`=]*/play-\w+', '/tmp/play', nbformat.writes(book))
     path.write_text(text + '\n', encoding='utf-8')
 
 
