@@ -87,17 +87,17 @@ def test_a_padded_vocabulary_is_cut_to_the_tokens(tmp_path):
         checkpoints.load_model(tmp_path)
 
 
-@pytest.mark.parametrize('content, words', [
+@pytest.mark.parametrize('content, message', [
     (b'version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n', 'git lfs pull'),
     (b'x' * 100, 'damaged or incomplete'), (None, 'pytorch_model.bin is not read')])
-def test_incomplete_weights_say_how_to_get_them(tmp_path, content, words):
+def test_incomplete_weights_say_how_to_get_them(tmp_path, content, message):
     _, folder = save(tmp_path)
     folder = folder.rename(tmp_path / 'model')
     (folder / 'manifest.json').unlink()
     (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
     if content:
         (folder / 'model.safetensors').write_bytes(content)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         checkpoints.load_model(folder)
 
 
@@ -140,26 +140,26 @@ print(weights, peak() - before)
     assert weights > 150 and grown < weights + 40, (weights, grown)
 
 
-@pytest.mark.parametrize('change, words', [
+@pytest.mark.parametrize('change, message', [
     ({'model_type': 'llama'}, 'model_type is'),
     ({'activation_function': 'relu'}, 'activation_function is'),
     ({'n_inner': 7}, 'n_inner is 7'),
     ({'n_embd': 64, 'n_inner': None},
      r'h.0.attn.c_attn.bias: the file holds \(96,\), config.json promises \(192,\)'),
     ({'n_layer': 3}, 'these weights are missing: h.2')])
-def test_what_is_not_this_gpt2_is_refused(tmp_path, change, words):
+def test_what_is_not_this_gpt2_is_refused(tmp_path, change, message):
     _, folder = save(tmp_path)
     facts = json.loads((folder / 'config.json').read_text())
     (folder / 'config.json').write_text(json.dumps(facts | change))
     (folder / 'manifest.json').unlink()
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         checkpoints.load_model(folder.rename(tmp_path / 'model'))
 
 
-@pytest.mark.parametrize('name, words', [
+@pytest.mark.parametrize('name, message', [
     ('config.json', 'config.json is damaged'), ('tokenizer.json', 'cannot be used as a tokenizer'),
     ('model.safetensors', 'model: ')])
-def test_damaged_files_are_named(tmp_path, name, words):
+def test_damaged_files_are_named(tmp_path, name, message):
     """With a manifest by its checksum; without one when the file is read."""
     _, folder = save(tmp_path)
     (folder / name).write_bytes((folder / name).read_bytes()[:-9])
@@ -168,7 +168,7 @@ def test_damaged_files_are_named(tmp_path, name, words):
     (folder / 'manifest.json').unlink()
     with pytest.raises(ValueError, match='step_0000001: it is incomplete'):
         checkpoints.load_model(folder)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         checkpoints.load_model(folder.rename(tmp_path / 'model'))
 
 

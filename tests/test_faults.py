@@ -293,8 +293,8 @@ def test_killed_while_it_compiles_nothing_is_lost(flags, undisturbed, tmp_path):
 def test_torchrun_restarts_after_a_killed_worker(flags, undisturbed, tmp_path):
     expected = undisturbed(2)
     process = begin('SIGKILL 1 7', flags('run'), 2, '--max-restarts=3')
-    words = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, words
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
     same_run(tmp_path / 'run', expected)
 
 
@@ -302,8 +302,8 @@ def test_torchrun_restarts_after_a_killed_worker(flags, undisturbed, tmp_path):
 def test_a_rank_that_hangs_times_out_and_is_restarted(flags, undisturbed, tmp_path):
     expected = undisturbed(2)
     process = begin('SIGSTOP 1 7', flags('run', timeout_minutes=0.1), 2, '--max-restarts=1')
-    words = process.communicate(timeout=200)[0]
-    assert process.returncode == 0 and 'imed out' in words, words
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0 and 'imed out' in output, output
     same_run(tmp_path / 'run', expected)
 
 
@@ -392,10 +392,10 @@ def test_a_disk_that_fills_up_costs_a_checkpoint_and_not_the_run(flags, undistur
                 break
         assert 'No space left' in line and 'continuing' in line
         ballast.unlink()
-        words = process.communicate(timeout=120)[0]
+        output = process.communicate(timeout=120)[0]
     finally:
         kill_all(process, tmp_path)
-    assert process.returncode == 0 and 'finished 160 updates' in words, words
+    assert process.returncode == 0 and 'finished 160 updates' in output, output
     expected = undisturbed(**options)
     assert weights(small / 'run', 160) == weights(expected, 160)
     assert not list((small / 'run').glob('.step*'))

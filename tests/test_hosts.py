@@ -51,13 +51,13 @@ class Host:
                    *(f'--{key}={value}' for key, value in values.items())]
         if loop:
             command = ['bash', '-c', 'until "$@"; do sleep 1; done', 'bash', *command]
-        words = folder.parent / f'{self.address}-{len(self.started)}.txt'
-        with open(words, 'wb') as file:
+        output = folder.parent / f'{self.address}-{len(self.started)}.txt'
+        with open(output, 'wb') as file:
             process = subprocess.Popen(
                 ['ip', 'netns', 'exec', self.name, *command], cwd=ROOT, stdout=file,
                 stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, 'GLOO_SOCKET_IFNAME': 'veth0', 'PYTHONUNBUFFERED': '1'})
-        process.words = words.read_text                         # its output so far
+        process.output = output.read_text                         # its output so far
         self.started.append(process)
         return process
 
@@ -104,7 +104,7 @@ def hosts():
 
 
 @pytest.fixture
-def whole(undisturbed):
+def one_machine(undisturbed):
     """The same run on one machine, by torchrun with two processes."""
     return undisturbed(2, **SETTINGS)
 
@@ -122,7 +122,7 @@ def wait_for(condition, *processes, seconds=60):
         if condition():
             return
         time.sleep(0.02)
-    raise AssertionError('\n\n'.join(process.words() for process in processes))
+    raise AssertionError('\n\n'.join(process.output() for process in processes))
 
 
 def ends(*processes):
@@ -130,12 +130,12 @@ def ends(*processes):
     wait_for(lambda: all(process.poll() is not None for process in processes), *processes,
              seconds=90)
     assert [process.returncode for process in processes] == [0] * len(processes), (
-        '\n\n'.join(process.words() for process in processes))
+        '\n\n'.join(process.output() for process in processes))
 
 
 def worlds(process):
     """The numbers of processes that the run had, one after another, as rank 0 printed them."""
-    return list(map(int, re.findall(r'tokens = (\d+) process', process.words())))
+    return list(map(int, re.findall(r'tokens = (\d+) process', process.output())))
 
 
 def reached(folder, step):
@@ -147,17 +147,17 @@ def weights(folder):
     return (folder / f'step_{SETTINGS["max_iters"]:07d}/model.safetensors').read_bytes()
 
 
-def test_two_hosts_train_as_one_machine_does(hosts, run, whole):
+def test_two_hosts_train_as_one_machine_does(hosts, run, one_machine):
     processes = [host.torchrun(run, '--nnodes=2') for host in hosts]
     ends(*processes)
     assert worlds(processes[0]) == [2] and worlds(processes[1]) == []
-    assert curve(run) == curve(whole)
-    assert weights(run) == weights(whole)
+    assert curve(run) == curve(one_machine)
+    assert weights(run) == weights(one_machine)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize('how', ['killed', 'cut off'])
-def test_a_host_is_lost_and_comes_back(hosts, run, whole, how, monkeypatch):
+def test_a_host_is_lost_and_comes_back(hosts, run, one_machine, how, monkeypatch):
     """The other one continues alone from the last checkpoint, and with it again when it is back.
     Its process is paused until then, so that the run does not end before. Losses differ by
     rounding."""
@@ -169,19 +169,19 @@ def test_a_host_is_lost_and_comes_back(hosts, run, whole, how, monkeypatch):
         b('link', 'set', 'veth0', 'down')               # gloo waits for timeout_minutes, then fails
     else:
         b.kill()                                        # its connections close: seen at once
-    wait_for(lambda: staying.words().partition('= 1 process ')[2].count('\nstep') > 2, staying,
+    wait_for(lambda: staying.output().partition('= 1 process ')[2].count('\nstep') > 2, staying,
              lost)
     [alone] = a.pids(but=staying)
     os.kill(alone, signal.SIGSTOP)
     b.kill()                        # torchrun there may hang for minutes; only one may run
     b('link', 'set', 'veth0', 'up')
     back = b.torchrun(run, *ELASTIC, conf=QUICK)
-    wait_for(lambda: 'closing signal SIGTERM' in staying.words(), staying, back)
+    wait_for(lambda: 'closing signal SIGTERM' in staying.output(), staying, back)
     os.kill(alone, signal.SIGCONT)                      # it saves, and both start from there
     ends(staying, back)
     assert worlds(staying) == [2, 1, 2]
-    assert staying.words().count('the same command resumes') == 1
-    found, expected = curve(run), curve(whole)
+    assert staying.output().count('the same command resumes') == 1
+    found, expected = curve(run), curve(one_machine)
     assert found.keys() == expected.keys()
     pairs = [(float.fromhex(found[step][i]), float.fromhex(expected[step][i]))
              for step in expected for i in (0, 3) if expected[step][i] and found[step][i]]
@@ -192,7 +192,7 @@ def test_a_host_is_lost_and_comes_back(hosts, run, whole, how, monkeypatch):
 
 @pytest.mark.faults
 @pytest.mark.parametrize('victim', [0, 1])
-def test_an_outer_loop_brings_any_host_back(hosts, run, whole, victim):
+def test_an_outer_loop_brings_any_host_back(hosts, run, one_machine, victim):
     """Two hosts or none, each in a loop: one is killed, the one that holds the store or the other.
     Both start again, and the run equals one without a fault."""
     processes = [host.torchrun(run, '--nnodes=2', conf=',join_timeout=60', loop=True)
@@ -202,5 +202,5 @@ def test_an_outer_loop_brings_any_host_back(hosts, run, whole, victim):
     ends(*processes)
     assert worlds(processes[0]) == [2, 2]
     assert max(checkpoints.steps(run)) == SETTINGS['max_iters']
-    assert curve(run) == curve(whole)
-    assert weights(run) == weights(whole)
+    assert curve(run) == curve(one_machine)
+    assert weights(run) == weights(one_machine)

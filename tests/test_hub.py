@@ -122,14 +122,14 @@ def test_the_vocabulary_of_gpt2_comes_from_a_mirror_and_is_verified(gpt2, tmp_pa
             'print(enc.name, enc.encode("Hello, I am"))')
     with serving(tmp_path / 'hub', tmp_path / 'home') as hub:
         env = {**hub.env, 'HTTPS_PROXY': 'http://127.0.0.1:9', 'TIKTOKEN_CACHE_DIR': str(tmp_path)}
-        for words, altered in (('gpt2 [15496, 11, 314, 716]', text),
+        for printed, altered in (('gpt2 [15496, 11, 314, 716]', text),
                                ('', text.replace('Ġdark', 'Ġbark!'))):
             (repo / 'tokenizer.json').write_text(altered)
             done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True,
-                                  env={**env, 'HF_HOME': str(tmp_path / str(len(words)))},
+                                  env={**env, 'HF_HOME': str(tmp_path / str(len(printed)))},
                                   capture_output=True)
-            assert done.stdout.strip() == words, done.stderr
-            assert bool(words) or 'name a mirror of the hub' in done.stderr
+            assert done.stdout.strip() == printed, done.stderr
+            assert bool(printed) or 'name a mirror of the hub' in done.stderr
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_every_refusal_says_what_to_do(hub):
     found = load(hub, 'someone/gated', 'someone/private', 'someone/nothing', 'openai/gpt-2',
                  'gpt-2', 'someone/pickle', 'someone/llama', 'someone/broken', 'not a name',
                  './nowhere', 'tests/nowhere')
-    for name, words in {
+    for name, message in {
             'someone/gated': r'accept the terms at http.*/someone/gated, and set HF_TOKEN',
             'someone/private': r'or it is private \(then set HF_TOKEN\)$',
             'someone/nothing': r'no such model at http://127',
@@ -161,7 +161,7 @@ def test_every_refusal_says_what_to_do(hub):
             'not a name': 'no such folder, and no such model',
             './nowhere': 'no such folder$',
             'tests/nowhere': 'no such folder$'}.items():
-        assert isinstance(found[name], str) and re.search(words, found[name]), found[name]
+        assert isinstance(found[name], str) and re.search(message, found[name]), found[name]
         assert found[name].count('\n') == 0
     assert not any(method == 'GET' and 'llama' in path and 'safetensors' in path
                    for method, path, _ in hub.requests), 'useless weights were downloaded'

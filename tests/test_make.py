@@ -20,9 +20,9 @@ def make(tmp_path, refuses):
                           capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('refuses, words', [
+@pytest.mark.parametrize('refuses, message', [
     ('ensurepip', 'apt-get install python3-venv'),
     ('version_info', 'Python 3.11 or newer is needed')])
-def test_one_line_says_what_is_missing(tmp_path, refuses, words):
+def test_one_line_says_what_is_missing(tmp_path, refuses, message):
     done = make(tmp_path, refuses)
-    assert done.returncode != 0 and words in done.stdout and not (tmp_path / 'env').exists()
+    assert done.returncode != 0 and message in done.stdout and not (tmp_path / 'env').exists()

@@ -139,14 +139,14 @@ def test_weights_become_counts_of_a_cycle(text, counts):
     assert mixture(text) == counts and sum(counts.values()) == CYCLE
 
 
-@pytest.mark.parametrize('text, words', [
+@pytest.mark.parametrize('text, message', [
     ('a,b,a', 'each once'), ('a,,b', 'expected names'), ('', 'expected names'),
     ('a:0.5,b', 'for every data set or for none'), ('a:0,b:1', 'a weight above 0'),
     ('a:-1,b:2', 'a weight above 0'), ('a:much,b:1', 'a weight above 0'),
     ('a:nan,b:1', 'a weight above 0'), ('a:inf,b:1', 'a weight above 0'),
     ('a:1,b:', 'a weight above 0'), ('a:1,b:0.0001', 'that of b is too small')])
-def test_a_bad_mixture_is_refused(text, words):
-    with pytest.raises(ValueError, match=f'dataset: given {text!r}, .*{words}'):
+def test_a_bad_mixture_is_refused(text, message):
+    with pytest.raises(ValueError, match=f'dataset: given {text!r}, .*{message}'):
         mixture(text)
 
 
@@ -189,13 +189,13 @@ def test_a_mixture_is_a_function_of_seed_and_position(tmp_path, world):
 
 # Data sets.
 
-@pytest.mark.parametrize('text, words', [
+@pytest.mark.parametrize('text, message', [
     ('tiny,bytes', 'data sets tiny and bytes have different tokenizers, '
      r'bpe:300 \(300\) and bytes .257.; .*--tokenizer=.*/tiny$'),
     ('tiny,nowhere', 'not prepared; run\n    python data/prepare.py --name=nowhere'),
     ('tiny,tiny', 'each once'), ('tiny:x,other:1', 'a weight above 0')])
-def test_mixtures_that_are_refused(two_sets, text, words):
-    with pytest.raises(ValueError, match=words):
+def test_mixtures_that_are_refused(two_sets, text, message):
+    with pytest.raises(ValueError, match=message):
         load_sets(text, str(two_sets))
 
 

@@ -3,7 +3,6 @@ Runs of several real processes under torchrun: the same bits after any stop, the
 world size.
 """
 
-import json
 import os
 import re
 import signal
@@ -68,9 +67,9 @@ def test_a_resume_is_exact_on_any_number_of_processes(flags, undisturbed, tmp_pa
     expected = undisturbed(world, optimizer=optimizer)
     script(*flags('stopped', optimizer=optimizer, max_iters=5, lr_decay_iters=12), torchrun=world)
     script(*flags('stopped', optimizer=optimizer), torchrun=world)
-    whole, resumed = curve(expected), curve(tmp_path / 'stopped')
-    resumed[5] = resumed[5][:3] + whole[5][3:]                      # validated where it stopped
-    assert resumed == whole and len(whole) == 13
+    uninterrupted, resumed = curve(expected), curve(tmp_path / 'stopped')
+    resumed[5] = resumed[5][:3] + uninterrupted[5][3:]              # validated where it stopped
+    assert resumed == uninterrupted and len(uninterrupted) == 13
     assert checkpoint_bytes(expected) == checkpoint_bytes(tmp_path / 'stopped')
 
 
@@ -105,20 +104,20 @@ def test_a_sharded_model_trains_as_a_replicated_one_does(flags, undisturbed, tmp
                                                     tolerance):
     """On 2 and 4 processes; and one run on 2 replicated, 4 sharded, one process, 2 sharded."""
     options = {'optimizer': optimizer}
-    whole = undisturbed(2, **options)
+    uninterrupted = undisturbed(2, **options)
     for world in (2, 4):
         script(*flags(f's{world}', **options, parallel='fsdp', sample_interval=6), torchrun=world)
     for world, parallel, max_iters in ((2, 'ddp', 3), (4, 'fsdp', 6), (1, 'fsdp', 9),
                                        (2, 'fsdp', 12)):
         script(*flags('mixed', **options, parallel=parallel, max_iters=max_iters,
                       lr_decay_iters=12), torchrun=world)
-    reference = losses(whole)
+    reference = losses(uninterrupted)
     for name in ('s2', 's4', 'mixed'):
         found = losses(tmp_path / name)
         worst = max(abs(a - b) / a for a, b in zip(reference, found, strict=True))
         print(f'{optimizer} {name}: largest relative difference {worst:.1e}')
         assert worst < tolerance
-        expected = losses(whole, 'val_loss')[-1]
+        expected = losses(uninterrupted, 'val_loss')[-1]
         assert losses(tmp_path / name, 'val_loss')[-1] == pytest.approx(expected, rel=tolerance)
     assert (tmp_path / 's2/samples.jsonl').read_text().count('\n') == 3
 
@@ -127,11 +126,11 @@ def test_a_sharded_model_trains_as_a_replicated_one_does(flags, undisturbed, tmp
     (2, 'muon'), pytest.param(4, 'adamw', marks=pytest.mark.faults)])
 def test_a_sharded_run_resumes_exactly(flags, undisturbed, tmp_path, world, optimizer):
     options = {'optimizer': optimizer, 'parallel': 'fsdp', 'checkpoint_activations': True}
-    whole = undisturbed(world, **options)
+    uninterrupted = undisturbed(world, **options)
     script(*flags('stopped', **options, max_iters=4, lr_decay_iters=12), torchrun=world)
     script(*flags('stopped', **options), torchrun=world)
-    assert curve(whole) == curve(tmp_path / 'stopped')
-    assert checkpoint_bytes(whole) == checkpoint_bytes(tmp_path / 'stopped')
+    assert curve(uninterrupted) == curve(tmp_path / 'stopped')
+    assert checkpoint_bytes(uninterrupted) == checkpoint_bytes(tmp_path / 'stopped')
 
 
 @pytest.mark.faults
@@ -178,27 +177,27 @@ def test_a_signal_ends_in_a_checkpoint(flags, undisturbed, tmp_path, world, numb
     """SIGTERM or Ctrl-C, to the process or to torchrun: saved within an update, and the resumed
     run equals one without a stop."""
     torchrun = world if world > 1 else 0
-    whole = undisturbed(torchrun, max_iters=60, eval_interval=60)
+    uninterrupted = undisturbed(torchrun, max_iters=60, eval_interval=60)
     process = start(flags('run', max_iters=60, eval_interval=60), world)
     try:
         wait_for_step(process, tmp_path / 'run', 20)
         process.send_signal(number)
-        words = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=60)[0]
     finally:
         kill_all(process, tmp_path)
-    assert words.count('ending after this update') == 1
-    assert 'the same command resumes' in words and (world > 1 or process.returncode == 0), words
+    assert output.count('ending after this update') == 1
+    assert 'the same command resumes' in output and (world > 1 or process.returncode == 0), output
     step = max(checkpoints.steps(tmp_path / 'run'))
     assert 20 <= step < 60 and not checkpoints.problem(tmp_path / f'run/step_{step:07d}')
     script(*flags('run', max_iters=60, eval_interval=60), torchrun=torchrun)
-    assert curve(tmp_path / 'run') == curve(whole)
+    assert curve(tmp_path / 'run') == curve(uninterrupted)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize('victim', ['worker', 'everything'])
 def test_kill_9_costs_the_steps_since_the_last_save(flags, undisturbed, tmp_path, victim):
     options = dict(max_iters=120, eval_interval=10)
-    whole = undisturbed(2, **options)
+    uninterrupted = undisturbed(2, **options)
     process = start(flags('run', **options), 2)
     try:
         wait_for_step(process, tmp_path / 'run', 25)
@@ -209,7 +208,7 @@ def test_kill_9_costs_the_steps_since_the_last_save(flags, undisturbed, tmp_path
         kill_all(process, tmp_path)
     assert 120 not in checkpoints.steps(tmp_path / 'run')
     script(*flags('run', **options), torchrun=2)
-    assert curve(tmp_path / 'run') == curve(whole)
+    assert curve(tmp_path / 'run') == curve(uninterrupted)
 
 
 @pytest.mark.faults
@@ -217,7 +216,7 @@ def test_killed_in_a_save_the_checkpoint_before_is_used(flags, undisturbed, tmp_
     """Killed while files of step 40 are in the temporary folder, which has no final name: step 20
     is used."""
     options = dict(max_iters=60, eval_interval=20, n_embd=128)
-    whole = undisturbed(**options)
+    uninterrupted = undisturbed(**options)
     for _ in range(5):                                              # until a kill is in time
         process = start(flags('run', **options), 1)
         while process.poll() is None and not (tmp_path / 'run/.step_0000040.partial').exists():
@@ -228,7 +227,7 @@ def test_killed_in_a_save_the_checkpoint_before_is_used(flags, undisturbed, tmp_
         subprocess.run(['rm', '-rf', tmp_path / 'run'])
     assert list(checkpoints.steps(tmp_path / 'run')) == [20]
     script(*flags('run', **options))
-    assert curve(tmp_path / 'run') == curve(whole)
+    assert curve(tmp_path / 'run') == curve(uninterrupted)
 
 
 @pytest.mark.faults
@@ -262,9 +261,9 @@ def test_bad_input_ends_every_rank_with_one_line(flags):
 
 @pytest.mark.faults
 def test_several_processes_with_bfloat16_and_compile(flags, tmp_path):
-    script(*flags('whole', dtype='bfloat16', compile=True, max_iters=8), torchrun=2)
+    script(*flags('uninterrupted', dtype='bfloat16', compile=True, max_iters=8), torchrun=2)
     script(*flags('stopped', dtype='bfloat16', compile=True, max_iters=4, lr_decay_iters=8),
            torchrun=2)
     script(*flags('stopped', dtype='bfloat16', compile=True, max_iters=8), torchrun=2)
-    assert curve(tmp_path / 'whole') == curve(tmp_path / 'stopped')
-    assert json.loads((tmp_path / 'whole/log.jsonl').read_text().splitlines()[0])['val_loss'] > 0
+    assert curve(tmp_path / 'uninterrupted') == curve(tmp_path / 'stopped')
+    assert losses(tmp_path / 'uninterrupted', 'val_loss')[0] > 0

@@ -277,9 +277,10 @@ def test_an_exception_finishes_wandb_and_releases_the_folder(config, tmp_path, m
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(train, 'forward_backward', fails)
-    with pytest.raises(RuntimeError, match='a bug'):
+    with pytest.raises(RuntimeError, match='a bug') as caught:
         train.main(config(wandb_log=True))
     assert calls[-2:] == [6, 'exit code 1']
+    assert caught.tb                        # holds the Run: what is released is so on purpose
     with open(tmp_path / 'run/.lock', 'a') as file:
         files.lock(file, wait=False)
     assert signal.getsignal(signal.SIGTERM) == before

@@ -49,7 +49,7 @@ def test_command_line(argv, key, value):
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize('argv, words', [
+@pytest.mark.parametrize('argv, message', [
     (['--batchsize=4'], "did you mean 'batch_size'"),
     (['--batch_size=x'], "given 'x', expected a whole number"),
     (['--batch_size=1.5'], 'given 1.5'), (['--eval_only=yes'], 'True or False'),
@@ -58,12 +58,12 @@ def test_command_line(argv, key, value):
     (['nowhere.py'], 'nowhere.py: cannot read'),
     (['foo'], "given 'foo', expected a config file"),
     (['-p', '--eval_only'], '-p: expected a value')])
-def test_refusals_name_the_flag_and_what_was_expected(argv, words):
-    with pytest.raises(ValueError, match=words):
+def test_refusals_name_the_flag_and_what_was_expected(argv, message):
+    with pytest.raises(ValueError, match=message):
         make(*argv, short={'-p': 'prompt'})
 
 
-@pytest.mark.parametrize('source, words', [
+@pytest.mark.parametrize('source, message', [
     ('batchsize = 4', "c.py:1: unknown setting 'batchsize', did you mean 'batch_size'"),
     ("learning_rate = '3e-4'", "c.py:1: learning_rate: given '3e-4', expected a number"),
     ('import os', 'assignments such as'),
@@ -73,10 +73,10 @@ def test_refusals_name_the_flag_and_what_was_expected(argv, words):
     ('prompt = "".__class__', 'expected a literal'),
     ('batch_size = 9 ** 9 ** 9', 'exponent'), ('batch_size = 1 / 0', 'division by zero'),
     ('a b', 'not a config file')])
-def test_a_config_file_holds_assignments_and_nothing_else(tmp_path, source, words):
+def test_a_config_file_holds_assignments_and_nothing_else(tmp_path, source, message):
     file = tmp_path / 'c.py'
     file.write_text(source)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         make(str(file))
 
 
@@ -129,13 +129,13 @@ def test_the_defaults_of_a_header_are_read_without_importing_it():
 
 # The end of every script.
 
-@pytest.mark.parametrize('flags, words', [
+@pytest.mark.parametrize('flags, message', [
     (['--max_itres=3'], "did you mean 'max_iters'"),
     (['--max_iters=many'], 'expected a whole number'),
     (['--dataset=nowhere'], 'python data/prepare.py --name=nowhere')])
-def test_a_user_sees_one_line_and_status_2(flags, words):
+def test_a_user_sees_one_line_and_status_2(flags, message):
     done = script('train.py', '--device=cpu', *flags, check=False)
-    assert done.returncode == 2 and words in done.stderr and 'Traceback' not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_a_bug_shows_its_traceback_and_ends_with_status_1():

@@ -373,7 +373,7 @@ def test_nothing_is_called_the_best_that_is_not_saved(config, tmp_path, capsys):
 
 # What it refuses.
 
-@pytest.mark.parametrize('changes, words', [
+@pytest.mark.parametrize('changes, message', [
     ({'dataset': 'nowhere'}, 'is not prepared; run\n    python data/prepare.py --name=nowhere F'),
     ({'dataset': 'pydocs'}, 'is not prepared; run\n    python data/prepare.py --data_dir=.*'),
     ({'total_batch_size': 1000}, 'the nearest that can: --total_batch_size=1024'),
@@ -388,8 +388,8 @@ def test_nothing_is_called_the_best_that_is_not_saved(config, tmp_path, capsys):
     ({'init_from': 'resume'}, 'there is no checkpoint in'),
     ({'init_from': 'nowhere'}, 'no such folder'),
     ({'block_size': 100_000, 'total_batch_size': 0}, 'fewer than one block')])
-def test_bad_settings(config, changes, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_settings(config, changes, message):
+    with pytest.raises(ValueError, match=message):
         train.main(config(**changes))
 
 

@@ -33,13 +33,13 @@ def test_autocast_is_off_in_float32():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
-@pytest.mark.parametrize('name, words', [
+@pytest.mark.parametrize('name, message', [
     ('tpu', "device: given 'tpu', expected 'auto', 'cpu'"), ('cuda:99', 'device: given .*cuda:99'),
     ('mps', "device: given 'mps'")])
-def test_a_device_that_does_not_exist_is_refused(name, words):
+def test_a_device_that_does_not_exist_is_refused(name, message):
     if name == 'mps' and torch.backends.mps.is_available():
         pytest.skip('this machine has it')
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         pick_device(name)
 
 
