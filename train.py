@@ -199,10 +199,11 @@ def measure(cfg, data, trainer, p, started):
     world, plan = trainer.world, BatchPlan(section(cfg, BatchConfig), trainer.world.size)
     passes = partial(forward_backward, cfg.seed, data, trainer, p)
     times = budget.measure(trainer, passes, plan, cfg.minutes)
-    evaluate = partial(validate, trainer.model, data.sets, world=world)
     available = sum(len(part.val) for part in data.sets)
-    visit = budget.time_validation_and_save(evaluate, section(cfg, ValidationConfig), available,
-                                            trainer)
+    with trainer.evaluating() as model:
+        evaluate = partial(validate, model, data.sets, world=world)
+        visit = budget.time_validation_and_save(evaluate, section(cfg, ValidationConfig),
+                                                available, trainer)
     cost, spent = budget.Cost(*times, visit), world.broadcast(time.monotonic() - started)
     world.print(budget.describe_cost(trainer, cost, plan.tokens_per_update))
     if cfg.minutes and p.step == 0:

@@ -110,18 +110,20 @@ COMPILED = """
 import json
 import math
 import sys
+import time
 
 import torch
 from torch._dynamo.utils import counters
 
+import train
 from gpt import tokenizer
 from gpt.data.order import DataSet
 from gpt.optim import OptimizerConfig
+from gpt.progress import Progress
 from gpt.trainer import Trainer, TrainerConfig
 from gpt.validation import ValidationConfig, validate
 from gpt.world import World
 from model import GPT, GPTConfig
-from train import draw_sample
 
 
 class Text:
@@ -130,6 +132,14 @@ class Text:
 
     def read(self, start, count):
         return (torch.arange(start, start + count) % 61).numpy()
+
+
+class Data:
+    sets = [DataSet('text', 1.0, {}, Text(), Text())]
+
+    def micro_batches(self, position, batch, rank):
+        for i in range(batch.micro_steps):
+            yield i, ids[0, i, :, :-1], ids[0, i, :, 1:]
 
 
 compiled, parallel = sys.argv[1] == 'compiled', sys.argv[2]
@@ -152,10 +162,12 @@ for step in range(6):
     losses.append([loss.item() / world.size, norm.item()])
     graphs.append(counters['stats']['unique_graphs'])
     with trainer.evaluating() as model:     # shapes that differ from those of training
-        val = validate(model, [DataSet('text', 1.0, {}, Text(), Text())],
-                       ValidationConfig(3, 16, 100), world).loss
-    draw_sample(trainer, tokenizer.byte_pairs('bytes', []), seed=1)
+        val = validate(model, Data.sets, ValidationConfig(3, 16, 100), world).loss
+    train.draw_sample(trainer, tokenizer.byte_pairs('bytes', []), seed=1)
     graphs.append(counters['stats']['unique_graphs'])
+cfg = train.Config(batch_size=4, block_size=16, total_batch_size=4 * 4 * 16)
+train.measure(cfg, Data(), trainer, Progress(), time.monotonic())
+graphs.append(counters['stats']['unique_graphs'])
 if world.is_main:
     print(json.dumps([losses, graphs, blocks, 'loss' in vars(trainer.model), val]))
 world.leave()
@@ -165,8 +177,8 @@ world.leave()
 @pytest.mark.slow
 @pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
 def test_two_processes_compile_blocks_and_loss_and_evaluate_without(tmp_path, parallel):
-    """The updates are those of an eager run, to rounding; validations and samples between them
-    compile nothing."""
+    """The updates are those of an eager run, to rounding. Validations and samples between them
+    compile nothing, nor does measuring what a run takes."""
     (tmp_path / 'run.py').write_text(COMPILED)
     found = {}
     for how in ('eager', 'compiled'):
