@@ -116,7 +116,8 @@ def test_enwik8_is_the_last_five_million_bytes(tmp_path):
     """Where the cut falls within a character, from the next one on."""
     for before, text in (('x' * 9, 'y' * 5_000_000), ('ä' * 9, 'ä' + 'y' * 4_999_999)):
         (tmp_path / 'enwik8').write_text(before + text)
-        corpus, _, first, _ = eval_lm.read_data(config(task='enwik8', data=str(tmp_path / 'enwik8')))
+        cfg = config(task='enwik8', data=str(tmp_path / 'enwik8'))
+        corpus, _, first, _ = eval_lm.read_data(cfg)
         assert corpus.documents == [text.lstrip('ä')] and first == 0
         assert corpus.units['byte'] in (5_000_000, 4_999_999)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpt.data import documents
 from gpt.tokenizer import encode_documents, load
@@ -106,7 +106,7 @@ def result_of(future: Future, pool: ProcessPoolExecutor) -> tuple:
             raise ValueError(str(error)) from None
 
 
-def begin_process(*setup) -> None:
+def begin_process(*setup: Any) -> None:
     """Set up a worker process, which exits as soon as its parent is gone."""
     threading.Thread(target=exit_after_parent, daemon=True).start()
     begin(*setup)
