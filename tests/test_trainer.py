@@ -192,3 +192,40 @@ def test_two_processes_compile_blocks_and_loss_and_evaluate_without(tmp_path, pa
     assert set(none) == {0}
     for a, b in zip([*losses, [val]], [*expected, [expected_val]], strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+OVERLAP = """
+import json
+import math
+
+import torch
+
+from gpt.optim import OptimizerConfig
+from gpt.trainer import Trainer, TrainerConfig
+from gpt.world import World
+from model import GPT, GPTConfig
+
+world = World.join('cpu')
+trainer = Trainer(GPT(GPTConfig(16, 257, 3, 2, 32)), world, TrainerConfig(True, 'ddp'),
+                  OptimizerConfig())
+ids = torch.randint(257, (2, 17))
+trainer.prepare((ids[:, :-1], ids[:, 1:]), math.inf)
+done, pending = [], [trainer.replica(ids[:, :-1], ids[:, 1:]).grad_fn]
+while pending:
+    node = pending.pop()
+    if node is not None and node not in done:
+        done.append(node)
+        pending += [next_node for next_node, _ in node.next_functions]
+world.print(json.dumps(['CompiledFunction' in node.name() for node in done].count(True)))
+world.leave()
+"""
+
+
+@pytest.mark.slow
+def test_ddp_reduces_the_gradients_of_a_block_while_others_are_computed(tmp_path):
+    """A model compiled whole has one backward pass, after which all gradients come at once; here
+    each of three blocks has its own, and so has the loss."""
+    (tmp_path / 'run.py').write_text(OVERLAP)
+    done = script(tmp_path / 'run.py', torchrun=2, timeout=600,
+                  env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert int(done.stdout.splitlines()[-1]) >= 4
