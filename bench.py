@@ -14,6 +14,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -139,7 +140,8 @@ def train_line(name, config, batch_size, cfg, world):
                       OptimizerConfig(optimizer=cfg.optimizer))
     ids = torch.randint(config.vocab_size, (batch_size, block_size + 1), device=device)
     x, y = ids[:, :-1], ids[:, 1:]
-    trainer.prepare((x, y), math.inf)
+    with contextlib.redirect_stdout(sys.stderr):        # what it prints is no line of the table
+        trainer.prepare((x, y), math.inf)
 
     def update():
         loss = trainer.backward(x, y, micro_steps=1, last=True)

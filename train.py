@@ -152,7 +152,8 @@ def check(cfg):
         raise ValueError(f'min_lr: given {cfg.min_lr}, above learning_rate={cfg.learning_rate}; '
                          f'give a lower one, or --decay_lr=False')
     if cfg.minutes and not cfg.max_iters:
-        raise ValueError('minutes: the schedule of max_iters=0 cannot be scaled to them')
+        raise ValueError(f'max_iters: given 0, expected 1 or more: --minutes={cfg.minutes} scales '
+                         f'its schedule')
 
 
 def start(cfg, run, started):
@@ -241,7 +242,7 @@ def train(cfg, data, run, trainer, p, questions):
             run.write_scores(p, score_hellaswag(trainer, data.encoding, questions))
         if p.due(cfg.sample_interval):
             run.log.sample(p.step, draw_sample(trainer, data.encoding, cfg.seed))
-        if finished or run.stop_requested or p.diverged:
+        if finished or run.stop_requested:
             break
 
         # one update: forward and backward for each micro-batch, then one step
@@ -268,6 +269,8 @@ def train(cfg, data, run, trainer, p, questions):
         if p.bad >= cfg.max_skipped:
             metrics.clear()
             p = run.recover(p, trainer)
+            if p.diverged:
+                break
 
     world.print(run.summary(p))
     return 3 if p.diverged else 0

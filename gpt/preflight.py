@@ -33,8 +33,8 @@ class Preflight:
                 text = getattr(self, name)()
             except (ValueError, OSError) as error:
                 text = f'FAILS: {error}'
-            except KeyError:                            # an earlier check did not find it
-                text = 'not known, see above'
+            except KeyError:                            # what an earlier check should have found
+                text = 'not checked: needs an earlier check'
             lines.append(f'{name:11} {text}')
         ranks = self.world.gather(lines)
         self.world.print('\n'.join(lines))

@@ -272,8 +272,8 @@ class Run:
         trainer.load_state_dict(saved)
         back = p.roll_back(saved)
         left_out = (p.position - saved['progress']['position']) * self.cfg.block_size
-        self.log.event(p.step, 'rollback', f'{p.bad} bad updates in a row: back to step '
-                       f'{back.step}; {left_out:,} tokens are left out', to_step=back.step,
+        self.log.event(p.step, 'rollback', f'{p.bad} bad updates in a row: rolled back to '
+                       f'step {back.step}, skipping {left_out:,} tokens', to_step=back.step,
                        left_out=left_out)
         self.saved_at, self.stop_requested, self.save_requested = back.step, False, False
         return back
@@ -291,16 +291,16 @@ class Run:
         elif not finished:
             text = f'stopped at step {p.step}, the same command resumes'
         elif p.step < cfg.max_iters:
-            text = f'ended at step {p.step}, {cfg.patience} validations after the lowest loss'
+            text = f'ended at step {p.step}, no lower loss in {cfg.patience} validations'
         else:
             text = f'finished {p.step} updates'
         if finished and p.lowest_step == 0 < p.step:
             text += (f'; no validation was better than the one before training '
                      f'({p.lowest_val_loss:.4f}): try a lower --learning_rate, in another '
                      f'--out_dir')
-        for number, what in ((p.skipped, 'skipped'), (p.spikes, 'spikes'),
-                             (p.rollbacks, 'rolled back')):
-            text += f', {number} {what}' if number else ''
+        for what, number in (('skipped', p.skipped), ('spikes', p.spikes),
+                             ('rollbacks', p.rollbacks)):
+            text += f', {what}: {number}' if number else ''
         if p.best_step in on_disk:
             text += (f'; best val_loss {p.best_val_loss:.4f} at step {p.best_step}. '
                      f'`python sample.py --model={cfg.out_dir}` samples from it')

@@ -23,7 +23,7 @@ def test_a_plan_names_all_that_is_wrong(config, tmp_path, capsys):
     for part, remedy in (('device', '--device=cpu'), ('dtype', "'bfloat16'"), ('batch', '=128'),
                        ('data', 'python data/prepare.py --name=nowhere')):
         assert re.search(rf'^{part} +FAILS: .*\n?.*{remedy}', text, re.M), text
-    assert 'disk        not known' in text and not (tmp_path / 'run').exists()
+    assert 'disk        not checked' in text and not (tmp_path / 'run').exists()
 
 
 def test_a_plan_of_a_run_resumes_from_it_and_leaves_it_alone(config, tmp_path, capsys):

@@ -151,7 +151,7 @@ def test_a_better_loss_that_was_not_saved_counts_for_patience(config, tmp_path, 
     assert train.main(config(max_iters=40, patience=2)) == 0
     text = capsys.readouterr().out
     assert 'step 8: cannot save: ' in text and 'No space left on device; continuing' in text
-    assert 'ended at step 16, 2 validations after the lowest loss' in text
+    assert 'ended at step 16, no lower loss in 2 validations' in text
     assert 'best val_loss 4.0000 at step 4. `python sample.py' in text
     assert set(checkpoints.steps(tmp_path / 'run')) == {4, 12, 16}
     assert json.loads((tmp_path / 'run/best.json').read_text()) == {'step': 4, 'val_loss': 4.0}

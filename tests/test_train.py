@@ -114,7 +114,7 @@ def test_patience_ends_a_run_and_its_best_step_is_the_model(config, tmp_path, ca
     last = 2 * (len(val) - 1)
     assert last == best + 6 < 40
     text = capsys.readouterr().out
-    assert f'ended at step {last}, 3 validations after the lowest loss' in text
+    assert f'ended at step {last}, no lower loss in 3 validations' in text
     assert f'best val_loss {min(val):.4f} at step {best}' in text
     assert f'sample.py --model={tmp_path}/run` samples from it' in text
     assert set(checkpoints.steps(tmp_path / 'run')) == {best, last}
