@@ -125,12 +125,9 @@ def main(cfg):
     if cfg.plan and not Preflight(cfg).run():
         return 2
     world = World.join(cfg.device, cfg.timeout_minutes)
-    dtype, reason = world.on_main(pick_dtype, cfg.dtype, world.device, True)
-    world = replace(world, dtype=dtype)
     try:
         with Run(cfg, world) as run:
-            world.print(f'device {world.device}; {str(dtype)[6:]}: {reason}')
-            status = start(cfg, run, started)
+            status = start(cfg, world, run, started)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise ValueError(budget.less_memory(cfg, world.size, error)) from None
@@ -156,11 +153,10 @@ def check(cfg):
                          f'its schedule')
 
 
-def start(cfg, run, started):
+def start(cfg, world, run, started):
     """All that comes before the first update, what fails fast first; then train(). Or validate, or
     report the cost, if only that was asked for. started: time.monotonic() of the command."""
-    world = run.world
-    plan = BatchPlan(section(cfg, BatchConfig), world.size)
+    batches = batch_plan(cfg, world)
     if world.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')      # TF32, where float32 is multiplied
     data = Data(cfg.dataset, cfg.data_dir)
@@ -169,54 +165,78 @@ def start(cfg, run, started):
     run.lock()
     cfg, model, saved = run.start(data.encoding)
     run.check_data(saved, data)
-    trainer = Trainer(model, world, section(cfg, TrainerConfig), section(cfg, OptimizerConfig))
+    world, compiling = computes(cfg, world, saved)
+    run.world = world
+    trainer = Trainer(model, world, section(cfg, TrainerConfig, compile=compiling),
+                      section(cfg, OptimizerConfig))
     p = Progress.restore(saved)
     if saved and saved['settings']['dataset'] != cfg.dataset:
         p.forget_validations()                          # of another text
     if cfg.eval_only:
-        validation = validate(model, data.sets, section(cfg, ValidationConfig), world)
+        with trainer.evaluating():
+            validation = validate(model, data.sets, section(cfg, ValidationConfig), world)
         world.print(f'step {p.step}: {validation}, over {validation.tokens:,} tokens')
         return 0
     world.on_main(budget.check_disk, cfg, model)
     if saved:
         trainer.load_state_dict(saved)
-    world.print(f'{model.num_parameters():,} parameters; an update is {plan.describe()}; '
-                f'{data.describe_epochs(cfg.block_size, plan.full.sequences)}')
+    world.print(f'{model.num_parameters():,} parameters; an update is {batches.describe()}; '
+                f'{data.describe_epochs(cfg.block_size, batches.full.sequences)}')
 
-    tokens_left = plan.tokens_per_update * max(0, cfg.max_iters - p.step)
-    batch = [part.to(world.device) for part in data.order.read(p.position, plan.full.micro_batch)]
+    tokens_left = batches.tokens_per_update * max(0, cfg.max_iters - p.step)
+    batch = [part.to(world.device) for part in data.order.read(p.position,
+                                                               batches.full.micro_batch)]
     trainer.prepare(batch, 60 * cfg.minutes or trainer.least_seconds(tokens_left))
     if cfg.plan or (cfg.minutes and not saved):
-        cfg = measure(cfg, data, trainer, p, started)
+        cfg = measure_cost(cfg, data, trainer, p, started)
     if cfg.plan:
         return 0
     run.begin(cfg, p, data, is_new=not saved)
     return train(cfg, data, run, trainer, p, questions)
 
 
-def measure(cfg, data, trainer, p, started):
+def batch_plan(cfg, world):
+    return BatchPlan(section(cfg, BatchConfig), world.size)
+
+
+def computes(cfg, world, saved):
+    """(the World with its dtype, whether to compile or 'auto'). What is 'auto' stays as it was when
+    the same run resumes on such a device: a new measurement could round otherwise."""
+    before = saved.get('computes', {})
+    same = (before.get('device') == world.device.type
+            and saved['settings']['max_iters'] == cfg.max_iters)
+    if same and cfg.dtype == 'auto':
+        dtype, reason = getattr(torch, before['dtype']), 'as before'
+    else:
+        dtype, reason = world.on_main(pick_dtype, cfg.dtype, world.device, True)
+    world.print(f'device {world.device}; {str(dtype)[6:]}: {reason}')
+    compiling = before['compile'] if same and cfg.compile == 'auto' else cfg.compile
+    return replace(world, dtype=dtype), compiling
+
+
+def measure_cost(cfg, data, trainer, p, started):
     """Print what the run takes; the settings, with the schedule of a new run scaled to --minutes.
     """
-    world, plan = trainer.world, BatchPlan(section(cfg, BatchConfig), trainer.world.size)
+    world, batches = trainer.world, batch_plan(cfg, trainer.world)
     passes = partial(forward_backward, cfg.seed, data, trainer, p)
-    times = budget.measure(trainer, passes, plan, cfg.minutes)
+    times = budget.measure(trainer, passes, batches, cfg.minutes)
     available = sum(len(part.val) for part in data.sets)
     with trainer.evaluating() as model:
         evaluate = partial(validate, model, data.sets, world=world)
         visit = budget.time_validation_and_save(evaluate, section(cfg, ValidationConfig),
                                                 available, trainer)
     cost, spent = budget.Cost(*times, visit), world.broadcast(time.monotonic() - started)
-    world.print(budget.describe_cost(trainer, cost, plan.tokens_per_update))
+    world.print(budget.describe_cost(trainer, cost, batches.tokens_per_update))
     if cfg.minutes and p.step == 0:
-        cfg = replace(cfg, **budget.fit(cfg, plan, cost, spent))
-        plan = BatchPlan(section(cfg, BatchConfig), world.size)
-    world.print(budget.describe_length(cfg, plan, cost, p.step))
+        cfg = replace(cfg, **budget.fit(cfg, batches, cost, spent))
+        batches = batch_plan(cfg, world)
+    world.print(budget.describe_length(cfg, batches, cost, p.step))
     return cfg
 
 
 def train(cfg, data, run, trainer, p, questions):
     """The loop; returns the exit status: 0, or 3 if the run diverged."""
-    world, plan = trainer.world, BatchPlan(section(cfg, BatchConfig), trainer.world.size)
+    world, batches = trainer.world, batch_plan(cfg, trainer.world)
     schedule, metrics = section(cfg, Schedule), PendingMetrics(world.device)
     stopwatch = Stopwatch(trainer.model.flops_per_token(), trainer.peak)
     intervals = cfg.eval_interval, cfg.hellaswag_interval, cfg.sample_interval
@@ -240,31 +260,30 @@ def train(cfg, data, run, trainer, p, questions):
         run.prune(p)
         if (hellaswag_due or (questions and finished)) and not run.stop_requested:
             run.write_scores(p, score_hellaswag(trainer, data.encoding, questions))
-        if p.due(cfg.sample_interval):
+        if p.due(cfg.sample_interval) and not run.stop_requested:
             run.log.sample(p.step, draw_sample(trainer, data.encoding, cfg.seed))
         if finished or run.stop_requested:
             break
 
-        # one update: forward and backward for each micro-batch, then one step
+        # one update: forward and backward for each micro-batch, one reduction, one step
         stopwatch.start()
-        batch, learning_rate = plan.at(p.step), schedule.learning_rate_at(p.step)
+        batch, learning_rate = batches.at(p.step), schedule.learning_rate_at(p.step)
         trainer.set_learning_rate(learning_rate)
         loss = forward_backward(cfg.seed, data, trainer, p, batch)
         norm = trainer.grad_norm()
-        requests = [torch.full_like(loss, request) for request in run.requests()]
-        reduced = world.reduce(torch.stack([loss / world.size, *requests]))     # one reduction
-        trainer.step(reduced[0], norm)                      # skipped on the device if not finite
+        loss, stop, save = world.reduce(torch.stack([loss / world.size, *run.requests(loss)]))
+        trainer.step(loss, norm)                # clipped; skipped on the device if not finite
         p.advance(batch.sequences)
 
         # what came of it; on a GPU read one update late, so that it never waits for us
-        metrics.push(p.step, torch.cat([reduced, norm[None]]))
+        metrics.push(p.step, torch.stack([loss, stop, save, norm]))
         log_due = p.step % cfg.log_interval == 0 or p.step == cfg.max_iters
         for m in metrics.read(everything=log_due or any(map(p.due, intervals))):
             run.heed(m)
             run.event(m.step, p.judge(m, cfg.spike_z))
         stopwatch.stop(batch.sequences * cfg.block_size)
         if log_due or run.stop_requested:
-            tokens_left = plan.full_updates(cfg.max_iters, p.step) * plan.tokens_per_update
+            tokens_left = batches.tokens_left(cfg.max_iters, p.step)
             run.log_update(p, m, learning_rate, stopwatch.read(), tokens_left)
         if p.bad >= cfg.max_skipped:
             metrics.clear()

@@ -97,6 +97,9 @@ class BatchPlan:
         return (max(0, quarter - step) / 4 + max(0, half - max(step, quarter)) / 2 +
                 max(0, max_iters - max(step, half)))
 
+    def tokens_left(self, max_iters: int, step: int) -> float:
+        return self.tokens_per_update * self.full_updates(max_iters, step)
+
     def describe(self) -> str:
         _, micro_batch, micro_steps = self.full
         processes = f'{self.world_size} process' + ('' if self.world_size == 1 else 'es')
@@ -264,8 +267,7 @@ def describe_cost(trainer: Trainer, cost: Cost, tokens: int) -> str:
 
 def describe_length(cfg: Any, plan: BatchPlan, cost: Cost, step: int) -> str:
     """What is left after `step` updates."""
-    left, tokens = max(0, cfg.max_iters - step), plan.tokens_per_update
+    left, tokens = max(0, cfg.max_iters - step), plan.tokens_left(cfg.max_iters, step)
     hours = (left * update_seconds(cfg, plan, cost, step) + 2 * cost.visit) / 3600
     takes = f'{hours:.1f} hours' if hours > 1 else f'{60 * hours:.1f} minutes'
-    millions = tokens * plan.full_updates(cfg.max_iters, step) / 1e6
-    return f'{left:,} updates, {millions:,.1f}M tokens: {takes}'
+    return f'{left:,} updates, {tokens / 1e6:,.1f}M tokens: {takes}'

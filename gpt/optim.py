@@ -63,10 +63,11 @@ class Optimizer:
         """dtype: that of the forward pass, in which Muon multiplies (bfloat16 for float16)."""
         self.config, self.names = config, {p: name for name, p in model.named_parameters()}
         use_muon = config.optimizer == 'muon'
-        for_muon = [p for p in model.h.parameters() if p.dim() >= 2] if use_muon else []
-        muon_ids = set(map(id, for_muon))
-        matrices = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in muon_ids]
-        vectors = [p for p in model.parameters() if p.dim() < 2]
+        params = [p for p in model.parameters() if p.requires_grad]     # others are frozen
+        of_blocks = set(map(id, model.h.parameters())) if use_muon else set()
+        for_muon = [p for p in params if p.dim() >= 2 and id(p) in of_blocks]
+        matrices = [p for p in params if p.dim() >= 2 and id(p) not in of_blocks]
+        vectors = [p for p in params if p.dim() < 2]
         groups = [{'params': matrices, 'weight_decay': config.weight_decay},
                   {'params': vectors, 'weight_decay': 0.0}]
         self.parts = [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True,
@@ -125,7 +126,9 @@ class Optimizer:
             is_adamw = isinstance(part, torch.optim.AdamW)
             expected = {'step', 'exp_avg', 'exp_avg_sq'} if is_adamw else {'momentum_buffer'}
             for p in (p for group in part.param_groups for p in group['params']):
-                state = saved.get(self.names[p], {})
+                if self.names[p] not in saved:
+                    continue                            # it never had a gradient
+                state = saved[self.names[p]]
                 if set(state) != expected:
                     raise ValueError(f'the checkpoint has no matching optimizer state for '
                                      f'{self.names[p]}; was it trained with another --optimizer?')

@@ -116,14 +116,12 @@ class Progress:
         self.step += 1
         self.position += sequences
 
-    def validated(self, val_loss: float, is_saved: bool) -> bool:
-        """Count a validation at this step; whether it is the best of the saved steps."""
+    def count_validation(self, val_loss: float, is_best: bool) -> None:
+        """Count a validation at this step; is_best: of the saved steps."""
         if val_loss < self.lowest_val_loss:
             self.lowest_val_loss, self.lowest_step = val_loss, self.step
-        is_best = is_saved and val_loss < self.best_val_loss
         if is_best:
             self.best_val_loss, self.best_step = val_loss, self.step
-        return is_best
 
     def forget_validations(self) -> None:
         """Losses on another text do not compare."""

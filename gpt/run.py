@@ -89,8 +89,13 @@ class Run:
             return self.resume(folder, encoding)
         if is_fine_tune(cfg):
             return self.fine_tune(encoding)
-        self.world.print(f'new run in {cfg.out_dir}')
-        return Start(cfg, GPT(section(cfg, GPTConfig, vocab_size=encoding.n_vocab)), {})
+        model = GPT(section(cfg, GPTConfig, vocab_size=encoding.n_vocab))
+        self.announce(f'new run in {cfg.out_dir}')
+        return Start(cfg, model, {})
+
+    def announce(self, text: str) -> None:
+        if not self.read_only:
+            self.world.print(text)
 
     def newest_checkpoint(self) -> Path | None:
         """The newest intact checkpoint; damaged ones are renamed, so that they count no more."""
@@ -113,14 +118,13 @@ class Run:
             cfg = replace(cfg, init_from=before['init_from'])   # so that config.py repeats the run
         model = self.load_checked(folder, encoding)
         cfg = replace(cfg, **fitted(cfg, before))
-        expected = section(cfg, GPTConfig, vocab_size=encoding.n_vocab)
         if is_fine_tune(cfg):
             if before['init_from'] != cfg.init_from:
                 raise ValueError(f'{cfg.out_dir} holds a run with init_from={before["init_from"]}, '
                                  f'given {cfg.init_from}; give another --out_dir to start from '
                                  f'that')
-            expected = replace(model.config, block_size=cfg.block_size)     # the rest is its own
-        check_shape(model.config, expected, folder)
+            cfg = replace(cfg, **given_by(model, cfg))
+        check_shape(model.config, section(cfg, GPTConfig, vocab_size=encoding.n_vocab), folder)
         changed = [f'{key} {before.get(key)!r} -> {value!r}'
                    for key, value in asdict(cfg).items() if before.get(key) != value]
         note = f"; changed: {', '.join(changed)}" if changed else ''
@@ -134,9 +138,10 @@ class Run:
         longest = model.config.block_size
         model.crop_block(cfg.block_size)
         note = f' (up to --block_size={longest} is possible)' if cfg.block_size < longest else ''
-        self.world.print(f'new run in {cfg.out_dir}, from the weights in {source}; '
-                         f'block_size {cfg.block_size}{note}')
-        return Start(cfg, model, {})
+        own = ', '.join(f'{key}={value!r}' for key, value in given_by(model, cfg).items())
+        self.announce(f'new run in {cfg.out_dir}, from the weights in {source}, which set {own}; '
+                      f'block_size {cfg.block_size}{note}')
+        return Start(replace(cfg, **given_by(model, cfg)), model, {})
 
     def load_checked(self, folder: Path, encoding: tiktoken.Encoding) -> GPT:
         """The model in `folder`, whose tokenizer must be that of the data set."""
@@ -176,10 +181,11 @@ class Run:
         comment = f'python train.py {path} --out_dir=out/again   # repeats this run'
         files.atomic_write(path, as_config_file(replace(self.cfg, minutes=0.0), comment))
 
-    def requests(self) -> tuple[bool, bool]:
-        """Whether this process asks to stop, and to save."""
+    def requests(self, like: torch.Tensor) -> list[torch.Tensor]:
+        """Whether this process asks to stop, and to save: 0 or 1, as tensors like this one."""
         minutes = (time.monotonic() - self.saved_time) / 60
-        return self.stop.requested, self.world.is_main and 0 < self.cfg.save_minutes < minutes
+        save = self.world.is_main and 0 < self.cfg.save_minutes < minutes
+        return [torch.full_like(like, request) for request in (self.stop.requested, save)]
 
     def heed(self, m: Metrics) -> None:
         """Take the requests of all processes that came with an update."""
@@ -202,7 +208,7 @@ class Run:
         self.write(p, loss=m.loss, lr=learning_rate, grad_norm=m.norm, loss_z=loss_z,
                    grad_norm_z=norm_z, step_ms=1000 * speed.step_seconds,
                    tokens_per_second=speed.tokens_per_second, mfu=speed.mfu)
-        mfu = f'mfu {speed.mfu:.0%}  ' if speed.mfu else ''
+        mfu = f'mfu {speed.mfu:.0%}  ' if speed.mfu and speed.mfu >= 0.005 else ''
         self.world.print(
             f'step {p.step}/{self.cfg.max_iters}  loss {m.loss:.4f}  lr {learning_rate:.2e}  '
             f'norm {m.norm:.2f}  {1000 * speed.step_seconds:.0f} ms  '
@@ -237,7 +243,7 @@ class Run:
                 is_best = False
                 self.log.event(p.step, 'save failed', f'cannot write best.json: {error}; '
                                                       f'continuing')
-        p.validated(validation.loss, is_best)
+        p.count_validation(validation.loss, is_best)
         self.write(p, val_loss=validation.loss, **validation.others)
         self.world.print(f'step {p.step}: {validation}')
 
@@ -340,6 +346,12 @@ class StopSignal:
 def is_fine_tune(cfg: Any) -> bool:
     """Whether a run starts from the weights of another model."""
     return cfg.init_from not in ('auto', 'scratch', 'resume')
+
+
+def given_by(model: GPT, cfg: Any) -> dict[str, Any]:
+    """The settings that a run takes from the model it starts from."""
+    return {key: value for key, value in asdict(model.config).items()
+            if hasattr(cfg, key) and key not in ('block_size', 'dropout')}
 
 
 def check_shape(config: GPTConfig, given: GPTConfig, folder: Path) -> None:

@@ -117,7 +117,7 @@ class Trainer:
         """The norm of the gradients, equal on all ranks."""
         for part in self.optimizer.parts:
             self.scaler.unscale_(part)
-        norm = get_total_norm([p.grad for p in self.model.parameters()])
+        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         return norm.full_tensor() if is_sharded(norm) else norm
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -142,10 +142,12 @@ class Trainer:
         return unsharded(self.model, keep)
 
     def state_dict(self) -> dict:
-        """Optimizer and scaler, on rank 0; a collective if the model is sharded. The weights are
-        saved apart, as a model that others read too."""
+        """Optimizer, scaler and how it computes, on rank 0; a collective if the model is sharded.
+        The weights are saved apart, as a model that others read too."""
+        computes = {'device': self.world.device.type, 'dtype': str(self.world.dtype)[6:],
+                    'compile': self.is_compiled}
         return {'optimizer': self.optimizer.state_dict(self.world.is_main),
-                'scaler': self.scaler.state_dict()}
+                'scaler': self.scaler.state_dict(), 'computes': computes}
 
     def load_state_dict(self, saved: dict) -> None:
         self.optimizer.load_state_dict(saved['optimizer'])
@@ -171,7 +173,7 @@ class Trainer:
 def should_compile(wanted: bool | str, world: World, seconds: float) -> tuple[bool, str]:
     """(whether to compile, reason) for a run that takes `seconds` or more."""
     if isinstance(wanted, bool):
-        return wanted, 'as requested'
+        return wanted, 'as set'
     if world.device.type == 'cuda':
         return True, 'on a GPU'
     if world.device.type != 'cpu':

@@ -53,13 +53,13 @@ def validate(model, sets: Sequence[DataSet], config: ValidationConfig, world: Wo
     The loss of a mixture is that of its mean token: each data set counts by its fraction, even if
     its validation split is smaller than its fraction of eval_tokens.
     """
-    results = [evaluate(model, data.val, config, world, data.fraction, stopped) for data in sets]
+    results = [evaluate(model, part.val, config, world, part.fraction, stopped) for part in sets]
     if None in results:
         return None
-    loss = sum(loss * data.fraction for (loss, _), data in zip(results, sets))
+    loss = sum(loss * part.fraction for (loss, _), part in zip(results, sets))
     if len(sets) == 1:
         return Validation(loss, bits_per_byte(*results[0], sets[0].manifest), results[0][1])
-    losses = {f'val_loss/{data.name}': part for (part, _), data in zip(results, sets)}
+    losses = {f'val_loss/{part.name}': own_loss for (own_loss, _), part in zip(results, sets)}
     return Validation(loss, {**losses, **mixed_bits_per_byte(loss, sets)},
                       sum(tokens for _, tokens in results))
 
@@ -68,7 +68,7 @@ def validate(model, sets: Sequence[DataSet], config: ValidationConfig, world: Wo
 def evaluate(model, tokens: Tokens, config: ValidationConfig, world: World, fraction: float = 1.0,
              stopped: Callable[[], bool] = lambda: False) -> tuple[float, int] | None:
     """(mean cross-entropy, tokens predicted) over the first config.tokens * fraction of a split;
-    None if it was stopped.
+    None if it was stopped. The model is in eval mode.
 
     Consecutive blocks, the last one shorter, are dealt to the ranks; the sum does not depend on
     their number, up to rounding. A sharded model runs equally often on every rank.
@@ -83,7 +83,6 @@ def evaluate(model, tokens: Tokens, config: ValidationConfig, world: World, frac
     mine, sharded = spans[world.rank::world.size], is_sharded(model)
     if sharded and len(mine) < -(-len(spans) // world.size):
         mine.append((0, 0, min(size, count)))           # takes part and does not count
-    model.eval()
     sums = torch.zeros(2, dtype=torch.float64)          # nats, and whether to stop
     for start, n, length in mine:
         sums[1] = stopped()
@@ -95,7 +94,6 @@ def evaluate(model, tokens: Tokens, config: ValidationConfig, world: World, frac
         with world.autocast():
             loss = model(ids[:-1].view(-1, length), ids[1:].view(-1, length))
         sums[0] += loss.item() * n * length
-    model.train()
     sums = world.reduce(sums.to(world.device) if world.device.type == 'cuda' else sums)
     return None if sums[1] else (sums[0].item() / count, count)
 
@@ -119,9 +117,9 @@ def bits_per_byte(loss: float, count: int, manifest: dict) -> dict[str, float]:
 def mixed_bits_per_byte(loss: float, sets: Sequence[DataSet]) -> dict[str, float]:
     """{'val_bits_per_byte': …} of a mixture: the bits of its mean token over the bytes of its mean
     token; {} if the bytes of one data set are not known. No single file holds it: no xz."""
-    if not all(data.manifest for data in sets):
+    if not all(part.manifest for part in sets):
         return {}
-    splits = [data.manifest['splits']['val'] for data in sets]
-    mean_bytes = sum(data.fraction * split['bytes'] / split['tokens']
-                     for data, split in zip(sets, splits))
+    splits = [part.manifest['splits']['val'] for part in sets]
+    mean_bytes = sum(part.fraction * split['bytes'] / split['tokens']
+                     for part, split in zip(sets, splits))
     return {'val_bits_per_byte': loss / math.log(2) / mean_bytes}

@@ -68,22 +68,24 @@ def test_what_is_due():
 
 def test_patience_counts_from_the_lowest_validation_saved_or_not():
     p = Progress(step=4)
-    assert p.validated(4.0, is_saved=True)
+    p.count_validation(4.0, is_best=True)
     p.step = 8
-    assert not p.validated(3.0, is_saved=False)
+    p.count_validation(3.0, is_best=False)                          # its save failed
     assert (p.best_step, p.best_val_loss) == (4, 4.0)
     assert (p.lowest_step, p.lowest_val_loss) == (8, 3.0)
     p.step = 12
-    assert p.validated(3.5, is_saved=True) and p.best_step == 12 and p.lowest_step == 8
+    p.count_validation(3.5, is_best=True)
+    assert p.best_step == 12 and p.lowest_step == 8
     assert not p.out_of_patience(8) and p.out_of_patience(4) and not p.out_of_patience(0)
     p.forget_validations()
-    assert p.validated(9.0, is_saved=True) and p.lowest_step == 12
+    p.count_validation(9.0, is_best=True)
+    assert p.best_step == p.lowest_step == 12
 
 
 def test_a_state_dict_holds_all_that_a_resume_needs():
     p = healthy()
     feed(p, math.nan, 9.0)
-    p.validated(2.0, is_saved=True)
+    p.count_validation(2.0, is_best=True)
     p.diverged = True                                               # such a step is never saved
     saved = p.state_dict()
     plain = {int, float, str, bool, tuple, dict}
@@ -100,7 +102,7 @@ def test_a_rollback_keeps_the_counts_and_the_position_of_the_run():
     p = healthy()
     saved = p.state_dict()
     feed(p, 9.0, math.nan, 9.0)
-    p.validated(2.0, is_saved=True)
+    p.count_validation(2.0, is_best=True)
     back = p.roll_back(saved)
     assert (back.step, back.position) == (30, 33 * 4)
     assert (back.skipped, back.spikes, back.rollbacks) == (1, 1, 1)

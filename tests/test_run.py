@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import losses
 
 import train
@@ -288,3 +289,34 @@ def test_an_exception_finishes_wandb_and_releases_the_folder(config, tmp_path, m
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=lambda **options: stub))
     assert train.main(config(wandb_log=True)) == 0 and calls[-1] == 'exit code 0'
     assert max(checkpoints.steps(tmp_path / 'run')) == 12
+
+
+def test_dtype_and_compile_that_were_chosen_stay_when_the_run_resumes(
+        config, tmp_path, monkeypatch, capsys):
+    """A measurement that comes out differently would make other losses."""
+    cfg = config(dtype='auto', compile='auto')
+    chosen = iter([torch.float32, torch.bfloat16, torch.bfloat16])
+    monkeypatch.setattr(train, 'pick_dtype', lambda *_: (next(chosen), 'measured'))
+    monkeypatch.setattr(train.Trainer, 'least_seconds', lambda self, tokens: 0.0)
+    train.main(cfg)
+    shutil.rmtree(tmp_path / 'run/step_0000012')                        # as if it was killed there
+    monkeypatch.setattr(train.Trainer, 'least_seconds', lambda self, tokens: 1e9)
+    train.main(cfg)
+    text = capsys.readouterr().out
+    assert 'float32: measured' in text and 'float32: as before' in text
+    assert text.count('compile: off') == 2
+    train.main(replace(cfg, max_iters=24, compile=False))               # another run in length
+    assert 'bfloat16: measured' in capsys.readouterr().out
+
+
+def test_a_fine_tuned_run_records_the_model_it_has(config, tmp_path, capsys):
+    """The header's defaults are not what was trained."""
+    train.main(config(max_iters=2))
+    cfg = config(init_from=str(tmp_path / 'run'), out_dir=str(tmp_path / 'tuned'), n_layer=7,
+                 n_embd=64, bias=False, max_iters=2)
+    train.main(cfg)
+    assert 'which set n_layer=2, n_head=2, n_embd=32, bias=True' in capsys.readouterr().out
+    text = (tmp_path / 'tuned/config.py').read_text()
+    assert 'n_layer = 2\n' in text and 'n_embd = 32\n' in text and 'bias = True\n' in text
+    train.main(replace(cfg, max_iters=4))
+    assert 'changed: max_iters 2 -> 4\n' in capsys.readouterr().out

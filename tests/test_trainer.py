@@ -72,6 +72,25 @@ def test_a_dry_run_leaves_no_trace(dtype):
     assert trainer.scaler.state_dict() == scaler and not trainer.state_dict()['optimizer']
 
 
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_frozen_parameters_stay_and_the_others_train(optimizer):
+    frozen = {'wpe.weight', 'h.0.attn.c_attn.weight', 'h.1.ln_1.bias'}
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in frozen)
+    trainer = Trainer(model, World(), TrainerConfig(compile=False),
+                      OptimizerConfig(optimizer=optimizer))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(2):
+        update(trainer)
+    same = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert same == frozen
+    saved = trainer.state_dict()
+    assert not frozen & set(saved['optimizer'])
+    trainer.load_state_dict(saved)
+
+
 def test_evaluating_is_in_eval_mode_and_training_after_it():
     trainer = make()
     with trainer.evaluating() as model:

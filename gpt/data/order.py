@@ -50,8 +50,8 @@ class Data:
     @property
     def shards(self) -> list[str]:
         """The sha256 of every shard."""
-        return [shard['sha256'] for data in self.sets
-                for split in data.manifest.get('splits', {}).values() for shard in split['shards']]
+        splits = [split for part in self.sets for split in part.manifest.get('splits', {}).values()]
+        return [shard['sha256'] for split in splits for shard in split['shards']]
 
     def set_order(self, block_size: int, seed: int, doc_start: bool = False,
                   pin_memory: bool = False) -> None:
@@ -63,9 +63,9 @@ class Data:
                              f'({self.encoding.name}) have no {tokenizer.EOT} that marks where a '
                              f'document begins; prepare it with another --tokenizer, such as '
                              f'bpe:4096')
-        parts = [TokenBatches(data.train, block_size, seed, eot) for data in self.sets]
-        counts = [round(data.fraction * CYCLE) for data in self.sets]
-        self.order = parts[0] if len(parts) == 1 else Mixture(parts, counts, seed)
+        orders = [TokenBatches(part.train, block_size, seed, eot) for part in self.sets]
+        counts = [round(part.fraction * CYCLE) for part in self.sets]
+        self.order = orders[0] if len(orders) == 1 else Mixture(orders, counts, seed)
         self.prefetcher = Prefetcher(self.order, pin_memory)
 
     def micro_batches(self, position: int, batch: Batch, rank: int) -> Iterator[tuple]:
@@ -81,11 +81,11 @@ class Data:
 
     def describe_epochs(self, block_size: int, sequences: int) -> str:
         """How many updates of `sequences` read each data set once."""
-        updates = [len(data.train) // block_size / sequences / data.fraction for data in self.sets]
+        updates = [len(part.train) // block_size / sequences / part.fraction for part in self.sets]
         if len(updates) == 1:
             return f'an epoch: {updates[0]:.1f} updates'
         return 'updates in an epoch: ' + ', '.join(
-            f'{data.name} {number:.1f}' for data, number in zip(self.sets, updates))
+            f'{part.name} {number:.1f}' for part, number in zip(self.sets, updates))
 
 
 def load_sets(text: str, data_dir: str | Path = '') -> tuple[list[DataSet], tiktoken.Encoding]:
@@ -105,9 +105,9 @@ def load_sets(text: str, data_dir: str | Path = '') -> tuple[list[DataSet], tikt
     sets = [DataSet(name, count / CYCLE, loaded[name][0],
                     *(Tokens(name, split, encoding.n_vocab, data_dir)
                       for split in ('train', 'val'))) for name, count in counts.items()]
-    for data in sets:
-        if len(data.val) < 2:
-            raise ValueError(f'{data.val.paths[0].parent}: the val split has one token, expected '
+    for part in sets:
+        if len(part.val) < 2:
+            raise ValueError(f'{part.val.paths[0].parent}: the val split has one token, expected '
                              f'at least 2, since the first is not predicted; prepare it again '
                              f'with more text or a larger --val_fraction')
     return sets, encoding
