@@ -155,7 +155,7 @@ def test_every_refusal_says_what_to_do(hub):
             'someone/private': r'or it is private \(then set HF_TOKEN\)$',
             'someone/nothing': r'no such model at http://127',
             'openai/gpt-2': 'Did you mean gpt2\\?', 'gpt-2': 'Did you mean gpt2\\?',
-            'someone/pickle': 'no model.safetensors in this folder; pytorch_model.bin is not read',
+            'someone/pickle': 'pytorch_model.bin: cannot be read: damaged, of torch before 1.6',
             'someone/llama': 'not a GPT-2 that this program can run: model_type is',
             'someone/broken': r'cannot be reached|could not be downloaded',
             'not a name': 'no such folder, and no such model',
