@@ -11,6 +11,7 @@ their folder.
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -23,10 +24,9 @@ from safetensors import SafetensorError, safe_open
 from gpt.hub import INDEX, PICKLED, PICKLED_INDEX, WEIGHTS
 from model import GPT, GPTConfig
 
-NANOGPT = 'ckpt.pt'
+NANOGPT, ADAPTER = 'ckpt.pt', 'adapter_config.json'
 TIED, HEAD = 'wte.weight', 'lm_head.weight'     # one tensor
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
-PREFIXES = '_orig_mod.', 'transformer.'     # of a compiled model; of a model with a head
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'BF16': torch.bfloat16, 'F16': torch.float16}
 HARMLESS = (                                # tensors without a part in what GPT-2 computes
     r'h\.\d+\.attn\.(masked_)?bias',                    # the causal mask, and what it masks with
@@ -61,7 +61,7 @@ def plain_file(folder: str | Path, name: str) -> Path | None:
     beside it, and in the hub's cache to the blobs.
     """
     path, home = Path(folder, name), Path(folder).resolve()
-    if Path(name).name != name or '\\' in name or '\0' in name:
+    if name in ('', '..') or Path(name).name != name or '\\' in name or '\0' in name:
         raise ValueError(f'{folder}: {name!r} is named there, expected the name of a file in this '
                          f'folder')
     try:
@@ -113,6 +113,9 @@ def weight_files(folder: str | Path) -> list[str]:
 
 def open_weights(folder: str | Path) -> Weights:
     """The weights in `folder`, of which nothing but the names, types and shapes is read."""
+    if os.path.lexists(Path(folder, ADAPTER)):
+        raise ValueError(f'{folder}: holds an adapter ({ADAPTER}), which is not read; merge it '
+                         f'into the weights (merge_and_unload() of peft), and delete that file')
     is_nanogpt = not plain_file(folder, 'config.json')
     tensors, nbytes = {}, 0
     for name in [NANOGPT] if is_nanogpt else weight_files(folder):
@@ -120,13 +123,13 @@ def open_weights(folder: str | Path) -> Weights:
         if not file:
             raise ValueError(f'{folder}: its weights are incomplete ({name} is missing); download '
                              f'them again')
-        pickled = load_pickle(file) if name.endswith(('.bin', '.pt')) else None
         if is_nanogpt:
-            pickled = pickled.get('model')
-        found = read_header(file) if pickled is None else in_memory(pickled, file)
+            found = in_memory(load_pickle(file).get('model'), file)
+        else:
+            found = in_memory(load_pickle(file), file) if file.suffix == '.bin' else (
+                read_header(file))
         for key, stored in found.items():
-            for prefix in PREFIXES:
-                key = key.removeprefix(prefix)
+            key = key.replace('_orig_mod.', '').removeprefix('transformer.')   # if compiled; a head
             if key in tensors:
                 raise ValueError(f'{file}: {key} is there twice')
             tensors[key] = stored

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 import train
-from gpt import checkpoints, tokenizer, weights
+from gpt import checkpoints, model_config, tokenizer, weights
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
@@ -240,7 +240,7 @@ class Variant(GPTConfig):
 
 def test_a_setting_that_model_py_lacks_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, 'GPTConfig', Variant)
+        patch.setattr(model_config, 'GPTConfig', Variant)
         _, folder = save(tmp_path, config=Variant(**{**asdict(CONFIG), 'tied': False}))
         assert checkpoints.load_folder(folder).model.config.tied is False
     text = 'its model was built with tied=False, a setting that model.py does not have'
@@ -250,7 +250,7 @@ def test_a_setting_that_model_py_lacks_is_refused(tmp_path, monkeypatch):
 
 def test_a_variant_is_called_one_and_transformers_refuses_it(tmp_path, monkeypatch):
     transformers = pytest.importorskip('transformers')
-    monkeypatch.setattr(checkpoints, 'GPTConfig', Variant)
+    monkeypatch.setattr(model_config, 'GPTConfig', Variant)
     found = {}
     for step, tied in ((1, True), (2, False)):
         config = Variant(**{**asdict(CONFIG), 'tied': tied})

@@ -17,7 +17,7 @@ from torch import nn
 
 import sample
 import train
-from gpt import checkpoints, tokenizer, weights
+from gpt import checkpoints, model_config, tokenizer
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
@@ -112,7 +112,7 @@ USED_OR_HARMLESS = {
     'reorder_and_upcast_attn': {'config': {'reorder_and_upcast_attn': True}},
     'dropout': {'config': {'resid_pdrop': 0.5, 'embd_pdrop': 0.5, 'attn_pdrop': 0.5}},
     'names of others': {'config': {'hidden_size': 32, 'num_hidden_layers': 2}},
-    **{name: {'config': {'activation_function': name}} for name in checkpoints.ACTIVATIONS}}
+    **{name: {'config': {'activation_function': name}} for name in model_config.ACTIVATIONS}}
 
 
 @pytest.mark.parametrize('case', USED_OR_HARMLESS)
@@ -236,8 +236,8 @@ def test_what_transformers_writes_is_known(tmp_path):
     """Every key, those of generation included."""
     config = transformers.GPT2Config(**SHAPE)
     written = config.to_dict() | transformers.GenerationConfig._get_default_generation_params()
-    known = {*checkpoints.HARMLESS_KEYS, *checkpoints.FIXED_KEYS, 'n_inner',
-             *checkpoints.HUGGING_FACE_KEYS.values()}
+    known = {*model_config.HARMLESS_KEYS, *model_config.FIXED_KEYS, 'n_inner',
+             *model_config.HUGGING_FACE_KEYS.values()}
     assert not written.keys() - known
 
 
@@ -402,6 +402,13 @@ def test_a_file_of_many_tensors_is_opened_once(folder, pattern, words):
     else:
         assert checkpoints.load_model(place)
     assert time.monotonic() - started < 20
+
+
+def test_an_adapter_beside_the_weights_is_refused(folder):
+    place = folder()
+    (place / 'adapter_config.json').write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match='holds an adapter .* merge it into the weights'):
+        checkpoints.load_model(place)
 
 
 # Names and tokenizers.

@@ -16,8 +16,8 @@ FLOORS = [                  # each module imports only from those before it
     'gpt.data.overlap', 'gpt.data.sources', 'gpt.data.encode', 'gpt.data.shards',
     'gpt.data.benchmarks', 'gpt.data.order',
     # one device, several processes, a model on them
-    'gpt.cpu', 'gpt.world', 'gpt.sharding', 'gpt.generate', 'gpt.weights', 'gpt.checkpoints',
-    'gpt.scoring',
+    'gpt.cpu', 'gpt.world', 'gpt.sharding', 'gpt.generate', 'gpt.weights',
+    'gpt.model_config', 'gpt.checkpoints', 'gpt.scoring',
     # training
     'gpt.optim', 'gpt.trainer', 'gpt.validation', 'gpt.progress', 'gpt.log', 'gpt.budget',
     'gpt.run', 'gpt.preflight',
