@@ -1,5 +1,5 @@
 """
-GPT-2: learned positions, pre-LayerNorm blocks, tanh GELU, a head tied to the token embedding.
+GPT-2: learned positions, pre-LayerNorm blocks, GELU, a head tied to the token embedding.
 
 Read it from the top: GPT is the model, Block is a transformer layer, CausalSelfAttention and MLP
 are its two halves. Parameter names are those of OpenAI's release. Sources: Radford et al. 2019 and
@@ -27,6 +27,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0        # after embeddings, attention weights and residual branches
     bias: bool = True           # in Linear and LayerNorm, as GPT-2 has them
+    activation: str = 'gelu_new'    # of the MLP: GPT-2's tanh form, or 'gelu', the exact one
 
     @property
     def padded_vocab_size(self):
@@ -48,6 +49,9 @@ class GPT(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f'n_embd={config.n_embd} must be a multiple of n_head={config.n_head}')
+        if config.activation not in ACTIVATIONS:
+            raise ValueError(f'activation: given {config.activation!r}, '
+                             f'expected one of {", ".join(ACTIVATIONS)}')
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -195,17 +199,21 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
-        return self.dropout(self.c_proj(gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
 
 
-def gelu(x):
+def gelu_new(x):
     """GPT-2's GELU, 0.5 x (1 + tanh(z)). Compiled, the tanh becomes a sigmoid,
     2 sigmoid(2 z) - 1: an exponential is several times faster on a CPU than a tanh."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate='tanh')
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))
+
+
+ACTIVATIONS = {'gelu_new': gelu_new, 'gelu': F.gelu}
 
 
 class HeadLoss(torch.autograd.Function):

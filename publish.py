@@ -66,7 +66,7 @@ def main(cfg):
 def step_folder(name):
     """The folder of the step to publish."""
     if Path(name).is_dir():
-        folder = checkpoints.find(name)
+        folder = checkpoints.find(Path(name))
         if folder.name.startswith('step_'):
             return folder
     raise ValueError(f'model: given {name!r}, expected the folder of a run of train.py that has '

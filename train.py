@@ -72,6 +72,7 @@ n_head = 4
 n_embd = 256
 dropout = 0.0               # 0 for pretraining; 0.1 or more for text seen many times
 bias = True                 # in Linear and LayerNorm, as GPT-2 has them
+activation = 'gelu_new'     # GPT-2's tanh form, or 'gelu', the exact one, as nanoGPT
 # optimizer and schedule
 optimizer = 'adamw'         # or 'muon': Muon for the blocks' matrices, AdamW for the rest
 learning_rate = 1e-3        # maximum, of AdamW
@@ -113,6 +114,7 @@ BOUNDS = (                  # what is expected, whether a value fits, of which s
     ('0 or more, less than 1', lambda value: 0 <= value < 1, 'dropout beta1 beta2'),
     ('more than 0', lambda value: value > 0, 'learning_rate timeout_minutes'),
     ("'adamw' or 'muon'", ('adamw', 'muon').__contains__, 'optimizer'),
+    ("'gelu_new' or 'gelu'", ('gelu_new', 'gelu').__contains__, 'activation'),
     ("'cosine' or 'wsd'", ('cosine', 'wsd').__contains__, 'schedule'),
     ("'auto', True or False", ('auto', True, False).__contains__, 'compile'),
     ("'ddp' or 'fsdp'", ('ddp', 'fsdp').__contains__, 'parallel'),

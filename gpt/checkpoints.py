@@ -7,6 +7,8 @@ The only reader and writer of checkpoints. A checkpoint is a Hugging Face model 
         tokenizer.json, tokenizer_config.json
         training.pt         what a resume needs besides: optimizer, progress, settings
         manifest.json       size and sha256 of each file; written last, it commits the checkpoint
+
+Folders of others, which model_config.py and weights.py judge, open too if they hold a GPT-2.
 """
 
 import hashlib
@@ -15,126 +17,36 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tiktoken
 import torch
-from safetensors import SafetensorError, safe_open
+import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from gpt import hub, tokenizer
 from gpt.cpu import pack
 from gpt.files import ROOT, atomic_write, sha256
-from gpt.hub import INDEX, WEIGHTS
+from gpt.hub import WEIGHTS
+from gpt.model_config import config_json, read_config
+from gpt.weights import (NANOGPT, fill, fit, load_pickle, open_weights, plain_file, read_json,
+                         to_hugging_face, weight_files)
 from gpt.world import World, pick_dtype
 from model import GPT, SIZES, GPTConfig
 
-TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 MANIFEST, TRAINING = 'manifest.json', 'training.pt'
 ONLY_FOR_RESUME = TRAINING,             # most of the bytes: not read where only the model is
-HUGGING_FACE_KEYS = {                   # of config.json, for the fields of GPTConfig
-    'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer',
-    'n_head': 'n_head', 'n_embd': 'n_embd', 'bias': 'bias'}
 
 
 class Loaded(NamedTuple):
     model: GPT
     encoding: tiktoken.Encoding
-
-
-# Names and shapes: transformers keeps these four matrices as (in, out), nn.Linear as (out, in).
-
-def to_hugging_face(model: GPT) -> dict[str, torch.Tensor]:
-    """{transformers' name: tensor}: rows of the true vocabulary only, zeros for biases we lack."""
-    tensors = {}
-    for name, p in model.state_dict().items():
-        p = p[:model.config.vocab_size] if name == 'wte.weight' else p
-        p = p.t() if name.endswith(TRANSPOSED) else p
-        tensors[f'transformer.{name}'] = p.contiguous()
-        if not model.config.bias and name.startswith(('h.', 'ln_f')):
-            out_features = p.size(1) if p.dim() == 2 else p.size(0)
-            tensors[f'transformer.{name}'.replace('.weight', '.bias')] = p.new_zeros(out_features)
-    return tensors
-
-
-@torch.no_grad()
-def from_hugging_face(model: GPT, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Fill `model` from (transformers' name, tensor) pairs; every parameter must be there."""
-    missing = dict(model.named_parameters())
-    for name, tensor in tensors:
-        name = name.removeprefix('transformer.')
-        if name not in missing:
-            continue                                # lm_head (tied), attention masks, unused biases
-        p = missing.pop(name)
-        if name == 'wte.weight':                    # rows of padding: here, and in some files
-            rows = model.config.vocab_size
-            p[rows:] = 0
-            p, tensor = p[:rows], tensor[:rows]
-        if name.endswith(TRANSPOSED):
-            tensor = tensor.t()
-        if tensor.shape != p.shape:
-            raise ValueError(f'{name}: the file holds {tuple(tensor.shape)}, '
-                             f'config.json promises {tuple(p.shape)}')
-        p.copy_(tensor)
-    if missing:
-        raise ValueError(f"these weights are missing: {', '.join(list(missing)[:4])} "
-                         f"({len(missing)} in all)")
-
-
-# config.json. Fields of GPTConfig that transformers does not know are kept under gpt_config, by
-# their names. Where one is not at its default, the folder is no plain GPT-2: model_type says so,
-# and transformers refuses it.
-
-def config_json(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
-    """The config.json of a model."""
-    own = own_settings(config)
-    is_plain = own == own_settings(GPTConfig())
-    return {
-        'architectures': ['GPT2LMHeadModel' if is_plain else 'GPT'],
-        'model_type': 'gpt2' if is_plain else 'gpt2-variant', 'activation_function': 'gelu_new',
-        **{key: getattr(config, name) for name, key in HUGGING_FACE_KEYS.items()},
-        **({'gpt_config': own} if own else {}), 'n_ctx': config.block_size,
-        'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout,
-        'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True,
-        'bos_token_id': eot_id, 'eos_token_id': eot_id}
-
-
-def own_settings(config: GPTConfig) -> dict[str, Any]:
-    """The settings of a model that transformers' GPT-2 does not have."""
-    return {name: value for name, value in asdict(config).items()
-            if name not in HUGGING_FACE_KEYS and name != 'dropout'}
-
-
-def read_config(folder: str | Path) -> GPTConfig:
-    """The GPTConfig in the config.json of `folder`, without dropout; ValueError if it is not a
-    GPT-2 that model.py builds."""
-    try:
-        config = dict(json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8')))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f'{folder}/config.json is damaged ({error})') from None
-    for key in ('model_type', 'n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-        if key not in config:
-            raise ValueError(f"{folder}: not a GPT-2: its config.json has no '{key}'")
-    for key, allowed in {
-            'model_type': ['gpt2-variant', 'gpt2'],
-            'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
-            'n_inner': [None, 4 * config['n_embd']], 'tie_word_embeddings': [True],
-            'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
-            'scale_attn_by_inverse_layer_idx': [False]}.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise ValueError(f'{folder}: not a GPT-2 that this program can run: '
-                             f'{key} is {config[key]!r}, expected {allowed[-1]!r}')
-    own = config.get('gpt_config', {})
-    for name in set(own) - {field.name for field in fields(GPTConfig)}:
-        raise ValueError(f'{folder}: its model was built with {name}={own[name]!r}, a setting that '
-                         f'model.py does not have')
-    known = {name: config[key] for name, key in HUGGING_FACE_KEYS.items() if key in config}
-    return GPTConfig(**known, **own)
 
 
 # Reading a model.
@@ -153,14 +65,26 @@ def load_folder(folder: str | Path, device: str | torch.device = 'cpu', dropout:
     """
     if str(folder).startswith('random:'):
         return random_model(str(folder)[7:], device, dropout, dtype)
-    config = read_config(folder)
+    config, weights = read_config(folder), open_weights(folder)
+    config = fit(config, weights)
     encoding = load_encoding(folder, config.vocab_size)
     config = replace(config, dropout=dropout, vocab_size=encoding.n_vocab)
     with torch.device('meta'):                                      # no memory, no random numbers
         model = GPT(config)
     model.to(dtype).to_empty(device=device)
-    load_weights(model, folder)
-    return Loaded(model.eval(), encoding)
+    fill(model, weights)
+    check_output(model.eval(), folder)
+    return Loaded(model, encoding)
+
+
+@torch.no_grad()
+def check_output(model: GPT, folder: str | Path) -> None:
+    """Refuse a model whose finite weights give NaN or infinite logits for a few tokens."""
+    n = min(8, model.config.block_size, model.config.vocab_size)
+    logits = model(torch.arange(n, device=model.wte.weight.device)[None])
+    if not logits.isfinite().all():
+        raise ValueError(f'{folder}: the model gives NaN: its weights are damaged, or the dtype is '
+                         f'too narrow for them')
 
 
 def load_for_evaluation(world: World, name: str, dtype: str) -> tuple[GPT, tiktoken.Encoding, dict]:
@@ -189,57 +113,50 @@ def weights_hash(model: GPT) -> str:
     return total.hexdigest()
 
 
-def load_weights(model: GPT, folder: str | Path) -> None:
-    """Fill `model` from the weights in `folder`."""
-    files = weight_files(folder)
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for file in files:
-            with safe_open(file, framework='pt') as opened:
-                names = opened.keys()
-            for name in names:      # reopened for each: what was read of a mapped file adds up
-                with safe_open(file, framework='pt') as opened:
-                    yield name, opened.get_tensor(name)
-    try:
-        from_hugging_face(model, tensors())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f'{folder}: its weights are damaged or incomplete ({error}); download '
-                         f'them again (if git brought them, by `git lfs pull`)') from None
-    except ValueError as error:
-        raise ValueError(f'{folder}: {error}') from None
-
-
-def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors that hold the weights in `folder`: one file, or those an index names."""
-    single, index = Path(folder, WEIGHTS), Path(folder, INDEX)
-    if single.exists():
-        return [single]
-    if not index.exists():
-        raise ValueError(f'{folder}: no {WEIGHTS} in this folder; pytorch_model.bin is not read, '
-                         f'since a pickle can run programs: load it once with transformers, if you '
-                         f'trust it, whose save_pretrained() writes safetensors')
-    try:
-        names = json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f'{index} is damaged ({error}); download it again') from None
-    return [Path(folder, name) for name in sorted(set(names))]
-
-
 def load_encoding(folder: str | Path, vocab_size: int) -> tiktoken.Encoding:
     """The tokenizer of the model in `folder`, which has vocab_size rows: as many as there are
     tokens, or some more for padding, which are left out."""
+    files = {name: plain_file(folder, name)
+             for name in ('tokenizer.json', 'vocab.json', 'merges.txt', *hub.TOKENIZERS_OF_OTHERS)}
+    if file := files['tokenizer.json'] or files['vocab.json']:
+        return without_missing_rows(tokenizer.load(file), vocab_size, folder)
     gpt2 = SIZES['gpt2']
-    if file := tokenizer.stored(folder):
-        encoding = tokenizer.load(file)
-    elif gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
-        encoding = tokenizer.gpt2()
-    else:
-        raise ValueError(f'{folder}: no tokenizer.json, nor vocab.json and merges.txt; '
-                         f"put the model's there (save_pretrained() of its tokenizer writes them)")
-    if encoding.n_vocab > vocab_size:
+    others = [name for name, file in files.items() if file]
+    if others:
+        raise ValueError(f"{folder}: its tokenizer is in {others[0]}, which is not read; put a "
+                         f"tokenizer.json there, as save_pretrained() of its fast tokenizer writes")
+    if not gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
+        raise ValueError(
+            f"{folder}: no tokenizer.json, nor vocab.json and merges.txt; put the model's there "
+            f"(save_pretrained() of its tokenizer writes them; for characters of nanoGPT, whose "
+            f"meta.pkl is a pickle and not read, data/prepare.py --tokenizer=chars makes it of "
+            f"the same text)")
+    note(f"{folder}: no tokenizer in this folder: GPT-2's is assumed, as the model has "
+         f"{vocab_size:,} rows")
+    return tokenizer.gpt2()
+
+
+def without_missing_rows(encoding: tiktoken.Encoding, vocab_size: int,
+                         folder: str | Path) -> tiktoken.Encoding:
+    """`encoding` without the special tokens for which the model has no rows."""
+    special = tokenizer.special_tokens(encoding)
+    missing = [name for i, name in special if i >= vocab_size]
+    if not missing and encoding.n_vocab <= vocab_size:
+        return encoding
+    kept = {name: i for i, name in special if i < vocab_size}
+    shorter = tiktoken.Encoding(encoding.name, pat_str=encoding._pat_str, special_tokens=kept,
+                                mergeable_ranks=encoding._mergeable_ranks)
+    if shorter.n_vocab > vocab_size:
         raise ValueError(f'{folder}: its tokenizer has {encoding.n_vocab:,} tokens, the model '
                          f'{vocab_size:,}')
-    return encoding
+    note(f"{folder}: its tokenizer has {', '.join(missing)}, the model no rows for that: left out")
+    return shorter
+
+
+def note(text: str) -> None:
+    """Say something about a model, once: on the standard error of the first process."""
+    if not (dist.is_initialized() and dist.get_rank()):
+        print(text, file=sys.stderr)
 
 
 def official_name(name: str) -> str:
@@ -265,9 +182,15 @@ def find(name: str | Path) -> Path | str:
 
     Raises ValueError if there is none, saying what to do.
     """
-    name, folder = str(name), Path(name).expanduser()
+    folder, is_text, name = Path(name).expanduser(), isinstance(name, str), str(name)
     if name.startswith('random:'):
         return name
+    if is_text and name in {*hub.FULL_NAMES, *hub.FULL_NAMES.values()}:
+        if folder.exists():
+            note(f'{name}: the model of the hub; ./{name} is the folder here')
+        return hub.model_folder(name, read_config, weight_files)
+    if folder.name == NANOGPT and folder.is_file():
+        folder = folder.parent
     if (folder / 'config.json').exists():
         ours = re.fullmatch(r'step_\d{7,}', folder.name) or (folder / MANIFEST).exists()
         wrong = ours and problem(folder, ONLY_FOR_RESUME)
@@ -278,10 +201,9 @@ def find(name: str | Path) -> Path | str:
         step = best_step(folder) or newest_step(folder, unread=ONLY_FOR_RESUME)[0]
         if step:
             return step
-        nanogpt = (folder / 'ckpt.pt').exists()
-        hint = "; nanoGPT's ckpt.pt is not read, since it is a pickle" if nanogpt else ''
-        raise ValueError(f'{folder}: no checkpoint in this folder, and no config.json of a model'
-                         f'{hint}')
+        if (folder / NANOGPT).exists():
+            return folder
+        raise ValueError(f'{folder}: no checkpoint in this folder, and no config.json of a model')
     if folder.is_file():
         raise ValueError(f'{name}: given a file, expected the folder of a model')
     first, *rest = folder.parts
@@ -348,7 +270,8 @@ def write(partial: Path, model: GPT, encoding: tiktoken.Encoding, training: dict
 def write_model(partial: Path, model: GPT, encoding: tiktoken.Encoding) -> None:
     partial.mkdir(parents=True)
     eot = tokenizer.eot_id(encoding)
-    special = {} if eot is None else {'bos_token': tokenizer.EOT, 'eos_token': tokenizer.EOT}
+    special = {} if eot is None else dict.fromkeys(('bos_token', 'eos_token', 'unk_token'),
+                                                   tokenizer.EOT)      # as GPT-2's own file
     write_json(partial / 'config.json', {**config_json(model.config, eot),
                                          'dtype': str(model.wte.weight.dtype)[6:]})
     (partial / 'tokenizer.json').write_text(tokenizer.to_json(encoding), encoding='utf-8')
@@ -385,9 +308,12 @@ def sync(path: Path) -> None:
 # The checkpoints of a run.
 
 def load_training(folder: str | Path) -> dict:
-    """The dict given to save(), its tensors on the CPU."""
-    return torch.load(Path(folder) / TRAINING, map_location='cpu', mmap=True,
-                      weights_only=True)
+    """The dict given to save(), its tensors on the CPU. ValueError for any other file."""
+    file = plain_file(folder, TRAINING)
+    if not file:
+        raise ValueError(f'{folder}: no {TRAINING} in this folder; --init_from={folder} starts a '
+                         f'new run from its weights')
+    return load_pickle(file)
 
 
 def steps(out_dir: str | Path) -> dict[int, Path]:
@@ -436,8 +362,8 @@ def mark_best(out_dir: str | Path, step: int, val_loss: float) -> None:
 
 def best_step(out_dir: str | Path) -> Path | None:
     """The folder of the step that mark_best() noted; None if there is none, or not intact."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        best = json.loads((Path(out_dir) / 'best.json').read_text(encoding='utf-8'))
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        best = read_json(plain_file(out_dir, 'best.json'))
         folder = steps(out_dir)[best['step']]
         return folder if not problem(folder, ONLY_FOR_RESUME) else None
 
@@ -455,12 +381,17 @@ def problem(folder: Path, unread: tuple[str, ...] = ()) -> str:
     """What is wrong with a checkpoint, '' if it is intact: every byte is read and compared, except
     that of the files named in `unread` only the size is."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))
-        for name, expected in manifest.items():
-            if (folder / name).stat().st_size != expected['bytes']:
+        manifest = plain_file(folder, MANIFEST)
+        for name, expected in read_json(manifest).items() if manifest else ():
+            file = plain_file(folder, name)
+            if not file:
+                return f'{name} is missing'
+            if file.stat().st_size != expected['bytes']:
                 return f'{name} is truncated'
-            if name not in unread and sha256(folder / name) != expected['sha256']:
+            if name not in unread and sha256(file) != expected['sha256']:
                 return f'{name} is damaged'
+        if not manifest:
+            return f'it is incomplete (no {MANIFEST})'
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f'it is incomplete ({error})'
     return ''

@@ -15,6 +15,8 @@ SIZES = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
 FULL_NAMES = {**{name: f'openai-community/{name}' for name in SIZES},
               'distilgpt2': 'distilbert/distilgpt2'}
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+PICKLED, PICKLED_INDEX = 'pytorch_model.bin', 'pytorch_model.bin.index.json'
+TOKENIZERS_OF_OTHERS = 'vocab.txt', 'tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model'
 
 
 def model_folder(name: str, read_config: Callable, weight_files: Callable) -> Path:
@@ -39,7 +41,7 @@ def model_folder(name: str, read_config: Callable, weight_files: Callable) -> Pa
         raise ValueError(f'{repo}: {what_to_do(repo, error)}{hint}') from None
 
 
-def download_model(repo: str, read_config: Callable, weight_files: Callable[[Path], Iterable[Path]],
+def download_model(repo: str, read_config: Callable, weight_files: Callable[[Path], Iterable[str]],
                    **how) -> Path:
     """The folder of `repo` in the cache, once everything is there that the hub has of the model."""
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
@@ -52,12 +54,11 @@ def download_model(repo: str, read_config: Callable, weight_files: Callable[[Pat
             with suppress(errors.RemoteEntryNotFoundError):         # the cache notes that too
                 hf_hub_download(repo, name, revision=folder.name, **how)
         return (folder / name).exists()
-    if not obtain('tokenizer.json') and obtain('vocab.json'):
-        obtain('merges.txt')
-    if not obtain(WEIGHTS):
-        obtain(INDEX)
-        for file in weight_files(folder):
-            obtain(file.name)
+    if not obtain('tokenizer.json') and not (obtain('vocab.json') and obtain('merges.txt')):
+        any(map(obtain, TOKENIZERS_OF_OTHERS))          # there: GPT-2's vocabulary is not assumed
+    any(map(obtain, (WEIGHTS, INDEX, PICKLED, PICKLED_INDEX)))      # the first that there is
+    for name in weight_files(folder):
+        obtain(name)
     return folder
 
 

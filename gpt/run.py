@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,8 +125,9 @@ class Run:
                                  f'that')
             cfg = replace(cfg, **given_by(model, cfg))
         check_shape(model.config, section(cfg, GPTConfig, vocab_size=encoding.n_vocab), folder)
-        changed = [f'{key} {before.get(key)!r} -> {value!r}'
-                   for key, value in asdict(cfg).items() if before.get(key) != value]
+        before = {field.name: field.default for field in fields(cfg)} | before      # of old runs
+        changed = [f'{key} {before[key]!r} -> {value!r}'
+                   for key, value in asdict(cfg).items() if before[key] != value]
         note = f"; changed: {', '.join(changed)}" if changed else ''
         self.world.print(f'resuming from {folder}{note}')
         return Start(cfg, model, saved)

@@ -6,6 +6,7 @@ The client reads its environment when it is imported: it runs in processes of it
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def models(tmp_path_factory):
     root, made = tmp_path_factory.mktemp('hub'), {}
     for seed, repo in enumerate(('someone/one', 'someone/shards', 'openai-community/gpt2',
                                  'someone/private', 'someone/pickle', 'someone/llama',
-                                 'someone/large', 'someone/pair')):
+                                 'someone/large', 'someone/pair', 'someone/old')):
         torch.manual_seed(seed)
         shape = SHAPE | ({'n_embd': 640} if 'large' in repo else {})    # 40 MB: read by 10 MB
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
@@ -46,6 +47,17 @@ def models(tmp_path_factory):
         bare[f'h.{i}.attn.bias'] = torch.ones(1, 1, 32, 32).tril()
     save_file(bare, root / 'openai-community/gpt2/model.safetensors')
     (root / 'someone/pickle/model.safetensors').rename(root / 'someone/pickle/pytorch_model.bin')
+    old = root / 'someone/old'                                      # of transformers 4
+    torch.save(made['someone/old'].state_dict(), old / 'pytorch_model.bin')
+    (old / 'model.safetensors').unlink()
+    outside = root / 'someone/outside'
+    shutil.copytree(old, outside)
+    (outside / 'pytorch_model.bin').rename(outside / 'pytorch_model.bin.index.json')
+    (outside / 'pytorch_model.bin.index.json').write_text(
+        json.dumps({'weight_map': {'wte.weight': '../../one/model.safetensors'}}))
+    words = root / 'someone/words'                                  # BERT's vocabulary
+    shutil.copytree(old, words)
+    (words / 'tokenizer.json').rename(words / 'vocab.txt')
     pair = root / 'someone/pair'                                    # GPT-2's older tokenizer files
     vocab = json.loads((pair / 'tokenizer.json').read_text())['model']['vocab']
     (pair / 'vocab.json').write_text(json.dumps(vocab | {tokenizer.EOT: 256}))
@@ -99,11 +111,14 @@ def check(model, found):
 
 
 def test_models_of_the_hub_are_those_of_transformers_and_are_cached(hub, models):
-    """One file, shards with an index, OpenAI's names with masks; then again, without requests."""
+    """One file, shards with an index, OpenAI's names with masks, a file of torch.save(); then
+    again, without requests."""
     names = {'someone/one': 'someone/one', 'someone/shards': 'someone/shards',
-             'gpt2': 'openai-community/gpt2', 'someone/pair': 'someone/pair'}
+             'someone/old': 'someone/old', 'gpt2': 'openai-community/gpt2',
+             'someone/pair': 'someone/pair'}
     first = load(hub, *names)
-    gets = [path for method, path, _ in hub.requests if method == 'GET' and 'safetensors' in path]
+    gets = [path for method, path, _ in hub.requests if method == 'GET'
+            and ('safetensors' in path or '.bin' in path)]
     assert len(gets) == len(set(gets)) > 4, 'something was downloaded twice'
     hub.requests.clear()
     again = load(hub, *names)
@@ -149,13 +164,15 @@ for name in ('config.json', 'model.safetensors'):
 def test_every_refusal_says_what_to_do(hub):
     found = load(hub, 'someone/gated', 'someone/private', 'someone/nothing', 'openai/gpt-2',
                  'gpt-2', 'someone/pickle', 'someone/llama', 'someone/broken', 'not a name',
-                 './nowhere', 'tests/nowhere')
+                 './nowhere', 'tests/nowhere', 'someone/outside', 'someone/words')
     for name, message in {
             'someone/gated': r'accept the terms at http.*/someone/gated, and set HF_TOKEN',
             'someone/private': r'or it is private \(then set HF_TOKEN\)$',
             'someone/nothing': r'no such model at http://127',
             'openai/gpt-2': 'Did you mean gpt2\\?', 'gpt-2': 'Did you mean gpt2\\?',
-            'someone/pickle': 'no model.safetensors in this folder; pytorch_model.bin is not read',
+            'someone/pickle': 'pytorch_model.bin: cannot be read: damaged, of torch before 1.6',
+            'someone/outside': "'../../one/model.safetensors' is named there, expected the name",
+            'someone/words': 'its tokenizer is in vocab.txt, which is not read',
             'someone/llama': 'not a GPT-2 that this program can run: model_type is',
             'someone/broken': r'cannot be reached|could not be downloaded',
             'not a name': 'no such folder, and no such model',

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import model as model_module
-from gpt import checkpoints
+from gpt import checkpoints, weights
 from model import GPT, SIZES, GPTConfig
 
 TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
@@ -30,14 +30,17 @@ def pair(config, std):
         if 'ln_' in name and name.endswith('weight'):
             p.data += 1
     ours = GPT(config)
-    checkpoints.from_hugging_face(ours, theirs.state_dict().items())
+    tensors = {name.removeprefix('transformer.'): p for name, p in theirs.state_dict().items()}
+    weights.fill(ours, weights.Weights('', weights.in_memory(tensors)))
     return ours.eval(), theirs.eval()
 
 
-@pytest.mark.parametrize('name', [name if name in ('gpt2', 'gpt2-medium') else pytest.param(
-    name, marks=pytest.mark.slow) for name in SIZES])
-def test_logits_loss_and_gradients_are_those_of_transformers(name):
-    config = replace(SIZES[name], n_layer=2, block_size=32, vocab_size=4200)       # padded to 4224
+@pytest.mark.parametrize('name, activation', [('gpt2', 'gelu_new'), ('gpt2', 'gelu'), (
+    'gpt2-medium', 'gelu_new'), *(pytest.param(name, 'gelu_new', marks=pytest.mark.slow)
+                                  for name in ('gpt2-large', 'gpt2-xl'))])
+def test_logits_loss_and_gradients_are_those_of_transformers(name, activation):
+    config = replace(SIZES[name], n_layer=2, block_size=32, vocab_size=4200,       # padded to 4224
+                     activation=activation)
     ours, theirs = pair(config, std=0.08)
     ids = random_ids(config, 2, 32)
     logits, their_logits = ours(ids), theirs(ids).logits
@@ -52,7 +55,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name):
     their_gradients = dict(theirs.named_parameters())
     for key, p in ours.named_parameters():
         expected = their_gradients[f'transformer.{key}'].grad
-        expected = expected.t() if key.endswith(checkpoints.TRANSPOSED) else expected
+        expected = expected.t() if key.endswith(weights.TRANSPOSED) else expected
         found = p.grad[:config.vocab_size] if key == 'wte.weight' else p.grad
         assert (found - expected).norm() <= 1e-4 * expected.norm(), key
     padding = ours.wte.weight.grad[config.vocab_size:]
@@ -64,7 +67,7 @@ def test_without_biases_it_is_transformers_with_zero_biases():
     ours = GPT(replace(TINY, bias=False)).eval()
     their_config = transformers.GPT2Config(**checkpoints.config_json(TINY, 0))
     theirs = transformers.GPT2LMHeadModel(their_config).eval()
-    theirs.load_state_dict(checkpoints.to_hugging_face(ours), strict=False)
+    theirs.load_state_dict(weights.to_hugging_face(ours), strict=False)
     ids = random_ids(TINY, 2, 16)
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
 
@@ -156,9 +159,9 @@ def test_recomputed_activations_change_nothing_but_memory(compiled):
 def test_the_compiled_gelu_is_torch_s(monkeypatch):
     x = torch.linspace(-8, 8, 4001)
     expected = torch.nn.functional.gelu(x, approximate='tanh')
-    assert torch.equal(model_module.gelu(x), expected)
+    assert torch.equal(model_module.gelu_new(x), expected)
     monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
-    torch.testing.assert_close(model_module.gelu(x), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model_module.gelu_new(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_one_batch_can_be_memorized():
