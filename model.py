@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_later
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ LOGITS_PER_SLICE = 2 ** 26  # the loss computes this many float32 logits at a ti
 
 
 class GPT(nn.Module):
+    """Two parts are replaced from outside: lm_head by a packed copy (gpt.cpu.pack), and in training
+    on several processes loss() and the blocks by compiled ones (gpt.trainer)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.n_embd % config.n_head:
@@ -95,7 +98,7 @@ class GPT(nn.Module):
         x = self.drop(self.wte(ids) + self.wpe(positions))                  # (B, T, C)
         for i, block in enumerate(self.h):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, cache, i, use_reentrant=False)
+                x = recompute_later(block, x, mask, cache, i, use_reentrant=False)
             else:
                 x = block(x, mask, cache, i)
         if cache:

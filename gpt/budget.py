@@ -32,7 +32,7 @@ FITTED = 'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'batch
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """What train.py's header says of it."""
+    """Settings of train.py, by the same names."""
     batch_size: int                     # sequences in a micro-batch, at most
     block_size: int
     total_batch_size: int = 0           # tokens

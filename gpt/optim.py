@@ -16,7 +16,7 @@ MAX_ELEMENTS = 2 ** 25                  # of the matrices that are orthogonalize
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """What train.py's header says of them."""
+    """Settings of train.py, by the same names."""
     optimizer: str = 'adamw'
     learning_rate: float = 1e-3
     muon_learning_rate: float = 0.02

@@ -24,7 +24,7 @@ MIN_SECONDS_TO_COMPILE = {'half': 60, 'float32': 180}   # of a run on a CPU: com
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """What train.py's header says of it."""
+    """Settings of train.py, by the same names."""
     compile: bool | str = 'auto'
     parallel: str = 'ddp'
     checkpoint_activations: bool = False

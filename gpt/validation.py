@@ -17,7 +17,7 @@ from gpt.world import World
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """What train.py's header says of it."""
+    """Settings of train.py, by the same names."""
     batch_size: int
     block_size: int
     eval_tokens: int
