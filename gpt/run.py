@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,9 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if error:
+            self.world.output.log(f'{kind.__name__}: {error}')
+        self.world.output.close()
         if self.stop:
             self.stop.restore()
         if self.log and kind is not KeyboardInterrupt:          # a second Ctrl-C ends at once
@@ -169,6 +173,8 @@ class Run:
         """Open what the run writes to. cfg: the settings as they are now final."""
         self.cfg, self.data = cfg, data
         self.world.on_main(self.write_config)
+        if self.world.is_main:
+            self.world.output.open(Path(cfg.out_dir) / 'train.log')
         self.log = Log(cfg.out_dir, self.world)
         if cfg.wandb_log:
             self.log.start_wandb(cfg.wandb_project, cfg.wandb_run_name, asdict(cfg))
@@ -319,7 +325,7 @@ class StopSignal:
     once. Signals that this process was started to ignore (nohup) stay ignored."""
 
     def __init__(self, world: World):
-        self.is_main, self.requested, self.since, self.before = world.is_main, False, 0.0, {}
+        self.world, self.requested, self.since, self.before = world, False, 0.0, {}
         self.debounce_seconds = 2 if world.under_torchrun else 0    # it sends one Ctrl-C twice
         if threading.current_thread() is threading.main_thread():
             for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
@@ -330,14 +336,19 @@ class StopSignal:
     def receive(self, number: int, frame: Any) -> None:
         again = self.requested and time.monotonic() - self.since > self.debounce_seconds
         if again and number == signal.SIGINT:
-            if self.is_main:
-                os.write(2, b'ended, without a checkpoint\n')
+            self.say('ended, without a checkpoint')
             raise KeyboardInterrupt
-        if self.is_main and not self.requested:                     # an update may take long
-            hint = b'; Ctrl-C again ends at once, without one' if number == signal.SIGINT else b''
-            os.write(2, b'ending after this update, with a checkpoint' + hint + b'\n')
+        if not self.requested:                                      # an update may take long
+            hint = '; Ctrl-C again ends at once, without one' if number == signal.SIGINT else ''
+            self.say(f'ending after this update, with a checkpoint{hint}')
         self.since = self.since or time.monotonic()
         self.requested = True
+
+    def say(self, text: str) -> None:
+        if self.world.is_main:
+            self.world.output.log(text)
+            with suppress(OSError):                 # a terminal that is gone is why this came
+                os.write(2, f'{text}\n'.encode())
 
     def restore(self) -> None:
         for number, handler in self.before.items():

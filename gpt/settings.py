@@ -20,6 +20,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -217,8 +218,7 @@ def run(main: Callable, Config: type, short: dict[str, str] | None = None,
     or a ValueError that our own code raised); otherwise what main returned. It exits by os._exit
     after flushing: a process that used gloo may abort in a normal shutdown.
     """
-    for stream in sys.stdout, sys.stderr:       # characters a terminal or file cannot show
-        stream.reconfigure(errors='backslashreplace')
+    open_standard_streams()
     try:
         if {'-h', '--help'} & set(sys.argv[1:]):
             status = print_help(sys.modules[Config.__module__]) or 0
@@ -231,14 +231,35 @@ def run(main: Callable, Config: type, short: dict[str, str] | None = None,
     except Exception as error:
         if isinstance(error, (OSError, ImportError)) or (
                 isinstance(error, ValueError) and raised_here(error)):
-            print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
-            status = 2
+            complaint, status = f'{Path(sys.argv[0]).name}: {error}\n', 2
         else:
-            traceback.print_exc()
-            status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+            complaint, status = traceback.format_exc(), 1
+        complain(complaint)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = 141
+    except OSError as error:                    # a full disk: what was printed is lost
+        complain(f'{Path(sys.argv[0]).name}: standard output: {error}\n')
+        status = status or 2
     os._exit(status)
+
+
+def open_standard_streams() -> None:
+    """Standard streams that were closed become /dev/null, so that no file takes their place; those
+    that cannot show a character show its escape."""
+    for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors='backslashreplace')
+
+
+def complain(text: str) -> None:
+    """Write to standard error, if it can be written to."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def raised_here(error: BaseException) -> bool:

@@ -8,8 +8,10 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +27,50 @@ PEAK_FLOPS = {              # dense bfloat16 (V100, T4: float16), from vendor da
     'T4': 65e12}
 
 
+class Output:
+    """Lines for standard output and, once a run has its folder, for train.log there. Writing never
+    fails: a reader, terminal or disk that is gone costs lines, not the run."""
+
+    def __init__(self):
+        self.file, self.before_file = None, []
+
+    def print(self, *words: object) -> None:
+        text = ' '.join(map(str, words))
+        self.log(text)
+        try:
+            print(text, flush=True)
+        except (OSError, ValueError):           # from now on there is nobody to print to
+            sys.stdout = open(os.devnull, 'w')
+
+    def log(self, text: str) -> None:
+        """A line for train.log alone."""
+        if self.file is None:
+            self.before_file.append(text)
+            return
+        with suppress(OSError, ValueError):
+            self.file.write(f'{text}\n'.encode(errors='backslashreplace'))
+
+    def open(self, path: str | Path) -> None:
+        """Append to this file, at first the lines there have been."""
+        with suppress(OSError):
+            self.file = open(path, 'ab', buffering=0)
+            for text in self.before_file:
+                self.log(text)
+        self.before_file = []
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        self.file = None
+
+
 @dataclass(frozen=True)
 class World:
     rank: int = 0                               # of this process
     size: int = 1                               # number of processes
     device: torch.device = torch.device('cpu')  # where this process computes
     dtype: torch.dtype = torch.float32          # of autocast()
+    output: Output = field(default_factory=Output, compare=False)
 
     @classmethod
     def join(cls, device: str = 'auto', timeout_minutes: float = 10.0) -> 'World':
@@ -60,9 +100,9 @@ class World:
         return dist.is_initialized()
 
     def print(self, *words: object) -> None:
-        """Print on rank 0."""
+        """Print on rank 0, see Output."""
         if self.is_main:
-            print(*words)
+            self.output.print(*words)
 
     def autocast(self) -> torch.autocast:
         """Forward passes run under it. Its cache is off: a weight is used once in a pass."""
