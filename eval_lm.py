@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gpt import checkpoints, results, scoring, tokenizer
+from gpt import checkpoints, files, results, scoring, tokenizer
 from gpt.data import benchmarks
 from gpt.settings import check_bounds, run, settings
 
@@ -130,7 +130,7 @@ def read_data(cfg):
         raw, facts = benchmarks.obtain('wikitext2-raw' if is_raw else cfg.task, cfg.data)
     if cfg.task in ('enwik8', 'text8'):
         raw = raw[-5_000_000:].lstrip(bytes(range(0x80, 0xC0)))     # from a whole character on
-    text = benchmarks.decode(raw, facts['path'])
+    text = files.decode(raw, facts['path'])
     if not text.strip():
         raise ValueError(f"{facts['path']}: there is no text in this file")
     text, first = results.limited(text, cfg.limit)

@@ -20,7 +20,9 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from tqdm import tqdm
@@ -28,11 +30,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
 from gpt.data import documents, sources
 from gpt.data.encode import SplitRule, cores, divide, tokenized, val_threshold
-from gpt.data.shards import (DATA_DIR, ShardWriter, Tokens, leaked, load_facts, read_manifest,
-                             read_shard)
+from gpt.data.shards import (DATA_DIR, Plan, Shard, ShardWriter, Tokens, leaked, load_facts,
+                             read_manifest, read_shard)
 from gpt.data.shards import verify as find_problems
-from gpt.files import atomic_write, lock, sha256
+from gpt.files import atomic_write, lock, plain_text, read_json, sha256
 from gpt.settings import check_bounds, run, settings
+from gpt.shapes import Count
 from gpt.tokenizer import build, eot_id, fingerprint, gpt2, load, stored, to_json, token_bytes
 
 # -----------------------------------------------------------------------------
@@ -71,6 +74,8 @@ XZ_BYTES = 2 ** 21          # validation text is compressed for comparison up to
 SAMPLE_CHARACTERS = 2 ** 28         # of the training text, from which a tokenizer is trained
 LARGE_BYTES = 2 ** 25       # a larger corpus is tokenized by one process per core
 SAVE_SECONDS = 2            # between writes of progress.json
+READER = 2                  # in plan.json: how text is read; 1 kept carriage returns
+SEARCHED_TOKENS = 2 ** 28   # of a split, for these
 BOUNDS = (
     ("'strict', 'replace' or 'skip'", ('strict', 'replace', 'skip').__contains__, 'errors'),
     ('more than 0', lambda value: value > 0, 'max_document_mb'),
@@ -78,6 +83,29 @@ BOUNDS = (
     ('1 to 2,147,483,647', lambda value: 0 < value < 2 ** 31, 'shard_tokens'),  # an int32 on disk
     ('0 or more', lambda value: value >= 0, 'workers shards'),
 )
+
+
+class StartedPlan(Plan):
+    reader: NotRequired[int]
+
+
+class WriterState(TypedDict):
+    shards: list[Shard]
+    count: Count
+
+
+class Amounts(TypedDict):
+    tokens: Count
+    documents: Count
+    bytes: Count
+
+
+class ProgressFile(TypedDict):
+    threshold: float
+    after: tuple[Count, Count, Count]
+    counts: dict[str, tuple[Count, str]]
+    writers: dict[str, WriterState]
+    splits: dict[str, Amounts]
 
 
 @dataclass
@@ -109,7 +137,7 @@ def main(cfg):
     plan = make_plan(cfg, source)
     folder = root / plan['name']
     with locked(root / '.locks' / plan['name'], folder):
-        if folder.exists() and is_current(folder, plan):
+        if folder.exists() and is_current(folder, plan, source.ready):
             return
         partial = open_partial(folder.with_name(f'.{folder.name}.partial'), plan)
         with keep_partial(partial):
@@ -165,7 +193,7 @@ def locked(path, folder):
         yield
 
 
-def is_current(folder, plan):
+def is_current(folder, plan, ready):
     """Whether the data set exists as planned; ValueError for a folder not made here."""
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if not re.fullmatch(OUR_FILES, name)]
@@ -179,16 +207,39 @@ def is_current(folder, plan):
     if not is_same(existing, plan):
         print(f'{folder} was made from other text or with other settings; it will be replaced')
         return False
+    try:
+        if not (ready or documents.PLAIN in existing.get('remarks', {})) and has_returns(folder):
+            print(f'{folder} holds carriage returns, as earlier versions kept them; it will be '
+                  f'replaced')
+            return False
+    except ValueError as error:
+        print(f'{error}: it will be replaced')
+        return False
     print(f"{folder} is up to date: this text, these settings; --verify={plan['name']} checks it")
     return True
+
+
+def has_returns(folder):
+    """Whether carriage returns are among the first tokens of either split."""
+    _, encoding = load_facts(folder.name, folder.parent)
+    held = np.array([b'\r' in token for token in token_bytes(encoding)])
+    for split in ('train', 'val') if held.any() else ():
+        tokens = Tokens(folder.name, split, encoding.n_vocab, folder.parent)
+        for ids in islice(tokens.chunks(), SEARCHED_TOKENS // 2 ** 22):
+            if held[ids].any():
+                return True
+    return False
 
 
 def is_same(a, b):
     """Whether two plans give the same data set.
 
-    The hub's revision may differ: what counts are its files that are read.
+    The hub's revision may differ: what counts are its files that are read. Earlier versions kept
+    only the last part of a local file's name.
     """
-    a, b = ((plan['settings'], {**plan['source'], 'revision': ''}) for plan in (a, b))
+    a, b = ((plan['settings'], {**plan['source'], 'revision': '', 'files': [
+        [name.rpartition('/')[2], *facts] for name, *facts in plan['source'].get('files', [])]})
+        for plan in (a, b))
     return a == b
 
 
@@ -197,19 +248,22 @@ def open_partial(partial, plan):
 
     With errors='strict' there were no errors so far, which fits the other settings as well.
     """
-    existing = [path for path in (partial / 'plan.json', partial / 'manifest.json')
-                if path.exists()]                                   # a manifest: it is complete
-    before = json.loads(existing[0].read_text(encoding='utf-8')) if existing else {}
+    before, is_new_reader = None, True
+    if (partial / 'plan.json').exists():
+        before = read_json(partial / 'plan.json', StartedPlan)
+        is_new_reader = before.get('reader') == READER
+    elif (partial / 'manifest.json').exists():                      # it is complete
+        before = read_manifest(partial.name, partial.parent)
     if before and before['settings'].get('errors') == 'strict':
         before['settings']['errors'] = plan['settings'].get('errors')
-    if before and is_same(before, plan):
+    if before and is_new_reader and is_same(before, plan):
         print(f'resuming from {partial}')
     else:
         if before:
             print(f'{partial} is of other text or other settings; starting over')
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    atomic_write(partial / 'plan.json', json.dumps(plan, indent=1))
+    atomic_write(partial / 'plan.json', json.dumps({**plan, 'reader': READER}, indent=1))
     return partial
 
 
@@ -248,7 +302,8 @@ def replace(folder, partial):
 
 def write_dataset(cfg, source, plan, folder):
     """Write shards, tokenizer.json and, last, manifest.json into `folder`."""
-    separator = cfg.separator.replace('\\n', '\n').replace('\\t', '\t')
+    separator = plain_text(cfg.separator.replace('\\r', '\r').replace('\\n', '\n')
+                           .replace('\\t', '\t'))
     options = documents.Options(cfg.text_key, separator, int(cfg.max_document_mb * 2 ** 20),
                                 cfg.errors, source.begins, cfg.unwrap)
     path_of = sources.Downloads(source.files, folder / 'downloads')
@@ -260,7 +315,8 @@ def write_dataset(cfg, source, plan, folder):
         return (text for batch in batches() for text in documents.texts(batch, options, counts))
 
     chosen, vocabulary = plan['settings'], folder / 'tokenizer.json'
-    progress = read_progress(folder) or start_progress(folder, texts, chosen)
+    progress = (read_progress(folder, len(source.files))
+                or start_progress(folder, texts, chosen))
     rule = SplitRule(chosen['seed'], chosen['val_fraction'], progress.threshold)
     if not vocabulary.exists():
         make_tokenizer(vocabulary, chosen['tokenizer'], texts, rule)
@@ -277,10 +333,17 @@ def write_dataset(cfg, source, plan, folder):
     write_manifest(folder, plan, encoding, progress.splits, progress.counts)
 
 
-def read_progress(folder):
+def read_progress(folder, n_files):
     """The Progress of an earlier call, None without it."""
     file = folder / 'progress.json'
-    return Progress(**json.loads(file.read_text(encoding='utf-8'))) if file.exists() else None
+    if not file.exists():
+        return None
+    found = read_json(file, ProgressFile)
+    splits = {'train', 'val'}
+    if found['after'][0] > n_files or not (found['writers'].keys() == found['splits'].keys()
+                                           == splits):
+        raise ValueError(f'{file}: is damaged; delete {folder} to start over')
+    return Progress(**{key: found[key] for key in ProgressFile.__annotations__})
 
 
 def start_progress(folder, texts, chosen):

@@ -219,6 +219,8 @@ def run(main: Callable, Config: type, short: dict[str, str] | None = None,
     """
     for stream in sys.stdout, sys.stderr:       # characters a terminal or file cannot show
         stream.reconfigure(errors='backslashreplace')
+    if sys.stdin:                               # what reads a line can say which bytes are wrong
+        sys.stdin.reconfigure(errors='surrogateescape')
     try:
         if {'-h', '--help'} & set(sys.argv[1:]):
             status = print_help(sys.modules[Config.__module__]) or 0

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from gpt.files import how_to_convert, plain_text
+
 COMPRESSED = ('.gz', '.zst')
 SUFFIXES = tuple(kind + packed for packed in ('', *COMPRESSED) for kind in ('.txt', '.md', '.jsonl')
                  ) + ('.parquet',)
@@ -30,6 +32,8 @@ WRAP_SLACK = 6                  # characters: lines are not always broken as lat
 TOO_LONG = 'over max_document_mb'                   # remarks, counted by texts()
 HAS_EOT = 'with <|endoftext|> as text'
 REPAIRED = 'repaired with U+FFFD'
+PLAIN = 'with carriage returns or byte order marks, normalized'
+LINE_END = rb'(?>\r\n|\r|\n)'    # atomic: \r\n is never two
 
 
 class Options(NamedTuple):
@@ -151,22 +155,21 @@ def separated_batches(name: str, path: Path, options: Options, start: Position) 
     """Batches of the lines of a .jsonl, or of the parts between options.separator."""
     is_json, (_, offset, number) = is_lines(name), start
     separator = b'\n' if is_json else options.separator.encode()
+    room = len(separator) + separator.count(b'\n')      # bytes of the longest one
     label = f'{name}:' if is_json else f'{name}: document '
     pending, too_long = bytearray(), False          # read from `offset` on, without a separator
     with opened(name, path) as file:
         seek(file, offset)
-        while chunk := file.read(BATCH_BYTES):
-            if not offset and not pending and chunk.startswith(BOM):
-                chunk, offset = chunk[len(BOM):], len(BOM)
+        for chunk in chunks(file):
             pending += chunk
-            if pending.find(separator, max(0, len(pending) - len(chunk) - len(separator) + 1)) < 0:
-                too_long = too_long or len(pending) > options.max_bytes + len(separator)
+            raws = split(pending, separator, max(0, len(pending) - len(chunk) - room + 1))
+            if len(raws) == 1:
+                too_long = too_long or len(pending) > options.max_bytes + room
                 if too_long:                        # keep only what may begin a separator
-                    excess = len(pending) - len(separator) + 1
+                    excess = len(pending) - room + 1
                     del pending[:excess]
                     offset += excess
                 continue
-            raws = bytes(pending).split(separator)
             offset += len(pending) - len(raws[-1])
             pending = bytearray(raws.pop())
             after = Position(start.file, offset, number + len(raws))
@@ -180,10 +183,34 @@ def separated_batches(name: str, path: Path, options: Options, start: Position) 
         yield batch
 
 
+def chunks(file: IO[bytes]) -> Iterator[bytes]:
+    """What is left of a file in pieces, none of which ends between \\r and \\n."""
+    held = b''
+    while chunk := file.read(BATCH_BYTES):
+        chunk, held = held + chunk, b''
+        if chunk.endswith(b'\r'):
+            chunk, held = chunk[:-1], b'\r'
+        if chunk:
+            yield chunk
+    if held:
+        yield held
+
+
+def split(raw: bytearray, separator: bytes, start: int) -> list[bytes]:
+    """The parts of `raw` between separators, of which the first is not before `start`.
+
+    A line end within the separator stands for any: \\n, \\r\\n or \\r.
+    """
+    if b'\n' in separator and b'\r' in raw:
+        pattern = re.compile(LINE_END.join(map(re.escape, separator.split(b'\n'))))
+        return pattern.split(bytes(raw)) if pattern.search(raw, start) else [b'']
+    return bytes(raw).split(separator) if raw.find(separator, start) >= 0 else [b'']
+
+
 def numbered(raws: list[bytes], label: str, number: int, after: Position, is_json: bool,
              too_long: bool) -> Batch:
     """A batch of documents after the first `number`; of the first only the end, if too long."""
-    raws = [raw.strip(b'\r\n') for raw in raws]
+    raws = [raw.strip(b'\r\n').removeprefix(BOM).lstrip(b'\r\n') for raw in raws]
     names = [f'{label}{number + k}' for k in range(1, len(raws) + 1)]
     if too_long:
         return Batch(raws[1:], names[1:], after, is_json, ((TOO_LONG, names[0]),))
@@ -310,14 +337,16 @@ def parsed(raw: bytes, is_json: bool, options: Options) -> tuple[str, bytes, lis
     """(text, the same as UTF-8, remarks) of a document; text '' leaves it out."""
     if len(raw) > options.max_bytes:
         return '', b'', [TOO_LONG]
-    text, intact = decoded(raw, options.errors)
+    original, intact = decoded(raw, options.errors)
     if is_json:
-        text = json_text(text, options.text_key)
+        original = json_text(original, options.text_key)
+    text = plain_text(original)
+    is_plain = text == original
     if options.unwrap:
         text = unwrapped(text)
     if not text:
         return '', b'', ['empty']
-    if is_json or options.unwrap or not intact:
+    if is_json or options.unwrap or not intact or not is_plain:
         try:
             raw = text.encode()
         except UnicodeEncodeError:                  # lone surrogates, which UTF-8 cannot encode
@@ -326,6 +355,8 @@ def parsed(raw: bytes, is_json: bool, options: Options) -> tuple[str, bytes, lis
     remarks = []
     if not intact:
         remarks.append(REPAIRED)
+    if not is_plain:
+        remarks.append(PLAIN)
     if b'\0' in raw:
         remarks.append('with NUL bytes, kept')
     if b'<|endoftext|>' in raw:
@@ -370,26 +401,27 @@ def decoded(raw: bytes, errors: str) -> tuple[str, bool]:
     except UnicodeDecodeError as error:
         if errors == 'replace':
             return raw.decode(errors='replace'), False
-        encoding = 'utf-16' if raw[:2] in (b'\xff\xfe', b'\xfe\xff') else 'latin1'
         raise BadDocument('not UTF-8', f'byte {raw[error.start]:#04x} at {error.start:,} is not '
-                          f'UTF-8; convert it (iconv -f {encoding} -t utf-8), or give '
-                          f'--errors=replace or --errors=skip') from None
+                          f'UTF-8; {how_to_convert(raw)}, or give --errors=replace or '
+                          f'--errors=skip') from None
 
 
 def json_text(line: str, text_key: str) -> str:
     """The text in a line of JSON, '' for null."""
     try:
-        text = json.loads(line)[text_key]
+        row = json.loads(line)
     except (ValueError, RecursionError) as error:   # RecursionError: thousands of brackets
-        message = f'not JSON: {error}'
+        message = f'not JSON: {error}'.partition(' for integer string')[0]
         if line.strip() in ('[', '{'):
             message += f'; {ONE_PER_LINE}'
         raise BadDocument('not JSON', message) from None
-    except (KeyError, TypeError):
-        message = f'no field {text_key!r}; --text_key names another'
-        if line.startswith('['):
-            message = ONE_PER_LINE
-        raise BadDocument(f'without {text_key}', message) from None
+    if not isinstance(row, dict):
+        raise BadDocument(f'without {text_key}', ONE_PER_LINE)
+    if text_key not in row:
+        found = ', '.join(key[:40] for key in list(row)[:8]) or 'none'
+        raise BadDocument(f'without {text_key}', f'no field {text_key!r} among {found!r}; '
+                                                 f'--text_key names another')
+    text = row[text_key]
     if not isinstance(text, str | None):
         raise BadDocument(f'with a {text_key} that is not a string',
                           f'{text_key} is {type(text).__name__}, expected a string')
