@@ -368,12 +368,14 @@ def table(model):
     for (name, key), title in LINES.items():
         text = '-'
         if name in measured:
-            measure = measured[name]['measures'][key]
+            measure = measured[name]['measures'].get(key)
+            if measure is None:
+                raise ValueError(f'{folder / name}.json: measures: has no {key!r}')
             text = f"{results.format_measure(measure):38} {measure['about']}"
         published, _ = PUBLISHED.get((name, key, size), ('-', ''))
         lines.append(f'{title:35}  {published:>9}  {text}')
-    weights = sorted({f"weights {one['model']['sha256'][:8]}: {one['model']['folder']}"
-                      for one in measured.values()})
+    weights = sorted({f"weights {one['model'].get('sha256', '')[:8]}: "
+                      f"{one['model'].get('folder', '')}" for one in measured.values()})
     lines += weights
     if len(weights) > 1:
         lines.append('not all of the same weights: measure the older ones again')

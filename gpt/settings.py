@@ -37,6 +37,7 @@ OPERATORS = {
 }
 LARGEST = 2 ** 63 - 1       # a whole number beyond it fits no counter
 LONGEST_POWER = 64
+SWITCHES = ('compile', 'detok')     # 'auto', True or False; what else is 'auto' takes a text
 PATHS = frozenset('compare contamination data data_dir dataset dump file hellaswag_data init_from '
                   'input model out out_dir runs to tokenizer'.split())      # ~ is the home folder
 
@@ -84,17 +85,17 @@ def configure(Config: type, argv: Sequence[str], short: dict[str, str] | None = 
             else:
                 text = args.pop(0)                                  # -p "Hello", --model gpt2
         values[key] = typed(from_text(text, defaults[key]), defaults[key], flag)
-    return Config(**{key: expanded(key, value) for key, value in values.items()})
+    return Config(**{key: expanded(key, value, defaults[key]) for key, value in values.items()})
 
 
-def expanded(key: str, value: Any) -> Any:
+def expanded(key: str, value: Any, default: Any) -> Any:
     """A setting with ~ expanded, if it names files; a shell expands only what begins with it."""
-    if key not in PATHS:
+    if type(value) is bool and type(default) is str and key not in SWITCHES:
+        raise ValueError(f'{key}: given {value!r}, expected a text (the default is {default!r})')
+    if key not in PATHS or type(value) is bool:
         return value
     if type(value) is tuple:
-        return tuple(expanded(key, part) for part in value)
-    if type(value) is not str:
-        raise ValueError(f'{key}: given {value!r}, expected a text')
+        return tuple(expanded(key, part, '') for part in value)
     if '\0' in value:
         raise ValueError(f'{key}: given {value!r}, expected a path')
     return os.path.expanduser(value)

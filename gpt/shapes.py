@@ -6,8 +6,8 @@ JSON of declared shapes: what is read from a file has them, or one line says whe
         tokens: Count
         documents: NotRequired[Count]
 
-A shape is Any, None, bool, int, float (an int passes), str, Count, Positive, FileName, list[T], dict[str, T],
-tuple[T, U] (a list of two), a TypedDict (further keys pass), or a union of these.
+A shape is Any, None, bool, int, float (an int passes), str, one of the names below, list[T],
+dict[str, T], tuple[T, U] (a list of two), a TypedDict (further keys pass), or a union of these.
 """
 
 import json
@@ -22,10 +22,16 @@ from typing import Any, NewType, get_args, get_origin, get_type_hints, is_typedd
 Count = NewType('Count', int)           # 0 or more
 Positive = NewType('Positive', int)     # 1 or more
 FileName = NewType('FileName', str)     # of a file in the same folder
+AnyText = NewType('AnyText', str)       # perhaps with halves of characters, as a model may write
+Measured = NewType('Measured', float)   # squares and sums of these are finite
 Problem = tuple[str, str, str]          # place, what is there, what is expected
 
-LARGEST = 2 ** 63 - 1
+LARGEST, LARGEST_MEASURED = 2 ** 63 - 1, 1e150
 SURROGATE = re.compile('[\ud800-\udfff]')       # half a character: UTF-8 cannot encode it
+
+
+class NotJson(ValueError):
+    """A text without the syntax of JSON."""
 
 
 def is_int(value: Any) -> bool:
@@ -45,9 +51,12 @@ LEAVES = {      # shape: (whether a value has it, the shape in words)
     Positive: (lambda value: is_int(value) and value > 0, 'a whole number, 1 or more, below 2**63'),
     float: (lambda value: is_int(value) or type(value) is float and math.isfinite(value),
             'a finite number'),
+    Measured: (lambda value: is_int(value) or type(value) is float
+               and abs(value) < LARGEST_MEASURED, 'a number below 1e150'),
     str: (is_text, 'a text'),
+    AnyText: (lambda value: type(value) is str, 'a text'),
     FileName: (lambda value: is_text(value) and value.isprintable()
-               and PurePath(value).name == value and '\\' not in value,
+               and PurePath(value).name == value not in ('', '..') and '\\' not in value,
                'the name of a file, without a folder'),
     dict: (lambda value: type(value) is dict, 'an object'),
     list: (lambda value: type(value) is list, 'a list'),
@@ -60,9 +69,11 @@ def parse_json(text: str | bytes, where: object, shape: Any) -> Any:
         value = json.loads(text, parse_constant=refuse)
     except RecursionError:
         raise ValueError(f'{where}: not JSON that can be read: nested too deeply') from None
+    except json.JSONDecodeError as error:
+        raise NotJson(f'{where}: not JSON, or truncated: {error}') from None
     except ValueError as error:
         message = 'a number of too many digits' if 'integer string' in str(error) else error
-        raise ValueError(f'{where}: not JSON, or truncated: {message}') from None
+        raise ValueError(f'{where}: not JSON: {message}') from None
     return checked(value, where, shape)
 
 

@@ -42,6 +42,19 @@ def test_the_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     assert calls == ['fsync', 'replace']
 
 
+def test_only_plain_files_are_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'link').symlink_to('/dev/zero')
+    for path in (tmp_path, tmp_path / 'pipe', tmp_path / 'link', '/dev/zero'):
+        with pytest.raises(ValueError, match='is a (folder|device, pipe or socket), expected a pla'):
+            files.read_bytes(path)
+    with pytest.raises(ValueError, match='nothing: cannot read this file'):
+        files.read_text(tmp_path / 'nothing')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'a').write_text('a')
+    assert files.read_text('~/a') == 'a'
+
+
 def test_one_process_holds_the_lock(tmp_path):
     with open(tmp_path / 'lock', 'a') as first, open(tmp_path / 'lock', 'a') as second:
         files.lock(first)

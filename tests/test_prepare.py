@@ -346,6 +346,91 @@ def test_a_partial_of_another_kind_of_source_is_started_over(tmp_path):
     assert not (tmp_path / '.d.partial/x').exists()
 
 
+@pytest.mark.parametrize('name, text, words', [
+    ('plan', '{"name": "d"}', 'plan.json: source: given nothing'),
+    ('plan', '[' * 200_000, 'plan.json: .*nested too deeply'),
+    ('progress', '{"threshold": "x"}', "progress.json: threshold: given 'x', expected a finite num"),
+    ('progress', '{"threshold": 0.1, "after": [9, 0, 0], "counts": {}, "writers": {}, '
+                 '"splits": {}}', 'progress.json: is damaged')])
+def test_notes_of_another_shape_are_refused(tmp_path, monkeypatch, name, text, words):
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    monkeypatch.setattr(prepare, 'SAVE_SECONDS', -1)
+    monkeypatch.setattr(prepare, 'write_manifest', None)            # stopped before the end
+    with pytest.raises(TypeError):
+        run(tmp_path, source)
+    monkeypatch.undo()
+    (tmp_path / f'.d.partial/{name}.json').write_text(text)
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, source)
+
+
+WINDOWS = {'a.txt': ''.join(TEXTS).replace('\n', '\r\n').encode('utf-8-sig'),
+           'b.jsonl': ''.join(f'\ufeff{json.dumps({"text": text})}\r\n'
+                              for text in TEXTS).encode()}
+
+
+@pytest.mark.parametrize('separator', ['', r'\n', r'\r\n'])
+def test_texts_of_windows_have_no_carriage_return_in_any_token(tmp_path, separator):
+    for name, raw in WINDOWS.items():
+        (tmp_path / name).write_bytes(raw)
+    manifest = run(tmp_path, *(tmp_path / name for name in WINDOWS), separator=separator,
+                   tokenizer='bpe:400')
+    texts = sum(decoded(tmp_path).values(), [])
+    assert not any(char in text for text in texts for char in '\r\ufeff')
+    assert set(TEXTS) < set(texts) and manifest['remarks'].get(documents.PLAIN) == (
+        None if separator else [1, f'{tmp_path}/a.txt'])
+
+
+def as_before(tmp_path, monkeypatch, source):
+    """Prepare as versions did that kept carriage returns, without their remark."""
+    monkeypatch.setattr(documents, 'plain_text', lambda text: text)
+    monkeypatch.setattr(prepare, 'READER', 1)
+    try:
+        return run(tmp_path, source)
+    finally:
+        monkeypatch.undo()
+
+
+def test_a_data_set_with_carriage_returns_is_prepared_again_once(tmp_path, monkeypatch, capsys):
+    source = tmp_path / 'a.txt'
+    source.write_bytes(WINDOWS['a.txt'])
+    as_before(tmp_path, monkeypatch, source)
+    assert any('\r' in text for text in sum(decoded(tmp_path).values(), []))
+    for words in ('holds carriage returns', 'is up to date'):
+        run(tmp_path, source)
+        assert words in capsys.readouterr().out
+        assert not any('\r' in text for text in sum(decoded(tmp_path).values(), []))
+
+
+def test_a_data_set_of_an_earlier_version_without_any_is_up_to_date(tmp_path, monkeypatch, capsys):
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    as_before(tmp_path, monkeypatch, source)
+    before = files_in(tmp_path / 'd')
+    run(tmp_path, source)
+    assert 'is up to date' in capsys.readouterr().out and files_in(tmp_path / 'd') == before
+
+
+def test_what_an_earlier_version_began_is_started_over(tmp_path, monkeypatch, capsys):
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    monkeypatch.setattr(prepare, 'write_manifest', None)
+    with pytest.raises(TypeError):
+        as_before(tmp_path, monkeypatch, source)
+    monkeypatch.undo()
+    plan = tmp_path / '.d.partial/plan.json'
+    plan.write_text(plan.read_text().replace('"reader": 1', '"other": 1'))
+    run(tmp_path, source)
+    assert 'starting over' in capsys.readouterr().out
+
+
+def test_a_damaged_data_set_is_prepared_again(tmp_path, capsys):
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    run(tmp_path, source)
+    (tmp_path / 'd/tokenizer.json').unlink()
+    run(tmp_path, source)
+    assert 'tokenizer.json is missing' in capsys.readouterr().out
+    prepare.report('d', tmp_path)
+
+
 def test_one_name_is_prepared_by_one_process(tmp_path):
     source = write_jsonl(tmp_path / 'a.jsonl')
     with prepare.locked(tmp_path / '.locks/d', 'd'):
@@ -420,7 +505,10 @@ def test_a_separator_that_was_not_given_is_suggested(tmp_path, capsys):
     ('a.json', b'[{"text": "a"}]', 'a.json:1: expected one object per line .jq'),
     ('a.json', b'[\n {"text": "a"}\n]', 'a.json:1: not JSON.*expected one object per line'),
     ('a.jsonl', b'{"text": "a"}\n{"text"', 'a.jsonl:2: not JSON'),
-    ('a.jsonl', b'{"body": "a"}', "no field 'text'"),
+    ('a.jsonl', b'{"body": "a", "id": 1}', "no field 'text' among 'body, id'; --text_key names"),
+    ('a.txt', b'\x93caf\xe9\x94', 'a.txt: byte 0x93 at 0 is not UTF-8.*iconv -f cp1252'),
+    ('a.jsonl', b'{"text": ' + b'[' * 200_000 + b']' * 200_000 + b'}', 'a.jsonl:1: not JSON'),
+    ('a.jsonl', b'{"n": 1' + b'0' * 5000 + b'}', 'a.jsonl:1: not JSON: Exceeds the limit'),
     ('a.jsonl', b'{"text": 3}', 'text is int, expected a string'),
     ('a.parquet', b'PAR', 'not a parquet file'), ('a.png', b'', 'expected .txt')])
 def test_bad_files_are_refused_with_name_and_line(tmp_path, name, content, words):
