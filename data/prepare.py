@@ -263,7 +263,7 @@ def open_partial(partial, plan):
             print(f'{partial} is of other text or other settings; starting over')
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    atomic_write(partial / 'plan.json', json.dumps({**plan, 'reader': READER}, indent=1))
+    atomic_write(partial / 'plan.json', json.dumps({**plan, 'reader': READER}))
     return partial
 
 

@@ -183,6 +183,30 @@ def test_columns_of_any_string_type_are_read_and_numbers_refused(tmp_path):
         texts_of(batches_of([tmp_path / 'n.parquet']))
 
 
+@pytest.mark.parametrize('size', [1, 40, 2 ** 20])
+@pytest.mark.parametrize('encoding', ['PLAIN', 'DELTA_BYTE_ARRAY', 'DELTA_LENGTH_BYTE_ARRAY', None])
+def test_rows_in_any_encoding_are_the_same_from_any_batch_on(tmp_path, monkeypatch, encoding, size):
+    monkeypatch.setattr(documents, 'BATCH_BYTES', size)
+    texts = [f'{i % 7} {"wörd " * (i % 5)}' for i in range(90)] + [None, '']
+    path = tmp_path / 'a.parquet'
+    options = {'use_dictionary': False, 'column_encoding': {'text': encoding}} if encoding else {}
+    parquet.write_table(pyarrow.table({'text': texts}), path, row_group_size=40, **options)
+    batches = list(batches_of([path]))
+    assert texts_of(batches) == texts[:-2]
+    for i in range(0, len(batches), 9):
+        assert texts_of(batches_of([path], start=batches[i].after)) == texts_of(batches[i + 1:])
+
+
+def test_rows_without_any_text_are_empty(tmp_path):
+    for i, kind in enumerate((pyarrow.null(), pyarrow.string(), pyarrow.large_string())):
+        table = pyarrow.table({'text': pyarrow.array([None] * 5, kind)})
+        parquet.write_table(table, tmp_path / f'{i}.parquet')
+    parquet.write_table(pyarrow.table({'text': ['a', None]}), tmp_path / '3.parquet')
+    counts = {}
+    assert texts_of(batches_of(sorted(tmp_path.iterdir())), counts=counts) == ['a']
+    assert counts['empty'] == [16, f'{tmp_path}/0.parquet: row 1']
+
+
 @pytest.mark.parametrize('size', [1, 100, 2 ** 20])
 def test_lines_are_joined_to_articles(tmp_path, monkeypatch, size):
     """As in WikiText on the hub: a row per line, an article from a heading on."""

@@ -410,6 +410,24 @@ def test_a_data_set_of_an_earlier_version_without_any_is_up_to_date(tmp_path, mo
     assert 'is up to date' in capsys.readouterr().out and files_in(tmp_path / 'd') == before
 
 
+def test_a_manifest_with_base_names_is_up_to_date(tmp_path, capsys):
+    """As earlier versions wrote it; what is compared are their hashes, in order."""
+    for name in ('pos/0_2.txt', 'neg/0_2.txt'):
+        (tmp_path / 'texts' / name).parent.mkdir(parents=True)
+        (tmp_path / 'texts' / name).write_text(f'{name} ' * 50)
+    manifest = run(tmp_path, tmp_path / 'texts')
+    assert [name for name, *_ in manifest['source']['files']] == ['neg/0_2.txt', 'pos/0_2.txt']
+    for file in manifest['source']['files']:
+        file[0] = '0_2.txt'
+    (tmp_path / 'd/manifest.json').write_text(json.dumps(manifest))
+    run(tmp_path, tmp_path / 'texts')
+    assert 'is up to date' in capsys.readouterr().out
+    manifest['source']['files'] = manifest['source']['files'][::-1]
+    (tmp_path / 'd/manifest.json').write_text(json.dumps(manifest))
+    run(tmp_path, tmp_path / 'texts')
+    assert 'was made from other text' in capsys.readouterr().out
+
+
 def test_what_an_earlier_version_began_is_started_over(tmp_path, monkeypatch, capsys):
     source = write_jsonl(tmp_path / 'a.jsonl')
     monkeypatch.setattr(prepare, 'write_manifest', None)
@@ -583,6 +601,34 @@ def test_a_line_of_any_length_costs_no_memory(tmp_path):
                    path) < 160
     left_out = json.loads((tmp_path / 'a/manifest.json').read_text())['remarks']
     assert left_out == {documents.TOO_LONG: [1, f'{path}:2']}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('encoding', ['dictionary', 'prefix', 'plain'])
+def test_parquet_that_is_small_on_disk_is_read_in_little_memory(tmp_path, encoding):
+    """Gigabytes of text in a few kilobytes: three texts in 3,000 rows, or one that rows share."""
+    import pyarrow
+    from pyarrow import parquet
+    text, path = 'lorem ipsum ' * 80_000, tmp_path / 'a.parquet'
+    if encoding == 'dictionary':
+        indices = pyarrow.array([i % 3 for i in range(3000)], pyarrow.int32())
+        column = pyarrow.DictionaryArray.from_arrays(indices, [text + str(i) for i in range(3)])
+        options = {'dictionary_pagesize_limit': 10 ** 8}
+    else:
+        column = [text + str(i) for i in range(300)]
+        options = {'use_dictionary': False, 'data_page_size': 1, 'write_batch_size': 1}
+        if encoding == 'prefix':
+            options['column_encoding'] = {'text': 'DELTA_BYTE_ARRAY'}
+    parquet.write_table(pyarrow.table({'text': column}), path, compression='zstd',
+                        store_schema=False, **options)
+    assert path.stat().st_size < 400_000
+    code = ('import sys; from types import SimpleNamespace; from gpt.data import documents\n'
+            'found = documents.batches([SimpleNamespace(name="a.parquet")], (0, 0, 0),\n'
+            '                          documents.Options(), lambda i: sys.argv[1])\n'
+            'print(sum(batch.size() for batch in found))\n'
+            'print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])')
+    size, peak = map(int, script('-c', code, path).stdout.split())
+    assert size > len(text) * len(column) and peak < 300_000
 
 
 def test_verify_from_the_command_line(stories):

@@ -11,6 +11,7 @@ import ast
 import gzip
 import inspect
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import IO, Any, NamedTuple
 
 from gpt.files import how_to_convert, plain_text
 
-COMPRESSED = ('.gz', '.zst')
+COMPRESSED, LINES = ('.gz', '.zst'), ('.jsonl', '.json')
 SUFFIXES = tuple(kind + packed for packed in ('', *COMPRESSED) for kind in ('.txt', '.md', '.jsonl')
                  ) + ('.parquet',)
 EXPECTED = '.txt, .md or .jsonl (these also as .gz or .zst) or .parquet'
@@ -33,6 +34,8 @@ TOO_LONG = 'over max_document_mb'                   # remarks, counted by texts(
 HAS_EOT = 'with <|endoftext|> as text'
 REPAIRED = 'repaired with U+FFFD'
 PLAIN = 'with carriage returns or byte order marks, normalized'
+SIMPLE = {'PLAIN', 'RLE', 'BIT_PACKED', 'DELTA_LENGTH_BYTE_ARRAY'}     # as large as decoded
+DICTIONARY = {'PLAIN_DICTIONARY', 'RLE_DICTIONARY'}     # a value of several rows is stored once
 LINE_END = rb'(?>\r\n|\r|\n)'    # atomic: \r\n is never two
 
 
@@ -76,18 +79,19 @@ def batches(files: Sequence, start: Position, options: Options,
     files: each has a `name`, and path_of(i) is the path of the i-th. Raises ValueError for a file
     that is not what its name says.
     """
-    start, small = Position(*start), []             # small batches are joined
+    start, small, size = Position(*start), [], 0    # small batches are joined
     for i in range(start.file, len(files)):
         if i > start.file:
             start = Position(i)
         for batch in read(files[i].name, path_of(i), options, start):
             if small and batch.is_json != small[0].is_json:
                 yield joined(small)
-                small = []
+                small, size = [], 0
             small.append(batch)
-            if len(small) == 1024 or sum(part.size() for part in small) >= BATCH_BYTES // 2:
+            size += batch.size()
+            if len(small) == 1024 or size >= BATCH_BYTES // 2:
                 yield joined(small)
-                small = []
+                small, size = [], 0
     if small:
         yield joined(small)
 
@@ -109,11 +113,14 @@ def read(name: str, path: Path, options: Options, start: Position) -> Iterator[B
     elif kind == '.py':
         raws = [text.encode() for text in python_documents(path) if text]
         yield Batch(raws, [name] * len(raws), after)
-    elif is_lines(name) or options.separator:
+    elif kind in LINES or options.separator:
         yield from separated_batches(name, path, options, start)
     else:
+        limit = options.max_bytes + len(BOM) + 1
+        if compression_of(name) not in COMPRESSED:      # as much memory is set aside as read() asks
+            limit = min(limit, os.stat(path).st_size)
         with opened(name, path) as file:
-            raw = file.read(options.max_bytes + len(BOM) + 1).removeprefix(BOM)
+            raw = file.read(limit).removeprefix(BOM)
         if len(raw) > options.max_bytes:
             yield Batch([], [], after, left_out=((TOO_LONG, name),))
         else:
@@ -122,17 +129,18 @@ def read(name: str, path: Path, options: Options, start: Position) -> Iterator[B
 
 def kind_of(name: str) -> str:
     """The suffix of a file name, lower case, without that of a compression."""
-    return Path(name.lower().removesuffix('.gz').removesuffix('.zst')).suffix
+    return os.path.splitext(name.lower().removesuffix('.gz').removesuffix('.zst'))[1]
 
 
-def is_lines(name: str) -> bool:
-    return kind_of(name) in ('.jsonl', '.json')
+def compression_of(name: str) -> str:
+    """The last suffix of a file name, lower case: .gz or .zst if it is compressed."""
+    return os.path.splitext(name.lower())[1]
 
 
 @contextmanager
 def opened(name: str, path: Path) -> Iterator[IO[bytes]]:
     """A file open for reading, decompressed; a damaged one raises ValueError with its name."""
-    compression = Path(name.lower()).suffix
+    compression = compression_of(name)
     if compression == '.gz':
         file = gzip.open(path)
     elif compression == '.zst':
@@ -153,7 +161,7 @@ def opened(name: str, path: Path) -> Iterator[IO[bytes]]:
 
 def separated_batches(name: str, path: Path, options: Options, start: Position) -> Iterator[Batch]:
     """Batches of the lines of a .jsonl, or of the parts between options.separator."""
-    is_json, (_, offset, number) = is_lines(name), start
+    is_json, (_, offset, number) = kind_of(name) in LINES, start
     separator = b'\n' if is_json else options.separator.encode()
     room = len(separator) + separator.count(b'\n')      # bytes of the longest one
     label = f'{name}:' if is_json else f'{name}: document '
@@ -229,17 +237,22 @@ def seek(file: IO[bytes], offset: int) -> None:
 # Parquet.
 
 def parquet_batches(name: str, path: Path, options: Options, start: Position) -> Iterator[Batch]:
-    """Batches of rows; at most the text of one row group is in memory."""
+    """Batches of rows, decoded about BATCH_BYTES at a time, however they are encoded."""
     from pyarrow import ArrowException, parquet
     key = options.text_key
     try:
         with parquet.ParquetFile(path) as table:
             columns = {field.name: str(field.type) for field in table.schema_arrow}
-            if re.match('(dictionary<values=)?(large_)?string', columns.get(key, '')):
+            is_text = re.match('null|(dictionary<values=)?(large_)?string', columns.get(key, ''))
+            encodings = encodings_of(table.metadata, key) if is_text else set()
+        if is_text:
+            # a value that is stored once is one in memory, until its rows are decoded
+            once = [key] if DICTIONARY & encodings and encodings <= SIMPLE | DICTIONARY else []
+            with parquet.ParquetFile(path, read_dictionary=once) as table:
                 rows = row_batches(table, name, key, start)
                 yield from joined_rows(rows, options.begins, start) if options.begins else rows
                 return
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, KeyError, ValueError) as error:
         raise ValueError(f'{name}: not a parquet file, or damaged ({error})') from None
     if options.errors != 'skip':
         problem = f'no column {key!r} among {", ".join(columns)}'
@@ -250,24 +263,50 @@ def parquet_batches(name: str, path: Path, options: Options, start: Position) ->
     yield Batch([], [], Position(start.file + 1), left_out=((f'files without {key}', name),))
 
 
+def encodings_of(metadata: Any, key: str) -> set[str]:
+    """The encodings of the pages of column `key`, in all row groups."""
+    j = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(key)
+    return {encoding for i in range(metadata.num_row_groups)
+            for encoding in metadata.row_group(i).column(j).encodings}
+
+
 def row_batches(table: Any, name: str, key: str, start: Position) -> Iterator[Batch]:
     """Batches of column `key`, of about BATCH_BYTES and within a row group."""
-    import pyarrow
-    row = 0
+    row, is_simple = 0, encodings_of(table.metadata, key) <= SIMPLE | DICTIONARY
     for i in range(table.num_row_groups):
         group = table.metadata.row_group(i)
         if row + group.num_rows <= start.offset:
             row += group.num_rows
             continue
-        size = BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
+        size = BATCH_BYTES * group.num_rows // max(1, group.total_byte_size) if is_simple else 4
         for part in table.iter_batches(min(max(1, size), 2 ** 16), row_groups=[i], columns=[key]):
             column = part.column(0)[max(0, start.offset - row):]
+            first = row + len(part) - len(column)
             row += len(part)
-            if pyarrow.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            raws = [raw or b'' for raw in column.cast(pyarrow.large_binary()).to_pylist()]
-            names = [f'{name}: row {k + 1}' for k in range(row - len(raws), row)]
-            yield Batch(raws, names, Position(start.file, row, row))
+            for raws in decoded_rows(column):
+                names = [f'{name}: row {k + 1}' for k in range(first, first + len(raws))]
+                first += len(raws)
+                yield Batch(raws, names, Position(start.file, first, first))
+
+
+def decoded_rows(column: Any) -> Iterator[list[bytes]]:
+    """The rows of a column; of one of references to values about BATCH_BYTES at a time."""
+    import numpy as np
+    import pyarrow
+    from pyarrow import compute
+    first, ends = 0, []
+    if pyarrow.types.is_dictionary(column.type):
+        sizes = compute.binary_length(column.dictionary).take(column.indices).fill_null(0)
+        ends = np.cumsum(sizes.to_numpy(), dtype=np.int64)
+    while first < len(column):
+        last = len(column)
+        if len(ends):
+            limit = int(ends[first - 1] if first else 0) + BATCH_BYTES
+            last = max(first + 1, int(np.searchsorted(ends, limit, side='right')))
+        rows = column[first:last]
+        rows = rows.dictionary_decode() if len(ends) else rows
+        yield [raw or b'' for raw in rows.cast(pyarrow.large_binary()).to_pylist()]
+        first = last
 
 
 def joined_rows(batches: Iterator[Batch], begins: str, start: Position) -> Iterator[Batch]:
