@@ -5,6 +5,7 @@ downloads. Imports no torch.
 
 import hashlib
 import http.client
+import io
 import os
 import re
 import secrets
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from gpt.shapes import parse_json
 
 ROOT = Path(__file__).resolve().parent.parent       # the folder of this repository
+PICTURES = ('.png', '.svg', '.pdf', '.jpg', '.jpeg', '.webp', '.eps')
 BYTE_ORDER_MARKS = re.compile('^\ufeff+', re.MULTILINE)
 
 
@@ -86,13 +88,35 @@ def how_to_convert(raw: bytes) -> str:
 
 # Writing, and checksums.
 
+def check_output(path: str | Path, *inputs: str | Path) -> Path:
+    """The path of a file to be written, ~ expanded, whose folder is made if it is missing.
+
+    Raises ValueError for a folder, for a device, pipe or socket, for the file that is standard
+    output, and for one of the inputs: none of these may be replaced.
+    """
+    path, is_folder = Path(os.path.expanduser(path)), str(path).endswith('/')
+    if is_folder or path.is_dir():
+        raise ValueError(f'{path}: is a folder, expected the name of a file')
+    if path.exists():
+        taken = [os.stat(os.path.expanduser(text)) for text in inputs
+                 if text and os.path.exists(os.path.expanduser(text))]
+        if not path.is_file() or any(os.path.samestat(path.stat(), os.fstat(i)) for i in (1, 2)):
+            raise ValueError(f'{path}: is a device, a pipe or a standard stream, expected the name '
+                             f'of a file')
+        if any(os.path.samestat(path.stat(), one) for one in taken):
+            raise ValueError(f'{path}: is an input, expected the name of another file')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 
 def atomic_write(path: str | Path, content: str | bytes) -> None:
     """Write a whole file or nothing: to a temporary file beside it, synced, then renamed.
 
-    A text is written as UTF-8. Only a kill can leave a temporary file, .NAME.*.partial.
+    A text is written as UTF-8. A link is written through. Only a kill can leave a temporary file,
+    .NAME.*.partial.
     """
-    path = Path(path)
+    path = plain_file(os.path.realpath(path))
     temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.partial')
     try:
         with open(temporary, 'wb') as file:
@@ -103,6 +127,25 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def picture_path(text: str) -> Path:
+    """The path of a picture to be written, see check_output(); without a suffix it is a PNG."""
+    name = os.path.basename(text)
+    if name and '.' not in name and not os.path.isdir(os.path.expanduser(text)):
+        text += '.png'
+    path = check_output(text)
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(f'out: given {text!r}, expected the name of a picture, '
+                         f"one of {', '.join(PICTURES)}")
+    return path
+
+
+def write_picture(path: Path, figure: Any, dpi: int) -> None:
+    """Write a figure of matplotlib, in the format of the suffix of `path`."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:].lower(), dpi=dpi)
+    atomic_write(path, content.getvalue())
 
 
 def sha256(path: str | Path) -> str:

@@ -7,6 +7,7 @@ models can be compared item by item), and the published figures beside it.
 
 import json
 import math
+import os
 import platform
 import re
 import time
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import torch
 
 from gpt import checkpoints
-from gpt.files import atomic_write, read_json
+from gpt.files import atomic_write, check_output, read_json
 from gpt.settings import check_bounds
 from gpt.shapes import Count, Measured
 from gpt.world import World
@@ -118,7 +119,7 @@ def run_evaluation(cfg: Any, read_data: Callable[..., Data],
     options are those of gpt.scoring.ScoringOptions, as a dict.
     """
     check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'limit batch_tokens')])
-    make_parents(cfg.out, getattr(cfg, 'dump', ''))
+    check_outputs(cfg)
     world = World.join(cfg.device, timeout_minutes=120)             # rank 0 may have to download
     data = world.on_main(read_data, cfg)
     if cfg.download:
@@ -143,19 +144,29 @@ def run_evaluation(cfg: Any, read_data: Callable[..., Data],
 def finish(cfg: Any, rows: Iterable[dict], result: dict) -> None:
     """Print and write a result, and write the rows of its items if asked to."""
     path = Path(cfg.out) if cfg.out else result_path(result)
+    print(format_result(result))                # first: nothing that fails below can lose it
     write(path, result)
-    print(format_result(result), f'  written to {path}', sep='\n')
+    print(f'  written to {path}')
     if getattr(cfg, 'dump', ''):
-        lines = ''.join(json.dumps(row) + '\n' for row in rows)
-        Path(cfg.dump).write_text(lines, encoding='utf-8')
+        atomic_write(cfg.dump, ''.join(json.dumps(row) + '\n' for row in rows))
 
 
-def make_parents(*paths: str) -> None:
-    """Create the folders of the files to be written, before anything is measured."""
-    for path in filter(None, paths):
-        if Path(path).is_dir() or path.endswith('/'):
-            raise ValueError(f'{path}: is a folder, expected the name of a file')
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+def check_outputs(cfg: Any) -> None:
+    """Refuse files that cannot be written or must not be, before anything is measured."""
+    inputs, dump = (cfg.data, getattr(cfg, 'file', '')), getattr(cfg, 'dump', '')
+    if dump:
+        check_output(dump, *inputs)
+    if not cfg.out:
+        return
+    path = check_output(cfg.out, *inputs)
+    if dump and os.path.realpath(dump) == os.path.realpath(path):
+        raise ValueError(f'dump: given {dump!r}, which is --out; expected another file')
+    if path.exists() and path.stat().st_size:
+        try:
+            read(path)
+        except ValueError:
+            raise ValueError(f'{path}: is a file, but not a result that may be replaced; '
+                             f'give another --out') from None
 
 
 def limited(items: Sequence, limit: int) -> tuple[Sequence, int]:

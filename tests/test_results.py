@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -134,3 +135,22 @@ def test_files_that_are_no_results_are_refused(tmp_path):
         results.compare((good, str(tmp_path / 'nothing.json')))
     with pytest.raises(ValueError, match='expected two results'):
         results.compare((good,))
+
+
+def test_an_output_never_replaces_an_input_or_another_file(tmp_path):
+    def check(**flags):
+        results.check_outputs(SimpleNamespace(**{'data': '', 'file': '', 'out': '', **flags}))
+
+    (tmp_path / 'text.txt').write_text('text')
+    (tmp_path / 'link').symlink_to('text.txt')
+    good, text = result(tmp_path / 'a.json', {}), f'{tmp_path}/text.txt'
+    check(out=good, dump=f'{tmp_path}/d.jsonl', data=text)
+    check(out=f'{tmp_path}/new/b.json')
+    for flags, words in (({'data': text, 'out': text}, 'is an input'),
+                         ({'file': text, 'out': f'{tmp_path}/link'}, 'is an input'),
+                         ({'data': text, 'dump': text}, 'is an input'),
+                         ({'out': text}, 'not a result that may be replaced'),
+                         ({'out': good, 'dump': f'{tmp_path}/x/../a.json'}, 'which is --out'),
+                         ({'out': str(tmp_path)}, 'is a folder')):
+        with pytest.raises(ValueError, match=words):
+            check(**flags)
