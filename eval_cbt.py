@@ -212,7 +212,7 @@ def join_tokens(tokens, start=Joined(), rest=()):
     a quotation; it opens where none is open and the next mark is another '', which closes it.
     """
     pieces, glued, quoted, spoken = list(start.pieces), *start[1:]
-    marks = [word for word in [*tokens, *rest] if word in DOUBLE][::-1]     # the last comes next
+    marks = [word for word in [*tokens, *rest] if word in DOUBLE][::-1]     # the last is next
     for word, following in zip(tokens, [*tokens[1:], '']):
         if word in DOUBLE:
             marks.pop()

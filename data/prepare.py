@@ -9,6 +9,7 @@ Text becomes tokens in shards, ready for train.py. If killed, the same command r
     python data/prepare.py --verify=pydocs                          # read everything again, compare
 """
 
+import hashlib
 import json
 import lzma
 import math
@@ -30,12 +31,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
 from gpt.data import documents, sources
 from gpt.data.encode import SplitRule, cores, divide, tokenized, val_threshold
-from gpt.data.shards import (DATA_DIR, Plan, Shard, ShardWriter, Tokens, leaked, load_facts,
+from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, leaked, load_facts,
                              read_manifest, read_shard)
 from gpt.data.shards import verify as find_problems
 from gpt.files import atomic_write, lock, plain_text, read_json, sha256
 from gpt.settings import check_bounds, run, settings
-from gpt.shapes import Count
 from gpt.tokenizer import build, eot_id, fingerprint, gpt2, load, stored, to_json, token_bytes
 
 # -----------------------------------------------------------------------------
@@ -89,23 +89,8 @@ class StartedPlan(Plan):
     reader: NotRequired[int]
 
 
-class WriterState(TypedDict):
-    shards: list[Shard]
-    count: Count
-
-
-class Amounts(TypedDict):
-    tokens: Count
-    documents: Count
-    bytes: Count
-
-
-class ProgressFile(TypedDict):
-    threshold: float
-    after: tuple[Count, Count, Count]
-    counts: dict[str, tuple[Count, str]]
-    writers: dict[str, WriterState]
-    splits: dict[str, Amounts]
+class Note(TypedDict):
+    sha256: str             # of the rest, as JSON
 
 
 @dataclass
@@ -315,8 +300,7 @@ def write_dataset(cfg, source, plan, folder):
         return (text for batch in batches() for text in documents.texts(batch, options, counts))
 
     chosen, vocabulary = plan['settings'], folder / 'tokenizer.json'
-    progress = (read_progress(folder, len(source.files))
-                or start_progress(folder, texts, chosen))
+    progress = read_progress(folder) or start_progress(folder, texts, chosen)
     rule = SplitRule(chosen['seed'], chosen['val_fraction'], progress.threshold)
     if not vocabulary.exists():
         make_tokenizer(vocabulary, chosen['tokenizer'], texts, rule)
@@ -333,17 +317,19 @@ def write_dataset(cfg, source, plan, folder):
     write_manifest(folder, plan, encoding, progress.splits, progress.counts)
 
 
-def read_progress(folder, n_files):
+def read_progress(folder):
     """The Progress of an earlier call, None without it."""
     file = folder / 'progress.json'
     if not file.exists():
         return None
-    found = read_json(file, ProgressFile)
-    splits = {'train', 'val'}
-    if found['after'][0] > n_files or not (found['writers'].keys() == found['splits'].keys()
-                                           == splits):
+    note = read_json(file, Note)
+    if note.pop('sha256') != digest(note):
         raise ValueError(f'{file}: is damaged; delete {folder} to start over')
-    return Progress(**{key: found[key] for key in ProgressFile.__annotations__})
+    return Progress(**note)
+
+
+def digest(note):
+    return hashlib.sha256(json.dumps(note).encode()).hexdigest()
 
 
 def start_progress(folder, texts, chosen):
@@ -422,7 +408,9 @@ def check_written(files, splits):
 
 def save_progress(progress, writers):
     progress.writers = {split: writer.sync() for split, writer in writers.items()}
-    atomic_write(writers['train'].folder / 'progress.json', json.dumps(asdict(progress)))
+    note = asdict(progress)
+    atomic_write(writers['train'].folder / 'progress.json',
+                 json.dumps({**note, 'sha256': digest(note)}))
 
 
 def write_manifest(folder, plan, encoding, splits, counts):

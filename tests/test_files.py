@@ -48,7 +48,7 @@ def test_only_plain_files_are_read(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / 'pipe')
     (tmp_path / 'link').symlink_to('/dev/zero')
     for path in (tmp_path, tmp_path / 'pipe', tmp_path / 'link', '/dev/zero'):
-        with pytest.raises(ValueError, match='is a (folder|device, pipe or socket), expected a pla'):
+        with pytest.raises(ValueError, match='is a (folder|device, pipe or socket), expected'):
             files.read_bytes(path)
     with pytest.raises(ValueError, match='nothing: cannot read this file'):
         files.read_text(tmp_path / 'nothing')

@@ -50,7 +50,7 @@ def test_what_has_the_shape_is_returned(changed):
     ({'files': [['a', 'b']]}, r"f: files\[0\]\[1\]: given 'b'"),
     ({'files': [['\ud800', 1]]}, r"f: files\[0\]\[0\]: given '.ud800', expected a text"),
     ({'shards': {'a\nb': 3}}, r'f: shards.a.nb: given 3, expected a list'),
-    ({'shards': {'t': [{'tokens': 1}]}}, r'f: shards.t\[0\].file: given nothing, expected the name'),
+    ({'shards': {'t': [{'tokens': 1}]}}, r'f: shards.t\[0\].file: given nothing, expected the'),
     ({'shards': {'t': [{'file': 'a', 'tokens': -1}]}}, r'tokens: given -1, expected .* 0 or more'),
     ({'shards': {'t': [{'file': 'a', 'tokens': 1, 'bytes': 0}]}}, 'bytes: given 0, expected .* 1'),
     *(({'shards': {'t': [{'file': name, 'tokens': 1}]}}, 'file: given .* without a folder')
@@ -67,7 +67,8 @@ def test_the_place_is_named_in_one_short_line(changed, words):
     ('[' * 200_000, 'nested too deeply'), ('[' * 200_000 + ']' * 200_000, 'nested too deeply'),
     ('{"a":' * 200_000 + '1' + '}' * 200_000, 'nested too deeply'),
     ('{"unknown": NaN}', 'f: not JSON: given NaN, expected a finite number'),
-    ('{"unknown": -Infinity}', 'given -Infinity'), ('{"a": 1' + '0' * 5000 + '}', 'too many digits'),
+    ('{"unknown": -Infinity}', 'given -Infinity'),
+    ('{"a": 1' + '0' * 5000 + '}', 'too many digits'),
     ('[]', 'f: given a list of 0, expected an object'), ('null', 'given null, expected an object')])
 def test_what_is_no_json_of_that_shape(text, words):
     with pytest.raises(ValueError, match=words):

@@ -121,7 +121,7 @@ def test_a_manifest_without_its_keys_is_damaged(stories, tmp_path, text):
     ('splits.train.shards', {}, 'splits.train.shards: given an object of 0, expected a list'),
     ('splits.val.bytes', 0, 'splits.val.bytes: given 0, expected a whole number, 1 or more'),
     ('splits.val', None, 'splits.val: given null, expected an object'),
-    ('splits.test', {'tokens': 1, 'documents': 1, 'bytes': 1, 'shards': []}, "expected 'train, val'"),
+    ('splits.test', {'tokens': 1, 'documents': 1, 'bytes': 1, 'shards': []}, "train, val'"),
     ('source.files', [['a', 1]], r'source.files\[0\]: given a list of 2'),
     ('splits.train.shards', [{'file': '/dev/zero', 'tokens': 1, 'sha256': ''}], 'without a folder'),
     ('remarks', {'x': 3}, 'remarks.x: given 3'), ('tokenizer.eot_id', 2 ** 64, 'eot_id: given')])
