@@ -44,7 +44,7 @@ Config = settings(globals())
 
 COLLECT = 'name'        # takes the argument without a flag
 BOUNDS = (('1 or more', lambda value: value >= 1, 'count'),
-          ('60 or more', lambda value: value >= 60, 'width'))
+          ('60 to 10,000', lambda value: 60 <= value <= 10_000, 'width'))
 TOP, SHOWN, WORST = 20, 5, 3        # tokens, documents, and overlaps of a test set that are printed
 QUANTILES = (('shortest', 0), ('10 % are up to', 0.1), ('half are up to', 0.5),
              ('90 % are up to', 0.9), ('longest', 1))
@@ -271,7 +271,7 @@ def draw(title, found):
 def text_at(data, place, count, width):
     """The text of `count` tokens from SHARD:OFFSET on, below a line that describes the position."""
     shard, _, offset = place.rpartition(':')
-    if not shard or not offset.isdecimal():
+    if not shard or not (offset.isdecimal() and len(offset) < 20):
         raise ValueError(f'decode: given {place!r}, expected SHARD:OFFSET, such as train_000000:0')
     known = {path.stem: (tokens, i) for tokens in data.splits.values()
              for i, path in enumerate(tokens.paths)}

@@ -78,10 +78,11 @@ READER = 2                  # in plan.json: how text is read; 1 kept carriage re
 SEARCHED_TOKENS = 2 ** 28   # of a split, for these
 BOUNDS = (
     ("'strict', 'replace' or 'skip'", ('strict', 'replace', 'skip').__contains__, 'errors'),
-    ('more than 0', lambda value: value > 0, 'max_document_mb'),
+    ('more than 0, at most 1e6', lambda value: 0 < value <= 1e6, 'max_document_mb'),
     ('0 (default) or more, and less than 1', lambda value: 0 <= value < 1, 'val_fraction'),
     ('1 to 2,147,483,647', lambda value: 0 < value < 2 ** 31, 'shard_tokens'),  # an int32 on disk
-    ('0 or more', lambda value: value >= 0, 'workers shards'),
+    ('0 or more', lambda value: value >= 0, 'shards'),
+    ('0 (default) to 1,024', lambda value: 0 <= value <= 1024, 'workers'),
 )
 
 
@@ -143,7 +144,7 @@ def make_plan(cfg, source):
         facts['tokenizer'] = sha256(vocabulary)
     as_nanogpt = (source.name, kind) == ('shakespeare', 'chars')
     name = cfg.name or ('shakespeare_char' if as_nanogpt else source.name)
-    if Path(name).name != name or name.startswith('.'):
+    if Path(name).name != name or name.startswith('.') or not name.isprintable():
         raise ValueError(f'name: given {name!r}, expected the name of a folder to make in data/')
     if cfg.shards and not source.ready:
         raise ValueError(f'shards: given {cfg.shards}, expected 0; only '

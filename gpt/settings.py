@@ -139,8 +139,8 @@ def typed(value: Any, default: Any, where: str) -> Any:
                      f'(the default is {default!r})')
 
 
-def shortened(text: str) -> str:
-    return text if len(text) <= 100 else f'{text[:100]}…'
+def shortened(text: str, length: int = 100) -> str:
+    return text if len(text) <= length else f'{text[:length]}…'
 
 
 def read_config_file(path: str, values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -289,8 +289,8 @@ def run(main: Callable, Config: type, short: dict[str, str] | None = None,
         collect: str = '') -> None:
     """The end of every script: settings from the command line, main, one-line errors, exit status.
 
-    0 done; 1 a bug of ours, with its traceback; 2 bad input or data (an OSError, an ImportError,
-    or a ValueError that our own code raised); otherwise what main returned. It exits by os._exit
+    0 done; 1 a bug of ours, with its traceback; 2 bad input or data (an OSError, an ImportError, a
+    MemoryError, or a ValueError that our own code raised); otherwise what main returned. It exits by os._exit
     after flushing: a process that used gloo may abort in a normal shutdown.
     """
     for stream in sys.stdout, sys.stderr:       # characters a terminal or file cannot show
@@ -307,9 +307,11 @@ def run(main: Callable, Config: type, short: dict[str, str] | None = None,
     except BrokenPipeError:
         os._exit(141)                           # the reader of our output has closed it: `| head`
     except Exception as error:
-        if isinstance(error, (OSError, ImportError)) or (
+        if isinstance(error, OSError | ImportError | MemoryError) or (
                 isinstance(error, ValueError) and raised_here(error)):
-            print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
+            text = str(error) or 'not enough memory'
+            lines = (shortened(line, 1000) for line in text.split('\n'))
+            print(f'{Path(sys.argv[0]).name}: ' + '\n'.join(lines), file=sys.stderr)
             status = 2
         else:
             traceback.print_exc()

@@ -540,7 +540,9 @@ def test_bad_files_are_refused_with_name_and_line(tmp_path, name, content, words
     ({'shard_tokens': 0}, 'shard_tokens: given 0'),
     ({'shard_tokens': 2 ** 31}, 'expected 1 to 2,147,483,647'),
     ({'shards': 3}, 'expected 0; only fineweb'),
-    ({'workers': -1}, 'workers: given -1'), ({'max_document_mb': 0.0}, 'expected more than 0'),
+    ({'workers': -1}, 'workers: given -1'), ({'workers': 2 ** 62}, 'expected 0 .default. to 1,024'),
+    ({'max_document_mb': 0.0}, 'expected more than 0'), ({'max_document_mb': 1e300}, 'most 1e6'),
+    ({'name': 'a\nb'}, 'name of a folder'),
     ({'errors': 'ignore'}, "'strict', 'replace' or 'skip'"),
     ({'tokenizer': 'bpe:70000'}, '65,536'), ({'tokenizer': 'gpt5'}, "'bpe:N'"),
     ({'val_fraction': 1.5}, 'less than 1'), ({'name': '../x'}, 'name of a folder')])
