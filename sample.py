@@ -78,7 +78,7 @@ def check(cfg):
         ('0 or more', lambda value: value >= 0, 'temperature top_k max_new_tokens'),
         ('more than 0, at most 1', lambda value: 0 < value <= 1, 'top_p'),
         ('1 or more', lambda value: value >= 1, 'num_samples'),
-        ('1 to 65,536', lambda value: 1 <= value <= 2 ** 16, 'batch_size'),
+        ('1 or more, at most 65,536', lambda value: 1 <= value <= 2 ** 16, 'batch_size'),
         ('-1 or more', lambda value: -1 <= value < 2 ** 62, 'seed')])
     if cfg.interactive and cfg.prompt == '-':
         raise ValueError("prompt: given '-', which is standard input; expected another one, since "

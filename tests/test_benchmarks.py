@@ -147,6 +147,11 @@ def test_articles_begin_at_headings_of_the_first_level():
                                          ' = C D = \n Three . \n']
 
 
+def test_the_file_of_wikitext2_is_official_outside_of_its_archive():
+    facts = benchmarks.facts('wiki.test.tokens', b'', {benchmarks.KNOWN['wikitext2']})
+    assert not facts['official'] and benchmarks.KNOWN['wikitext2'].startswith('d790b833ef8cf03a')
+
+
 # Where the files come from.
 
 @pytest.fixture
