@@ -1,4 +1,4 @@
-# make quickstart | test | test-all | faults | bench | table3. `make PYTHON=python3.12 VENV=~/env …` uses another Python or
+# make quickstart | test | test-all | fuzz | faults | bench | table3. `make PYTHON=python3.12 VENV=~/env …` uses another Python or
 # environment, JOBS=8 runs 8 tests at a time, CONSTRAINTS= installs the newest packages instead of the tested ones.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,13 +8,15 @@ PIP = $(RUN) -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-
 TEST = $(RUN) -m pytest -q -n $(JOBS) --dist=worksteal
 JOBS ?= 2
 MODEL ?= gpt2
+FUZZ ?= 4000
 
-.PHONY: help install install-dev quickstart test test-all faults bench table3 clean
+.PHONY: help install install-dev quickstart test test-all fuzz faults bench table3 clean
 
 help:
 	@echo 'make quickstart   prepare text, train a small GPT, sample from it: 4 to 9 minutes on 2 CPU cores'
 	@echo 'make test         the tests: 2 to 4 minutes, no network'
 	@echo 'make test-all     all but the longest: also several processes, kills, real runs'
+	@echo 'make fuzz         random damage to every kind of input; FUZZ=4000 examples of each: about 6 minutes'
 	@echo 'make faults       kills, full disks, hangs, ten minutes of random faults: about 25 minutes'
 	@echo 'make bench        how fast this machine trains, samples, scores, prepares, and how fast it could be'
 	@echo 'make table3       MODEL=gpt2: the benchmarks of the GPT-2 paper, measured and printed'
@@ -57,6 +59,9 @@ test: install-dev
 
 test-all: install-dev
 	$(TEST) --slow
+
+fuzz: install-dev
+	FUZZ=$(FUZZ) $(RUN) -m pytest -q --slow tests/test_fuzz.py
 
 faults: install-dev
 	$(TEST) --faults tests/test_faults.py tests/test_processes.py tests/test_hosts.py

@@ -173,7 +173,7 @@ def render(question, encoding, text='detok', gap=' ', eot=False):
     before, after = question.query.split('XXXXX')
     before = f"{' '.join(question.sentences)}{gap}{before}"
     if text == 'detok':
-        start = join_tokens(before.split())             # the same for all ten
+        start = join_tokens(before.split(), rest=after.split())     # the same for all ten
         texts = [''.join(join_tokens(f'{candidate}{after}'.split(), start).pieces)
                  for candidate in question.candidates]
     else:
@@ -192,6 +192,7 @@ def render(question, encoding, text='detok', gap=' ', eot=False):
 # Detokenizing.
 
 BRACKETS = {'-LRB-': '(', '-RRB-': ')', '-LSB-': '[', '-RSB-': ']', '-LCB-': '{', '-RCB-': '}'}
+DOUBLE = ('``', "''")
 CONTRACTED = ("n't", "'s", "'ll", "'re", "'ve", "'d", "'m")
 
 
@@ -200,16 +201,24 @@ class Joined(NamedTuple):
     pieces: Sequence[str] = ()      # each with the space before it, if there is one
     glued: bool = True              # the next word follows without a space
     quoted: bool = False            # a single quote is open
+    spoken: bool = False            # a double quote is open
 
 
-def join_tokens(tokens, start=Joined()):
+def join_tokens(tokens, start=Joined(), rest=()):
     """The Joined of Stanford CoreNLP's tokens as people write them, after those of `start`.
 
-    A single ' closes or is a possessive; it opens where no quote is open, punctuation stands before
-    it, and no ` follows.
+    rest: tokens that follow. A single ' closes or is a possessive; it opens where no quote is open,
+    punctuation stands before it, and no ` follows. A '' closes, also where the text begins within
+    a quotation; it opens where none is open and the next mark is another '', which closes it.
     """
-    pieces, glued, quoted = list(start.pieces), start.glued, start.quoted
+    pieces, glued, quoted, spoken = list(start.pieces), *start[1:]
+    marks = [word for word in [*tokens, *rest] if word in DOUBLE][::-1]     # the last is next
     for word, following in zip(tokens, [*tokens[1:], '']):
+        if word in DOUBLE:
+            marks.pop()
+            if word == "''" != following and not spoken and marks[-1:] == ["''"]:
+                word = '``'
+            spoken = word == '``'
         word = BRACKETS.get(word, word)
         last = pieces[-1] if pieces else ''
         if word == '`' or word == "'" and (
@@ -221,13 +230,13 @@ def join_tokens(tokens, start=Joined()):
             word, left, right = touches(word, last)
         pieces.append(word if left or glued else f' {word}')
         glued = right
-    return Joined(pieces, glued, quoted)
+    return Joined(pieces, glued, quoted, spoken)
 
 
 def touches(word, last):
     """(the word as written, whether it touches the word before, whether it touches the next);
     last: the piece before."""
-    if word in ('``', "''"):
+    if word in DOUBLE:
         return '"', word == "''", word == '``'
     if word == '--':
         return word, True, True

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gpt import checkpoints, results, scoring, tokenizer
+from gpt import checkpoints, files, results, scoring, tokenizer
 from gpt.data import benchmarks
 from gpt.settings import check_bounds, run, settings
 
@@ -130,7 +130,7 @@ def read_data(cfg):
         raw, facts = benchmarks.obtain('wikitext2-raw' if is_raw else cfg.task, cfg.data)
     if cfg.task in ('enwik8', 'text8'):
         raw = raw[-5_000_000:].lstrip(bytes(range(0x80, 0xC0)))     # from a whole character on
-    text = benchmarks.decode(raw, facts['path'])
+    text = files.decode(raw, facts['path'])
     if not text.strip():
         raise ValueError(f"{facts['path']}: there is no text in this file")
     text, first = results.limited(text, cfg.limit)
@@ -368,12 +368,14 @@ def table(model):
     for (name, key), title in LINES.items():
         text = '-'
         if name in measured:
-            measure = measured[name]['measures'][key]
+            measure = measured[name]['measures'].get(key)
+            if measure is None:
+                raise ValueError(f'{folder / name}.json: measures: has no {key!r}')
             text = f"{results.format_measure(measure):38} {measure['about']}"
         published, _ = PUBLISHED.get((name, key, size), ('-', ''))
         lines.append(f'{title:35}  {published:>9}  {text}')
-    weights = sorted({f"weights {one['model']['sha256'][:8]}: {one['model']['folder']}"
-                      for one in measured.values()})
+    weights = sorted({f"weights {one['model'].get('sha256', '')[:8]}: "
+                      f"{one['model'].get('folder', '')}" for one in measured.values()})
     lines += weights
     if len(weights) > 1:
         lines.append('not all of the same weights: measure the older ones again')

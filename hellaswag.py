@@ -140,8 +140,8 @@ def by_group(questions, right):
     """A note on the accuracy by source and split type, if the data names them."""
     groups = defaultdict(list)
     for question, is_right in zip(questions, right):
-        source = question.get('source_id', '').partition('~')[0]
-        for group in (source, question.get('split_type', '')):
+        source = (question.get('source_id') or '').partition('~')[0]
+        for group in (source, question.get('split_type')):
             if group:
                 groups[group].append(is_right)
     parts = [f'{group}: {sum(part) / len(part):.2%} of {len(part)}'

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from gpt.curves import compared, limits, points, read_log, settings_of, smoothed, summary, thinned
+from gpt.files import atomic_write, check_output, picture_path, write_picture
 from gpt.settings import run, settings
 
 # -----------------------------------------------------------------------------
@@ -65,18 +66,25 @@ def main(cfg):
     logs = [read_log(folder / 'log.jsonl') for folder in folders]
     for folder, records in zip(folders, logs):
         print(f'{folder}: {summary(records)}')
-    path = Path(cfg.out or folders[0] / ('report.html' if cfg.report else 'loss.png'))
+    path = output(cfg, folders[0])
     if cfg.report:
         from gpt.report import page             # imports torch, which a picture does not need
         pictures = {(theme, wide): as_svg(draw(folders, logs, cfg.smooth, theme, wide))
                     for theme in THEMES for wide in (False, True)}
-        path.write_text(page(folders[0], logs[0], pictures), encoding='utf-8')
+        atomic_write(path, page(folders[0], logs[0], pictures))
     else:
-        try:
-            draw(folders, logs, cfg.smooth, cfg.theme).savefig(path, dpi=220)
-        except ValueError as error:             # an unknown format
-            raise ValueError(f'out: given {path}: {error}') from None
+        write_picture(path, draw(folders, logs, cfg.smooth, cfg.theme), dpi=220)
     print(path)
+
+
+def output(cfg, folder):
+    """The file to write; a report is HTML, a picture without a suffix a PNG."""
+    out = cfg.out or str(folder / ('report.html' if cfg.report else 'loss.png'))
+    if not cfg.report:
+        return picture_path(out)
+    if not out.endswith(('.html', '.htm')):
+        raise ValueError(f'out: given {out!r}, expected the name of a report, such as a.html')
+    return check_output(out)
 
 
 def folders_with_logs(runs):
@@ -128,7 +136,8 @@ def layout(logs, wide):
 
 def style(colours):
     """matplotlib's settings: light axes, text that can be read on a phone."""
-    return {'font.size': 10.5, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left',
+    return {'text.parse_math': False,       # a $ in a name is no formula
+            'font.size': 10.5, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left',
             'axes.titlecolor': colours['ink'], 'text.color': colours['ink'],
             'axes.labelcolor': colours['quiet'], 'xtick.labelcolor': colours['quiet'],
             'ytick.labelcolor': colours['quiet'], 'xtick.color': colours['rule'],

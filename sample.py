@@ -15,13 +15,13 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from json import dumps
-from pathlib import Path
 from random import randrange
 
 import torch
 
 from gpt import checkpoints, tokenizer
 from gpt.cpu import pack
+from gpt.files import decode, read_text
 from gpt.generate import slide, stream
 from gpt.settings import check_bounds, run, settings
 from gpt.world import pick_device, pick_dtype
@@ -77,7 +77,8 @@ def check(cfg):
     check_bounds(cfg, [
         ('0 or more', lambda value: value >= 0, 'temperature top_k max_new_tokens'),
         ('more than 0, at most 1', lambda value: 0 < value <= 1, 'top_p'),
-        ('1 or more', lambda value: value >= 1, 'num_samples batch_size'),
+        ('1 or more', lambda value: value >= 1, 'num_samples'),
+        ('1 or more, at most 65,536', lambda value: 1 <= value <= 2 ** 16, 'batch_size'),
         ('-1 or more', lambda value: -1 <= value < 2 ** 62, 'seed')])
     if cfg.interactive and cfg.prompt == '-':
         raise ValueError("prompt: given '-', which is standard input; expected another one, since "
@@ -100,14 +101,16 @@ def load(name, device, dtype):
 
 def read_prompt(prompt):
     """The text of --prompt, which may name a file or be '-'."""
-    try:
-        if prompt == '-':
-            return sys.stdin.buffer.read().decode('utf-8').removesuffix('\n')
-        if prompt.startswith('FILE:'):
-            return Path(prompt[5:]).read_bytes().decode('utf-8').removesuffix('\n')
-        return prompt.encode('utf-8', 'surrogateescape').decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise ValueError(f'prompt: not UTF-8 ({error.reason} at byte {error.start})') from None
+    if prompt == '-':
+        return decode(sys.stdin.buffer.read(), 'standard input').removesuffix('\n')
+    if prompt.startswith('FILE:'):
+        return read_text(prompt[5:]).removesuffix('\n')
+    return as_utf8(prompt, 'prompt')
+
+
+def as_utf8(text, where):
+    """A text from the command line or a terminal, whose invalid bytes are surrogates."""
+    return decode(text.encode('utf-8', 'surrogateescape'), where)
 
 
 def prompt_ids(text, encoding):
@@ -128,7 +131,7 @@ def converse(cfg, model, encoding, text):
     ids, is_terminal = prompt_ids(text, encoding), sys.stdin.isatty()
     while True:
         try:
-            line = input('> ' if is_terminal else '')
+            line = as_utf8(input('> ' if is_terminal else ''), 'standard input')
             if line:
                 text, ids = line, prompt_ids(line, encoding)
             text, ids = write(cfg, model, encoding, text, ids)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
 from gpt import tokenizer
 from gpt.data import benchmarks, overlap, shards
-from gpt.files import atomic_write
+from gpt.files import atomic_write, check_output, picture_path, write_picture
 from gpt.settings import check_bounds, run, settings
 
 # -----------------------------------------------------------------------------
@@ -44,7 +44,7 @@ Config = settings(globals())
 
 COLLECT = 'name'        # takes the argument without a flag
 BOUNDS = (('1 or more', lambda value: value >= 1, 'count'),
-          ('60 or more', lambda value: value >= 60, 'width'))
+          ('60 to 10,000', lambda value: 60 <= value <= 10_000, 'width'))
 TOP, SHOWN, WORST = 20, 5, 3        # tokens, documents, and overlaps of a test set that are printed
 QUANTILES = (('shortest', 0), ('10 % are up to', 0.1), ('half are up to', 0.5),
              ('90 % are up to', 0.9), ('longest', 1))
@@ -121,8 +121,8 @@ def print_page(cfg, data):
     print('\nsampled from train, by', 'position' if data.eot is None else 'length in tokens')
     print(*samples(cfg, data, found['train'].lengths), sep='\n')
     if data.eot is not None:
-        path = Path(cfg.out) if cfg.out else data.folder / 'lengths.png'
-        draw(path, data.folder.name, found)
+        path = picture_path(cfg.out or str(data.folder / 'lengths.png'))
+        write_picture(path, draw(data.folder.name, found), dpi=150)
         print(f'\n{path}')
 
 
@@ -242,8 +242,8 @@ def samples(cfg, data, lengths):
         yield f'{label:>12,}  {line}'[:cfg.width]
 
 
-def draw(path, title, found):
-    """Write a picture of the lengths, two bars for each power of two."""
+def draw(title, found):
+    """A figure of the lengths, two bars for each power of two."""
     from matplotlib.figure import Figure
     figure = Figure((8, 4.5), layout='constrained')
     axes = figure.subplots()
@@ -259,13 +259,11 @@ def draw(path, title, found):
         axes.axvline(max(median, 1), color=style['color'], linestyle='--', linewidth=1)
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('{x:,.0f}')
-    axes.set(xlabel='tokens of a document', ylabel='% of the documents', title=title)
+    axes.set(xlabel='tokens of a document', ylabel='% of the documents')
+    axes.set_title(title, parse_math=False)             # a $ in a name is no formula
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:                                     # an unknown format
-        raise ValueError(f'out: given {path}: {error}') from None
+    return figure
 
 
 # Text at a position.
@@ -273,7 +271,7 @@ def draw(path, title, found):
 def text_at(data, place, count, width):
     """The text of `count` tokens from SHARD:OFFSET on, below a line that describes the position."""
     shard, _, offset = place.rpartition(':')
-    if not shard or not offset.isdecimal():
+    if not shard or not (offset.isdecimal() and len(offset) < 20):
         raise ValueError(f'decode: given {place!r}, expected SHARD:OFFSET, such as train_000000:0')
     known = {path.stem: (tokens, i) for tokens in data.splits.values()
              for i, path in enumerate(tokens.paths)}
@@ -311,6 +309,10 @@ def report_contamination(cfg, data):
     if len(sets) < len(cfg.contamination):
         raise ValueError(f"contamination: given {','.join(cfg.contamination)}, expected each set "
                          f"once; look for them one after another, each with its own --out")
+    shards_read = [path for tokens in data.splits.values() for path in tokens.paths]
+    path = check_output(cfg.out or data.folder / 'contamination.json', *shards_read,
+                        *(data.folder / name for name in ('manifest.json', 'tokenizer.json')),
+                        *(facts['path'] for _, facts in sets.values()))
     grams = {name: {n: overlap.ngrams_of(items, n) for n in NGRAMS}
              for name, (items, _) in sets.items()}
     known = {n: overlap.distinct(np.concatenate([of_set[n][0] for of_set in grams.values()]))
@@ -324,7 +326,6 @@ def report_contamination(cfg, data):
                 for n, (hashes, _) in grams[name].items()}
         result[name] = {**facts, 'items': len(items), **measure(items, grams[name], hits)}
     print(format_report(data, result, cfg.width))
-    path = Path(cfg.out) if cfg.out else data.folder / 'contamination.json'
     atomic_write(path, json.dumps({'dataset': data.folder.name, 'settings': vars(cfg),
                                    'tokens': len(train), 'sets': result}, indent=1))
     print(f'\n{path}')

@@ -9,6 +9,7 @@ Text becomes tokens in shards, ready for train.py. If killed, the same command r
     python data/prepare.py --verify=pydocs                          # read everything again, compare
 """
 
+import hashlib
 import json
 import lzma
 import math
@@ -20,7 +21,9 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from tqdm import tqdm
@@ -28,10 +31,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
 from gpt.data import documents, sources
 from gpt.data.encode import SplitRule, cores, divide, tokenized, val_threshold
-from gpt.data.shards import (DATA_DIR, ShardWriter, Tokens, leaked, load_facts, read_manifest,
-                             read_shard)
+from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, leaked, load_facts,
+                             read_manifest, read_shard)
 from gpt.data.shards import verify as find_problems
-from gpt.files import atomic_write, lock, sha256
+from gpt.files import atomic_write, lock, plain_text, read_json, sha256
 from gpt.settings import check_bounds, run, settings
 from gpt.tokenizer import build, eot_id, fingerprint, gpt2, load, stored, to_json, token_bytes
 
@@ -71,13 +74,24 @@ XZ_BYTES = 2 ** 21          # validation text is compressed for comparison up to
 SAMPLE_CHARACTERS = 2 ** 28         # of the training text, from which a tokenizer is trained
 LARGE_BYTES = 2 ** 25       # a larger corpus is tokenized by one process per core
 SAVE_SECONDS = 2            # between writes of progress.json
+READER = 2                  # in plan.json: how text is read; 1 kept carriage returns
+SEARCHED_TOKENS = 2 ** 28   # of a split, for these
 BOUNDS = (
     ("'strict', 'replace' or 'skip'", ('strict', 'replace', 'skip').__contains__, 'errors'),
-    ('more than 0', lambda value: value > 0, 'max_document_mb'),
+    ('more than 0, at most 1e6', lambda value: 0 < value <= 1e6, 'max_document_mb'),
     ('0 (default) or more, and less than 1', lambda value: 0 <= value < 1, 'val_fraction'),
     ('1 to 2,147,483,647', lambda value: 0 < value < 2 ** 31, 'shard_tokens'),  # an int32 on disk
-    ('0 or more', lambda value: value >= 0, 'workers shards'),
+    ('0 or more', lambda value: value >= 0, 'shards'),
+    ('0 (default) to 1,024', lambda value: 0 <= value <= 1024, 'workers'),
 )
+
+
+class StartedPlan(Plan):
+    reader: NotRequired[int]
+
+
+class Note(TypedDict):
+    sha256: str             # of the rest, as JSON
 
 
 @dataclass
@@ -109,7 +123,7 @@ def main(cfg):
     plan = make_plan(cfg, source)
     folder = root / plan['name']
     with locked(root / '.locks' / plan['name'], folder):
-        if folder.exists() and is_current(folder, plan):
+        if folder.exists() and is_current(folder, plan, source.ready):
             return
         partial = open_partial(folder.with_name(f'.{folder.name}.partial'), plan)
         with keep_partial(partial):
@@ -130,7 +144,7 @@ def make_plan(cfg, source):
         facts['tokenizer'] = sha256(vocabulary)
     as_nanogpt = (source.name, kind) == ('shakespeare', 'chars')
     name = cfg.name or ('shakespeare_char' if as_nanogpt else source.name)
-    if Path(name).name != name or name.startswith('.'):
+    if Path(name).name != name or name.startswith('.') or not name.isprintable():
         raise ValueError(f'name: given {name!r}, expected the name of a folder to make in data/')
     if cfg.shards and not source.ready:
         raise ValueError(f'shards: given {cfg.shards}, expected 0; only '
@@ -165,7 +179,7 @@ def locked(path, folder):
         yield
 
 
-def is_current(folder, plan):
+def is_current(folder, plan, ready):
     """Whether the data set exists as planned; ValueError for a folder not made here."""
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if not re.fullmatch(OUR_FILES, name)]
@@ -179,16 +193,39 @@ def is_current(folder, plan):
     if not is_same(existing, plan):
         print(f'{folder} was made from other text or with other settings; it will be replaced')
         return False
+    try:
+        if not (ready or documents.PLAIN in existing.get('remarks', {})) and has_returns(folder):
+            print(f'{folder} holds carriage returns, as earlier versions kept them; it will be '
+                  f'replaced')
+            return False
+    except ValueError as error:
+        print(f'{error}: it will be replaced')
+        return False
     print(f"{folder} is up to date: this text, these settings; --verify={plan['name']} checks it")
     return True
+
+
+def has_returns(folder):
+    """Whether carriage returns are among the first tokens of either split."""
+    _, encoding = load_facts(folder.name, folder.parent)
+    held = np.array([b'\r' in token for token in token_bytes(encoding)])
+    for split in ('train', 'val') if held.any() else ():
+        tokens = Tokens(folder.name, split, encoding.n_vocab, folder.parent)
+        for ids in islice(tokens.chunks(), SEARCHED_TOKENS // 2 ** 22):
+            if held[ids].any():
+                return True
+    return False
 
 
 def is_same(a, b):
     """Whether two plans give the same data set.
 
-    The hub's revision may differ: what counts are its files that are read.
+    The hub's revision may differ: what counts are its files that are read. Earlier versions kept
+    only the last part of a local file's name.
     """
-    a, b = ((plan['settings'], {**plan['source'], 'revision': ''}) for plan in (a, b))
+    a, b = ((plan['settings'], {**plan['source'], 'revision': '', 'files': [
+        [name.rpartition('/')[2], *facts] for name, *facts in plan['source'].get('files', [])]})
+        for plan in (a, b))
     return a == b
 
 
@@ -197,19 +234,22 @@ def open_partial(partial, plan):
 
     With errors='strict' there were no errors so far, which fits the other settings as well.
     """
-    existing = [path for path in (partial / 'plan.json', partial / 'manifest.json')
-                if path.exists()]                                   # a manifest: it is complete
-    before = json.loads(existing[0].read_text(encoding='utf-8')) if existing else {}
+    before, is_new_reader = None, True
+    if (partial / 'plan.json').exists():
+        before = read_json(partial / 'plan.json', StartedPlan)
+        is_new_reader = before.get('reader') == READER
+    elif (partial / 'manifest.json').exists():                      # it is complete
+        before = read_manifest(partial.name, partial.parent)
     if before and before['settings'].get('errors') == 'strict':
         before['settings']['errors'] = plan['settings'].get('errors')
-    if before and is_same(before, plan):
+    if before and is_new_reader and is_same(before, plan):
         print(f'resuming from {partial}')
     else:
         if before:
             print(f'{partial} is of other text or other settings; starting over')
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    atomic_write(partial / 'plan.json', json.dumps(plan, indent=1))
+    atomic_write(partial / 'plan.json', json.dumps({**plan, 'reader': READER}))
     return partial
 
 
@@ -248,7 +288,8 @@ def replace(folder, partial):
 
 def write_dataset(cfg, source, plan, folder):
     """Write shards, tokenizer.json and, last, manifest.json into `folder`."""
-    separator = cfg.separator.replace('\\n', '\n').replace('\\t', '\t')
+    separator = plain_text(cfg.separator.replace('\\r', '\r').replace('\\n', '\n')
+                           .replace('\\t', '\t'))
     options = documents.Options(cfg.text_key, separator, int(cfg.max_document_mb * 2 ** 20),
                                 cfg.errors, source.begins, cfg.unwrap)
     path_of = sources.Downloads(source.files, folder / 'downloads')
@@ -280,7 +321,16 @@ def write_dataset(cfg, source, plan, folder):
 def read_progress(folder):
     """The Progress of an earlier call, None without it."""
     file = folder / 'progress.json'
-    return Progress(**json.loads(file.read_text(encoding='utf-8'))) if file.exists() else None
+    if not file.exists():
+        return None
+    note = read_json(file, Note)
+    if note.pop('sha256') != digest(note):
+        raise ValueError(f'{file}: is damaged; delete {folder} to start over')
+    return Progress(**note)
+
+
+def digest(note):
+    return hashlib.sha256(json.dumps(note).encode()).hexdigest()
 
 
 def start_progress(folder, texts, chosen):
@@ -359,7 +409,9 @@ def check_written(files, splits):
 
 def save_progress(progress, writers):
     progress.writers = {split: writer.sync() for split, writer in writers.items()}
-    atomic_write(writers['train'].folder / 'progress.json', json.dumps(asdict(progress)))
+    note = asdict(progress)
+    atomic_write(writers['train'].folder / 'progress.json',
+                 json.dumps({**note, 'sha256': digest(note)}))
 
 
 def write_manifest(folder, plan, encoding, splits, counts):

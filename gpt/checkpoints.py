@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import tiktoken
 import torch
@@ -32,16 +32,31 @@ from safetensors.torch import save_file
 
 from gpt import hub, tokenizer
 from gpt.cpu import pack
-from gpt.files import ROOT, atomic_write, sha256
+from gpt.files import ROOT, atomic_write, read_json, sha256
 from gpt.hub import WEIGHTS
 from gpt.model_config import config_json, read_config
-from gpt.weights import (NANOGPT, fill, fit, load_pickle, open_weights, plain_file, read_json,
-                         to_hugging_face, weight_files)
+from gpt.shapes import Count
+from gpt.weights import (NANOGPT, file_in, fill, fit, load_pickle, open_weights, to_hugging_face,
+                         weight_files)
 from gpt.world import World, pick_dtype
 from model import GPT, SIZES, GPTConfig
 
 MANIFEST, TRAINING = 'manifest.json', 'training.pt'
 ONLY_FOR_RESUME = TRAINING,             # most of the bytes: not read where only the model is
+
+
+class Entry(TypedDict):
+    bytes: Count
+    sha256: str
+
+
+class Best(TypedDict):
+    """best.json."""
+    step: Count
+    val_loss: float
+
+
+Manifest = dict[str, Entry]
 
 
 class Loaded(NamedTuple):
@@ -116,7 +131,7 @@ def weights_hash(model: GPT) -> str:
 def load_encoding(folder: str | Path, vocab_size: int) -> tiktoken.Encoding:
     """The tokenizer of the model in `folder`, which has vocab_size rows: as many as there are
     tokens, or some more for padding, which are left out."""
-    files = {name: plain_file(folder, name)
+    files = {name: file_in(folder, name)
              for name in ('tokenizer.json', 'vocab.json', 'merges.txt', *hub.TOKENIZERS_OF_OTHERS)}
     if file := files['tokenizer.json'] or files['vocab.json']:
         return without_missing_rows(tokenizer.load(file), vocab_size, folder)
@@ -309,7 +324,7 @@ def sync(path: Path) -> None:
 
 def load_training(folder: str | Path) -> dict:
     """The dict given to save(), its tensors on the CPU. ValueError for any other file."""
-    file = plain_file(folder, TRAINING)
+    file = file_in(folder, TRAINING)
     if not file:
         raise ValueError(f'{folder}: no {TRAINING} in this folder; --init_from={folder} starts a '
                          f'new run from its weights')
@@ -362,8 +377,8 @@ def mark_best(out_dir: str | Path, step: int, val_loss: float) -> None:
 
 def best_step(out_dir: str | Path) -> Path | None:
     """The folder of the step that mark_best() noted; None if there is none, or not intact."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        best = read_json(plain_file(out_dir, 'best.json'))
+    with suppress(ValueError, KeyError):
+        best = read_json(Path(out_dir, 'best.json'), Best)
         folder = steps(out_dir)[best['step']]
         return folder if not problem(folder, ONLY_FOR_RESUME) else None
 
@@ -381,9 +396,9 @@ def problem(folder: Path, unread: tuple[str, ...] = ()) -> str:
     """What is wrong with a checkpoint, '' if it is intact: every byte is read and compared, except
     that of the files named in `unread` only the size is."""
     try:
-        manifest = plain_file(folder, MANIFEST)
-        for name, expected in read_json(manifest).items() if manifest else ():
-            file = plain_file(folder, name)
+        manifest = file_in(folder, MANIFEST)
+        for name, expected in read_json(manifest, Manifest).items() if manifest else ():
+            file = file_in(folder, name)
             if not file:
                 return f'{name} is missing'
             if file.stat().st_size != expected['bytes']:
@@ -392,7 +407,7 @@ def problem(folder: Path, unread: tuple[str, ...] = ()) -> str:
                 return f'{name} is damaged'
         if not manifest:
             return f'it is incomplete (no {MANIFEST})'
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return f'it is incomplete ({error})'
     return ''
 

@@ -2,16 +2,17 @@
 Logs and settings of runs, their curves, and which of several runs is better.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
 from statistics import mean, median, stdev, variance
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from gpt.settings import assignments
+from gpt.files import ROOT, read_text
+from gpt.settings import assignments, header_defaults, typed
+from gpt.shapes import AnyText, Count, Measured, NotJson, parse_json
 
 MAX_POINTS = 400            # of a curve in a picture: more cannot be seen
 
@@ -25,12 +26,30 @@ Points = tuple[list, list]                              # (tokens, values)
 
 # Files of a run.
 
-def read_lines(path: Path) -> list[dict]:
+class Record(TypedDict):
+    """A line of log.jsonl: numbers of a step, null where they were not finite, or an event."""
+    step: Count
+    tokens: NotRequired[Count]                          # read so far; events have none
+    event: NotRequired[AnyText]
+    words: NotRequired[AnyText]
+    to_step: NotRequired[Count]                         # of a rollback
+    step_ms: NotRequired[Measured]
+    tokens_per_second: NotRequired[Measured]
+    loss: NotRequired[Measured | None]
+    lr: NotRequired[Measured | None]
+    grad_norm: NotRequired[Measured | None]
+    val_loss: NotRequired[Measured | None]
+    val_bits_per_byte: NotRequired[Measured | None]
+    xz_bits_per_byte: NotRequired[Measured | None]
+    hellaswag: NotRequired[Measured | None]
+
+
+def read_lines(path: Path, shape: Any = dict) -> list[dict]:
     """All records of a .jsonl file, [] if there is none."""
     records = []
-    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError):            # of a line that a kill cut off
-            records.append(json.loads(line))
+    for number, line in enumerate(read_text(path).split('\n') if path.exists() else [], start=1):
+        with suppress(NotJson):                         # of a line that a kill cut off
+            records.append(parse_json(line, f'{path}:{number}', shape))
     return records
 
 
@@ -45,10 +64,14 @@ def read_log(path: Path) -> list[dict]:
         raise ValueError(f'given {path.parent}, expected the folder of a run, with a log.jsonl in '
                          f'it; {other_runs(path.parent)}')
     steps = {}
-    for record in read_lines(path):
+    for record in read_lines(path, Record):
         if record.get('event') == 'rollback':
-            steps = {step: kept for step, kept in steps.items() if step <= record['to_step']}
+            to_step = record.get('to_step', 0)
+            steps = {step: kept for step, kept in steps.items() if step <= to_step}
         elif 'event' not in record:
+            if 'tokens' not in record:
+                raise ValueError(f"{path}: step {record['step']}: tokens: given nothing, "
+                                 f"expected a whole number")
             before = steps.get(record['step'], record)
             # what is logged again of a step after a rollback counts tokens that it had not read
             tokens = min(before['tokens'], record['tokens'])
@@ -73,7 +96,9 @@ def settings_of(folder: Path) -> dict[str, Any]:
     path = folder / 'config.py'
     if not path.exists():
         return {}
-    return {name: value for name, value, _ in assignments(path)}
+    defaults = header_defaults(ROOT / 'train.py')
+    return {name: typed(value, defaults.get(name, value), f'{where}: {name}')
+            for name, value, where in assignments(path)}
 
 
 def summary(records: Sequence[dict]) -> str:
@@ -83,9 +108,9 @@ def summary(records: Sequence[dict]) -> str:
     if validations:
         best = min(validations, key=lambda record: record['val_loss'])
         text += f"; best val_loss {best['val_loss']:.4f} at update {best['step']:,}"
-        if 'val_bits_per_byte' in best:
+        if best.get('val_bits_per_byte') is not None:
             text += f", {best['val_bits_per_byte']:.3f} bits per byte"
-        if 'xz_bits_per_byte' in best:
+        if best.get('xz_bits_per_byte') is not None:
             text += f" (xz -9e makes {best['xz_bits_per_byte']:.3f} of the same text)"
     return text
 
@@ -161,7 +186,10 @@ class Curve:
         self.xz = self.validations[0].get('xz_bits_per_byte')   # identifies the validation text
 
     def losses(self, key: str) -> list[float]:
-        return [record[key] for record in self.validations]
+        losses = [record.get(key) for record in self.validations]
+        if None in losses:
+            raise ValueError(f'{self.name}: not every validation in its log has {key}')
+        return losses
 
     def tokens_to(self, target: float, key: str) -> float | None:
         """Tokens until `key` is at most `target`, on straight lines between validations; None if

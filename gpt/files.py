@@ -1,29 +1,122 @@
 """
-Files: atomic writes, checksums, locks and resumable downloads. Imports no torch.
+Files: reading text and JSON that others wrote, atomic writes, checksums, locks and resumable
+downloads. Imports no torch.
 """
 
 import hashlib
 import http.client
+import io
 import os
+import re
 import secrets
 import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
 
+from gpt.shapes import parse_json
+
 ROOT = Path(__file__).resolve().parent.parent       # the folder of this repository
+PICTURES = ('.png', '.svg', '.pdf', '.jpg', '.jpeg', '.webp', '.eps')
+BYTE_ORDER_MARKS = re.compile('^\ufeff+', re.MULTILINE)
+
+
+# Reading what others wrote: text is decoded in one way, and JSON has a declared shape.
+
+def plain_file(path: str | Path) -> Path:
+    """A path with ~ expanded; ValueError if something else than a plain file is there.
+
+    A folder cannot be read, and a device or a pipe may never end.
+    """
+    path = Path(os.path.expanduser(path))
+    if path.exists() and not path.is_file():
+        what = 'a folder' if path.is_dir() else 'a device, pipe or socket'
+        raise ValueError(f'{path}: is {what}, expected a plain file')
+    return path
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a plain file; ValueError if it cannot be read."""
+    path = plain_file(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f'{path}: cannot read this file ({error.strerror})') from None
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a plain file, see decode()."""
+    return decode(read_bytes(path), path)
+
+
+def read_json(path: str | Path, shape: Any) -> Any:
+    """The JSON in a plain file, which has this shape (see gpt/shapes.py); ValueError if not."""
+    return parse_json(read_text(path), path, shape)
+
+
+def decode(raw: bytes, where: object) -> str:
+    """UTF-8 as text, see plain_text(); ValueError with `where` and line for other encodings."""
+    try:
+        return plain_text(raw.decode())
+    except UnicodeDecodeError as error:
+        line = len(re.findall(rb'\r\n|\r|\n', raw[:error.start])) + 1
+        raise ValueError(f'{where}:{line}: not UTF-8 ({error.reason} at byte {error.start:,}); '
+                         f'{how_to_convert(raw)}') from None
+
+
+def plain_text(text: str) -> str:
+    """A text whose lines end in \\n, as in Python's text mode, without byte order marks.
+
+    These are at its beginning, or at that of a line where files were joined.
+    """
+    if '\r' in text:
+        text = text.replace('\r\n', '\n').replace('\r', '\n')
+    return BYTE_ORDER_MARKS.sub('', text) if '\ufeff' in text else text
+
+
+def how_to_convert(raw: bytes) -> str:
+    """What to do about bytes that are not UTF-8."""
+    encoding = 'cp1252' if re.search(b'[\x80-\x9f]', raw) else 'latin1'
+    if raw[:2] in (b'\xff\xfe', b'\xfe\xff'):
+        encoding = 'utf-16'
+    return f'convert it (iconv -f {encoding} -t utf-8)'
+
+
+# Writing, and checksums.
+
+def check_output(path: str | Path, *inputs: str | Path) -> Path:
+    """The path of a file to be written, ~ expanded, whose folder is made if it is missing.
+
+    Raises ValueError for a folder, for a device, pipe or socket, for the file that is standard
+    output, and for one of the inputs: none of these may be replaced.
+    """
+    path, is_folder = Path(os.path.expanduser(path)), str(path).endswith('/')
+    if is_folder or path.is_dir():
+        raise ValueError(f'{path}: is a folder, expected the name of a file')
+    if path.exists():
+        taken = [os.stat(os.path.expanduser(text)) for text in inputs
+                 if text and os.path.exists(os.path.expanduser(text))]
+        if not path.is_file() or any(os.path.samestat(path.stat(), os.fstat(i)) for i in (1, 2)):
+            raise ValueError(f'{path}: is a device, a pipe or a standard stream, expected the name '
+                             f'of a file')
+        if any(os.path.samestat(path.stat(), one) for one in taken):
+            raise ValueError(f'{path}: is an input, expected the name of another file')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> None:
     """Write a whole file or nothing: to a temporary file beside it, synced, then renamed.
 
-    A text is written as UTF-8. Only a kill can leave a temporary file, .NAME.*.partial.
+    A text is written as UTF-8. A link is written through. Only a kill can leave a temporary file,
+    .NAME.*.partial.
     """
-    path = Path(path)
+    path = plain_file(os.path.realpath(path))
     temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.partial')
     try:
         with open(temporary, 'wb') as file:
@@ -34,6 +127,25 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def picture_path(text: str) -> Path:
+    """The path of a picture to be written, see check_output(); without a suffix it is a PNG."""
+    name = os.path.basename(text)
+    if name and '.' not in name and not os.path.isdir(os.path.expanduser(text)):
+        text += '.png'
+    path = check_output(text)
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(f'out: given {text!r}, expected the name of a picture, '
+                         f"one of {', '.join(PICTURES)}")
+    return path
+
+
+def write_picture(path: Path, figure: Any, dpi: int) -> None:
+    """Write a figure of matplotlib, in the format of the suffix of `path`."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:].lower(), dpi=dpi)
+    atomic_write(path, content.getvalue())
 
 
 def sha256(path: str | Path) -> str:

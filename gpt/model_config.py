@@ -11,7 +11,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from gpt.weights import NANOGPT, load_pickle, plain_file, read_json
+from gpt.files import read_json
+from gpt.weights import NANOGPT, file_in, load_pickle
 from model import GPTConfig
 
 HUGGING_FACE_KEYS = {                   # for the fields of GPTConfig
@@ -80,10 +81,10 @@ def own_settings(config: GPTConfig) -> dict[str, Any]:
 def read_config(folder: str | Path) -> GPTConfig:
     """The GPTConfig of the model in `folder`, without dropout; ValueError if it is not a GPT-2 that
     model.py builds."""
-    file = plain_file(folder, 'config.json')
+    file = file_in(folder, 'config.json')
     if not file:
         return read_nanogpt_config(folder)
-    config = read_json(file)
+    config = read_json(file, dict[str, Any])
     try:
         for key in ('model_type', *list(HUGGING_FACE_KEYS.values())[:5]):
             if key not in config:
@@ -140,7 +141,7 @@ def checked_config(values: dict[str, Any]) -> GPTConfig:
 
 def read_nanogpt_config(folder: str | Path) -> GPTConfig:
     """The GPTConfig of a checkpoint of nanoGPT, whose MLP has the exact GELU."""
-    file = plain_file(folder, NANOGPT)
+    file = file_in(folder, NANOGPT)
     if not file:
         raise ValueError(f'{folder}: no config.json in this folder')
     args = load_pickle(file).get('model_args')

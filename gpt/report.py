@@ -9,16 +9,25 @@ import re
 from base64 import b64encode
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 from gpt import results
-from gpt.curves import read_lines, seconds_to, settings_of, summary
+from gpt.curves import Record, read_lines, seconds_to, settings_of, summary
 from gpt.data.shards import DATA_DIR, read_manifest
 from gpt.files import ROOT
 from gpt.settings import header_defaults
+from gpt.shapes import AnyText, Count
 
 MAX_ROWS, MAX_SAMPLES = 200, 5          # on the page; the files have the rest
 NOT_IN_HTML = re.compile('[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]')    # but models may write it
+Start = dict[str, AnyText | float | bool | None]        # a line of starts.jsonl
+
+
+class Sample(TypedDict):
+    """A line of samples.jsonl."""
+    step: Count
+    text: AnyText
+
 
 
 def page(folder: Path, records: list[dict], pictures: dict[tuple[str, bool], str]) -> str:
@@ -32,15 +41,15 @@ def page(folder: Path, records: list[dict], pictures: dict[tuple[str, bool], str
     environment.filters['thousands'] = '{:,}'.format
     template = environment.from_string(Path(__file__).with_suffix('.html').read_text('utf-8'))
     settings = settings_of(folder)
-    samples = {one['step']: one['text'] for one in read_lines(folder / 'samples.jsonl')}
-    events = [record for record in read_lines(folder / 'log.jsonl') if 'event' in record]
+    samples = {one['step']: one['text'] for one in read_lines(folder / 'samples.jsonl', Sample)}
+    events = [record for record in read_lines(folder / 'log.jsonl', Record) if 'event' in record]
     return template.render(
         name=folder.resolve().name, summary=summary(records), shape=shape(settings, records),
         pictures={key: data_url(svg) for key, svg in pictures.items()}, max_rows=MAX_ROWS,
         settings=compared_with_defaults(settings), mixture=settings.get('dataset'),
         data_sets=data_sets(settings), samples=spread(samples), n_samples=len(samples),
         evaluations=evaluations(folder), events=counted(events),
-        starts=as_table(read_lines(folder / 'starts.jsonl')))
+        starts=as_table(read_lines(folder / 'starts.jsonl', Start)))
 
 
 def printable(value: Any) -> Any:
@@ -60,7 +69,7 @@ def shape(settings: dict, records: list[dict]) -> str:
     parts, origin = [], settings.get('init_from')
     if origin in ('auto', 'scratch', 'resume'):
         parts.append('{n_layer} layers of {n_embd}, {n_head} heads, {block_size:,} tokens at a time'
-                     .format(**settings))
+                     .format(**{**header_defaults(ROOT / 'train.py'), **settings}))
     elif origin:                                    # whose layers the settings do not tell
         parts.append(f'fine-tuned from {origin}')
     rates = [record['tokens_per_second'] for record in records if 'tokens_per_second' in record]
@@ -155,10 +164,10 @@ def evaluations(folder: Path) -> dict:
             published = '; '.join(f'{figure:g} ({source})'
                                   for figure, source in measure['published'])
             rows.append((title, checkpoint.name, name, value, interval, published))
-        if result['first']:
+        if result.get('first'):
             remarks.append(f"{title}: only the first {result['first']:,}; "
                            f'nothing published compares')
-        if not result['data']['official']:
+        if not result['data'].get('official'):
             remarks.append(f'{title}: not known to be the official file; '
                            f'nothing published compares')
     return {'rows': rows, 'remarks': remarks}

@@ -7,18 +7,20 @@ models can be compared item by item), and the published figures beside it.
 
 import json
 import math
+import os
 import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 
 from gpt import checkpoints
-from gpt.files import atomic_write
+from gpt.files import atomic_write, check_output, read_json
 from gpt.settings import check_bounds
+from gpt.shapes import Count, Measured
 from gpt.world import World
 
 OUT = Path('out/results')   # of the folder in which a script is started, as out/ is for runs
@@ -40,6 +42,47 @@ TABLE3 = {name: dict(zip(COLUMNS, row)) for name, row in {
     'gpt2-xl': (8.63, 63.24, 93.30, 89.05, 18.34, 35.76, 0.93, 0.98, 17.48, 42.16)}.items()}
 Z = 1.959964                # standard deviations that hold 95 % of a normal distribution
 Measure = dict[str, Any]
+
+
+# What is read of a result.
+
+class Interval(TypedDict):
+    value: float
+    low: float
+    high: float
+    count: Count
+    about: str
+    published: list[tuple[float, str]]
+
+
+class Accuracy(Interval):
+    correct: Count
+    items: str              # 0 or 1 for each question
+
+
+class PerUnit(Interval):
+    bits: bool
+    items: list[Measured]   # nats of each piece of the text
+
+
+class Weights(TypedDict):
+    name: str
+    folder: NotRequired[str]
+    sha256: NotRequired[str]
+
+
+class Facts(TypedDict):
+    sha256: str
+    official: NotRequired[bool]
+
+
+class Result(TypedDict):
+    task: str
+    protocol: str
+    model: Weights
+    data: Facts
+    first: NotRequired[Count]
+    measures: dict[str, Accuracy | PerUnit]
 
 
 # The course of an evaluation.
@@ -76,7 +119,7 @@ def run_evaluation(cfg: Any, read_data: Callable[..., Data],
     options are those of gpt.scoring.ScoringOptions, as a dict.
     """
     check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'limit batch_tokens')])
-    make_parents(cfg.out, getattr(cfg, 'dump', ''))
+    check_outputs(cfg)
     world = World.join(cfg.device, timeout_minutes=120)             # rank 0 may have to download
     data = world.on_main(read_data, cfg)
     if cfg.download:
@@ -101,19 +144,29 @@ def run_evaluation(cfg: Any, read_data: Callable[..., Data],
 def finish(cfg: Any, rows: Iterable[dict], result: dict) -> None:
     """Print and write a result, and write the rows of its items if asked to."""
     path = Path(cfg.out) if cfg.out else result_path(result)
+    print(format_result(result))                # first: nothing that fails below can lose it
     write(path, result)
-    print(format_result(result), f'  written to {path}', sep='\n')
+    print(f'  written to {path}')
     if getattr(cfg, 'dump', ''):
-        lines = ''.join(json.dumps(row) + '\n' for row in rows)
-        Path(cfg.dump).write_text(lines, encoding='utf-8')
+        atomic_write(cfg.dump, ''.join(json.dumps(row) + '\n' for row in rows))
 
 
-def make_parents(*paths: str) -> None:
-    """Create the folders of the files to be written, before anything is measured."""
-    for path in filter(None, paths):
-        if Path(path).is_dir() or path.endswith('/'):
-            raise ValueError(f'{path}: is a folder, expected the name of a file')
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+def check_outputs(cfg: Any) -> None:
+    """Refuse files that cannot be written or must not be, before anything is measured."""
+    inputs, dump = (cfg.data, getattr(cfg, 'file', '')), getattr(cfg, 'dump', '')
+    if dump:
+        check_output(dump, *inputs)
+    if not cfg.out:
+        return
+    path = check_output(cfg.out, *inputs)
+    if dump and os.path.realpath(dump) == os.path.realpath(path):
+        raise ValueError(f'dump: given {dump!r}, which is --out; expected another file')
+    if path.exists() and path.stat().st_size:
+        try:
+            read(path)
+        except ValueError:
+            raise ValueError(f'{path}: is a file, but not a result that may be replaced; '
+                             f'give another --out') from None
 
 
 def limited(items: Sequence, limit: int) -> tuple[Sequence, int]:
@@ -203,17 +256,14 @@ def write(path: str | Path, result: dict) -> None:
 
 def read(path: str | Path) -> dict:
     """The result in a file; ValueError if it is none."""
+    if not Path(path).exists():
+        raise ValueError(f'{path}: cannot read this result (no such file); '
+                         f'an evaluation writes one, where --out says')
     try:
-        result = json.loads(Path(path).read_text(encoding='utf-8'))
-        valid = {'task', 'protocol', 'measures'} <= result.keys() and 'sha256' in result['data']
-    except OSError as error:
-        raise ValueError(f'{path}: cannot read this result ({error.strerror}); '
-                         f'an evaluation writes one, where --out says') from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        valid = False
-    if not valid:
-        raise ValueError(f'{path}: not the result of an evaluation')
-    return result
+        return read_json(path, Result)
+    except ValueError as error:
+        problem = str(error).removeprefix(f'{path}: ')
+        raise ValueError(f'{path}: not the result of an evaluation ({problem})') from None
 
 
 def format_result(result: dict) -> str:
@@ -257,7 +307,8 @@ def compare(paths: Sequence[str]) -> str:
     for name, before in a['measures'].items():
         if before['items']:
             after = b['measures'].get(name)
-            if after is None or len(before['items']) != len(after['items']):
+            if (after is None or len(before['items']) != len(after['items'])
+                    or ('correct' in before) != ('correct' in after)):
                 raise ValueError(f'{name}: the two results do not cover the same items; '
                                  f'--limit and --subset have to be the same')
             lines.append(f'  {name:12} {verdict(before, after)}')
@@ -278,8 +329,10 @@ def mcnemar(before: str, after: str) -> tuple[bool, float, str]:
     McNemar's exact test over strings of 0 and 1."""
     pairs = list(zip(before, after))
     lost, won = pairs.count(('1', '0')), pairs.count(('0', '1'))
-    n, tail = lost + won, sum(math.comb(lost + won, i) for i in range(min(lost, won) + 1))
-    return won > lost, min(1.0, 2 * tail / 2 ** n), f'right only here {won}, only there {lost}'
+    n = lost + won
+    tail = math.fsum(math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
+                              - n * math.log(2)) for i in range(min(lost, won) + 1))
+    return won > lost, min(1.0, 2 * tail), f'right only here {won}, only there {lost}'
 
 
 def paired_z(before: Sequence[float], after: Sequence[float]) -> tuple[bool, float, str]:

@@ -15,6 +15,7 @@ assignments (literals, arithmetic, settings assigned before): it is evaluated, n
 
 import ast
 import difflib
+import math
 import operator
 import os
 import sys
@@ -25,6 +26,9 @@ from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt.files import read_text
+from gpt.shapes import is_text
+
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = (bool, int, float, str, tuple)
 OPERATORS = {
@@ -32,6 +36,11 @@ OPERATORS = {
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
     ast.USub: operator.neg, ast.UAdd: operator.pos,
 }
+LARGEST = 2 ** 63 - 1       # a whole number beyond it fits no counter
+LONGEST_POWER = 64
+SWITCHES = ('compile', 'detok')     # 'auto', True or False; what else is 'auto' takes a text
+PATHS = frozenset('compare contamination data data_dir dataset dump file hellaswag_data init_from '
+                  'input model out out_dir runs to tokenizer'.split())      # ~ is the home folder
 
 
 def settings(script: dict[str, Any]) -> type:
@@ -77,7 +86,20 @@ def configure(Config: type, argv: Sequence[str], short: dict[str, str] | None = 
             else:
                 text = args.pop(0)                                  # -p "Hello", --model gpt2
         values[key] = typed(from_text(text, defaults[key]), defaults[key], flag)
-    return Config(**values)
+    return Config(**{key: expanded(key, value, defaults[key]) for key, value in values.items()})
+
+
+def expanded(key: str, value: Any, default: Any) -> Any:
+    """A setting with ~ expanded, if it names files; a shell expands only what begins with it."""
+    if type(value) is bool and type(default) is str and key not in SWITCHES:
+        raise ValueError(f'{key}: given {value!r}, expected a text (the default is {default!r})')
+    if key not in PATHS or type(value) is bool:
+        return value
+    if type(value) is tuple:
+        return tuple(expanded(key, part, '') for part in value)
+    if '\0' in value:
+        raise ValueError(f'{key}: given {value!r}, expected a path')
+    return os.path.expanduser(value)
 
 
 def known(key: str, defaults: dict[str, Any], where: str) -> str:
@@ -96,23 +118,30 @@ def from_text(text: str, default: Any) -> Any:
     if type(default) is str:
         return {'True': True, 'False': False}.get(text, text) if default == 'auto' else text
     try:
-        return evaluate(ast.parse(text.strip(), mode='eval').body, {})
-    except (ValueError, SyntaxError, TypeError, ArithmeticError):
+        return evaluate(parsed(text.strip(), 'eval').body, {})
+    except ValueError:
         return text                                                 # typed() refuses it by name
 
 
 def typed(value: Any, default: Any, where: str) -> Any:
     """`value` as the type of `default`; int passes for float, a whole float such as 1e5 for int."""
     want = type(default)
+    if want is tuple and type(value) is tuple and not all(type(part) is str for part in value):
+        want = None
     if type(value) is want or (default == 'auto' and type(value) is bool):
         return value
     if want is float and type(value) is int:
         return float(value)
-    if want is int and type(value) is float and value.is_integer():
+    if want is int and type(value) is float and value.is_integer() and abs(value) <= LARGEST:
         return int(value)
-    example = {bool: 'True or False', int: 'a whole number', float: 'a number',
-               str: 'a text in quotes', tuple: 'a list of texts'}[want]
-    raise ValueError(f'{where}: given {value!r}, expected {example} (the default is {default!r})')
+    example = {bool: 'True or False', int: 'a whole number below 2**63', float: 'a number',
+               str: 'a text in quotes', tuple: 'a list of texts'}[type(default)]
+    raise ValueError(f'{where}: given {shortened(repr(value))}, expected {example} '
+                     f'(the default is {default!r})')
+
+
+def shortened(text: str, length: int = 100) -> str:
+    return text if len(text) <= length else f'{text[:length]}…'
 
 
 def read_config_file(path: str, values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -131,11 +160,13 @@ def assignments(path: str | Path, values: dict[str, Any] | None = None) -> list[
     Raises ValueError for anything but assignments of literals, arithmetic and earlier names.
     """
     try:
-        tree = ast.parse(Path(path).read_text(encoding='utf-8'), filename=str(path))
-    except OSError as error:
-        raise ValueError(f'{path}: cannot read this config file ({error.strerror}); '
-                         f'settings are given as --key=value') from None
-    except (SyntaxError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except ValueError as error:
+        raise ValueError(f'{error}; settings are given as --key=value or in a config file'
+                         ) from None
+    try:
+        tree = parsed(text, 'exec')
+    except ValueError as error:
         raise ValueError(f'{path}: not a config file: {error}') from None
     values, found = dict(values or {}), []
     for statement in tree.body:
@@ -144,15 +175,35 @@ def assignments(path: str | Path, values: dict[str, Any] | None = None) -> list[
             continue                                                # a docstring
         if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1
                 and isinstance(statement.targets[0], ast.Name)):
-            raise ValueError(f'{where}: given `{ast.unparse(statement).splitlines()[0]}`; '
-                             f'expected assignments such as batch_size = 8 and nothing else')
+            raise ValueError(f'{where}: given `{source_of(statement)}`; expected assignments '
+                             f'such as batch_size = 8 and nothing else')
         name = statement.targets[0].id
         try:
             values[name] = evaluate(statement.value, values)
-        except (ValueError, TypeError, ArithmeticError) as error:
+        except ValueError as error:
             raise ValueError(f'{where}: {name}: {error}') from None
         found.append((name, values[name], where))
     return found
+
+
+def parsed(text: str, mode: str) -> ast.AST:
+    """The syntax tree of a config file or a value; ValueError if it has none."""
+    try:
+        return ast.parse(text, mode=mode)
+    except (RecursionError, MemoryError):
+        raise ValueError('nested too deeply') from None
+    except SyntaxError as error:
+        raise ValueError(f'line {error.lineno}: {error.msg}') from None
+    except ValueError as error:                     # of a NUL, or of too many digits
+        raise ValueError(f'{error}') from None
+
+
+def source_of(node: ast.AST) -> str:
+    """The source of a node, for a message."""
+    try:
+        return shortened(ast.unparse(node).partition('\n')[0])
+    except RecursionError:
+        return '…'
 
 
 def header_defaults(script: str | Path) -> dict[str, Any]:
@@ -185,28 +236,53 @@ def check_bounds(cfg: Any, bounds: Sequence[tuple[str, Callable[[Any], bool], st
 
 
 def evaluate(node: ast.AST, names: dict[str, Any]) -> Any:
-    """The value of a literal, of arithmetic, or of a name in `names`; anything else is refused."""
+    """The value of a literal, of arithmetic, or of a name in `names`; else ValueError."""
+    try:
+        value = evaluated(node, names)
+    except RecursionError:
+        raise ValueError('nested too deeply') from None
+    except ArithmeticError as error:                # a division by zero, or beyond float
+        raise ValueError(f'given `{source_of(node)}`: {error}') from None
+    return value
+
+
+def evaluated(node: ast.AST, names: dict[str, Any]) -> Any:
     match node:
         case ast.Constant(value=value) if type(value) in TYPES:
-            return value
+            if type(value) is str and not is_text(value):
+                raise ValueError(f'given {shortened(repr(value))}, expected a text')
+            return checked_number(value, node)
         case ast.Name(id=name) if name in names:
             return names[name]
         case ast.Tuple(elts=parts) | ast.List(elts=parts):
-            return tuple(evaluate(part, names) for part in parts)
-        case ast.UnaryOp(op=op, operand=value) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](evaluate(value, names))
+            return tuple(evaluated(part, names) for part in parts)
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
+            operands = [evaluated(operand, names)]
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            left, right = evaluate(left, names), evaluate(right, names)
-            if isinstance(op, ast.Pow) and abs(right) > 64:
-                raise ValueError(f'{right} is too large an exponent')
-            return OPERATORS[type(op)](left, right)
-    raise ValueError(f'given `{ast.unparse(node)}`, '
-                     f'expected a literal, arithmetic, or an earlier setting')
+            operands = [evaluated(left, names), evaluated(right, names)]
+        case _:
+            raise ValueError(f'given `{source_of(node)}`, '
+                             f'expected a literal, arithmetic, or an earlier setting')
+    if not all(type(value) in (int, float) for value in operands):
+        raise ValueError(f'given `{source_of(node)}`, expected arithmetic of numbers')
+    if type(op) is ast.Pow and abs(operands[1]) > LONGEST_POWER:
+        raise ValueError(f'{shortened(repr(operands[1]))} is too large an exponent')
+    return checked_number(OPERATORS[type(op)](*operands), node)
+
+
+def checked_number(value: Any, node: ast.AST) -> Any:
+    """`value`; ValueError for a number that is too large, not finite, or complex."""
+    is_fine = (math.isfinite(value) if type(value) is float else
+               abs(value) <= LARGEST if type(value) is int else type(value) in TYPES)
+    if not is_fine:
+        raise ValueError(f'given `{source_of(node)}`, expected a number below 2**63')
+    return value
 
 
 def as_config_file(cfg: Any, header: str) -> str:
     """The text of a config file that gives exactly `cfg`, below a comment."""
     lines = (f'{field.name} = {getattr(cfg, field.name)!r}' for field in fields(cfg))
+    header = ''.join(char if char.isprintable() else repr(char)[1:-1] for char in header)
     return '\n'.join([f'# {header}', *lines, ''])
 
 
@@ -214,9 +290,9 @@ def run(main: Callable, Config: type, short: dict[str, str] | None = None,
         collect: str = '') -> None:
     """The end of every script: settings from the command line, main, one-line errors, exit status.
 
-    0 done; 1 a bug of ours, with its traceback; 2 bad input or data (an OSError, an ImportError,
-    or a ValueError that our own code raised); otherwise what main returned. It exits by os._exit
-    after flushing: a process that used gloo may abort in a normal shutdown.
+    0 done; 1 a bug of ours, with its traceback; 2 bad input or data (an OSError, an ImportError, a
+    MemoryError, or a ValueError that our own code raised); otherwise what main returned. It exits
+    by os._exit after flushing: a process that used gloo may abort in a normal shutdown.
     """
     open_standard_streams()
     try:
@@ -229,9 +305,11 @@ def run(main: Callable, Config: type, short: dict[str, str] | None = None,
     except BrokenPipeError:
         os._exit(141)                           # the reader of our output has closed it: `| head`
     except Exception as error:
-        if isinstance(error, (OSError, ImportError)) or (
+        if isinstance(error, OSError | ImportError | MemoryError) or (
                 isinstance(error, ValueError) and raised_here(error)):
-            complaint, status = f'{Path(sys.argv[0]).name}: {error}\n', 2
+            text = str(error) or 'not enough memory'
+            lines = '\n'.join(shortened(line, 1000) for line in text.split('\n'))
+            complaint, status = f'{Path(sys.argv[0]).name}: {lines}\n', 2
         else:
             complaint, status = traceback.format_exc(), 1
         complain(complaint)
@@ -253,6 +331,7 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors='backslashreplace')
+    sys.stdin.reconfigure(errors='surrogateescape')     # who reads a line says what is wrong in it
 
 
 def complain(text: str) -> None:

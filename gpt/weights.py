@@ -16,12 +16,14 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gpt.files import read_json
 from gpt.hub import INDEX, PICKLED, PICKLED_INDEX, WEIGHTS
+from gpt.shapes import FileName
 from model import GPT, GPTConfig
 
 NANOGPT, ADAPTER = 'ckpt.pt', 'adapter_config.json'
@@ -32,9 +34,13 @@ HARMLESS = (                                # tensors without a part in what GPT
     r'h\.\d+\.attn\.(masked_)?bias',                    # the causal mask, and what it masks with
     r'h\.\d+\.(crossattention|ln_cross_attn)\..+')      # reads an encoder, of which there is none
 CHUNK = 2 ** 24                             # bytes read at once
-MAX_JSON = 2 ** 27                          # bytes of a JSON file
 HOW_TO_CONVERT = ('if you trust it, load it once with the program that wrote it, and save it as '
                   'safetensors, as save_pretrained() of transformers does')
+
+
+class Index(TypedDict):
+    """model.safetensors.index.json."""
+    weight_map: dict[str, FileName]
 
 
 class Stored(NamedTuple):
@@ -54,7 +60,7 @@ class Weights(NamedTuple):
 
 # Files.
 
-def plain_file(folder: str | Path, name: str) -> Path | None:
+def file_in(folder: str | Path, name: str) -> Path | None:
     """The path of the file `name` in `folder`, None if there is none.
 
     Raises ValueError for anything but a plain file inside the folder. A link may lead to a file
@@ -79,35 +85,19 @@ def plain_file(folder: str | Path, name: str) -> Path | None:
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError for anything else."""
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError(f'more than {MAX_JSON:,} bytes')
-        found = json.loads(path.read_text(encoding='utf-8'))
-        if type(found) is not dict:
-            raise ValueError(f'given {type(found).__name__}, expected an object')
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f'{path} is damaged ({error}); download it again') from None
-    return found
-
-
 def weight_files(folder: str | Path) -> list[str]:
     """The names of the files that hold the weights in `folder`: one, or those that an index names.
 
     Raises ValueError if there is neither.
     """
     for single, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
-        if plain_file(folder, single):
+        if file_in(folder, single):
             return [single]
-        if file := plain_file(folder, index):
-            names = read_json(file).get('weight_map')
-            if type(names) is not dict or not names or {*map(type, names.values())} != {str}:
-                raise ValueError(f"{file} is damaged ('weight_map' is not of names of files); "
-                                 f"download it again")
-            for name in {*names.values()}:
-                plain_file(folder, name)                # before one of these names is downloaded
-            return sorted({*names.values()})
+        if file := file_in(folder, index):
+            names = {*read_json(file, Index)['weight_map'].values()}
+            for name in names:
+                file_in(folder, name)                   # before one of these names is downloaded
+            return sorted(names)
     raise ValueError(f'{folder}: no {WEIGHTS} in this folder, nor {INDEX}, nor {PICKLED}')
 
 
@@ -116,10 +106,10 @@ def open_weights(folder: str | Path) -> Weights:
     if os.path.lexists(Path(folder, ADAPTER)):
         raise ValueError(f'{folder}: holds an adapter ({ADAPTER}), which is not read; merge it '
                          f'into the weights (merge_and_unload() of peft), and delete that file')
-    is_nanogpt = not plain_file(folder, 'config.json')
+    is_nanogpt = not file_in(folder, 'config.json')
     tensors, nbytes = {}, 0
     for name in [NANOGPT] if is_nanogpt else weight_files(folder):
-        file = plain_file(folder, name)
+        file = file_in(folder, name)
         if not file:
             raise ValueError(f'{folder}: its weights are incomplete ({name} is missing); download '
                              f'them again')

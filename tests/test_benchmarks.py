@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
 import time
 import zipfile
@@ -10,6 +11,7 @@ import zipfile
 import pytest
 from test_files import Server, server
 
+import hellaswag
 from gpt import files
 from gpt.data import benchmarks
 
@@ -50,16 +52,37 @@ def test_hellaswag_rows_are_read(tmp_path):
     (json.dumps({**ROW, 'label': ''}), "label: given '', expected 0 to 3"),
     (json.dumps({**ROW, 'label': 4}), 'label: given 4, expected 0 to 3'),
     (json.dumps({**ROW, 'label': True}), 'label: given True, expected 0 to 3'),
-    (b'{"ctx": "caf\xe9"}', 'a:1: not UTF-8')])
+    (json.dumps({**ROW, 'source_id': 3}), 'a:1: source_id: given 3, expected a text or null'),
+    (json.dumps({**ROW, 'ctx_b': None}), 'a:1: ctx_b: given null, expected a text'),
+    (json.dumps({**ROW, 'ctx': 'lone \ud800'}), 'a:1: ctx: given .*, expected a text'),
+    ('{"n": NaN}', 'a:1: not JSON: given NaN'), ('{"n": ' + '1' * 5000, 'too many digits'),
+    ('[' * 200_000 + ']' * 200_000, 'a:1: not JSON.*nested too deeply'),
+    ('\n\n{"a": ' * 3, 'a:3: not JSON'), (b'PAR1' + bytes(99), 'a: is a parquet file'),
+    (b'\x28\xb5\x2f\xfd', 'a: is compressed .zstd'),
+    (b'{"ctx": "caf\xe9"}', 'a:1: not UTF-8.*iconv -f latin1'),
+    (b'\r\n{"ctx": "\x93caf\xe9\x94"}', 'a:2: not UTF-8.*iconv -f cp1252')])
 def test_hellaswag_errors_have_file_and_line(tmp_path, content, words):
     with pytest.raises(ValueError, match=words):
         benchmarks.hellaswag(write(tmp_path / 'a', content))
 
 
+def test_rows_without_a_source_or_with_marks_and_line_ends_of_windows(tmp_path):
+    lines = [json.dumps({**ROW, 'source_id': None, 'split_type': None})] * 2
+    write(tmp_path / 'a', ''.join(f'\ufeff{line}\r\n' for line in lines))
+    rows, _ = benchmarks.hellaswag(tmp_path / 'a')
+    assert len(rows) == 2 and hellaswag.by_group(rows, [True, False]) == []
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / 'a')
+    with pytest.raises(ValueError, match='a: is a device, pipe or socket'):
+        benchmarks.hellaswag(tmp_path / 'a')
+
+
 @pytest.mark.parametrize('content', ['{"text": "one"}', '{"text": "one\\ntwo"}', '{"text": 3}',
                                      '{"ctx": "a b"}'])
 def test_lambada_refuses_what_has_no_last_word(tmp_path, content):
-    with pytest.raises(ValueError, match='a:1: text: .*expected two words'):
+    with pytest.raises(ValueError, match='a:1: text: .*expected (two words|a text)'):
         benchmarks.lambada(write(tmp_path / 'a', content))
 
 
@@ -122,6 +145,11 @@ def test_articles_begin_at_headings_of_the_first_level():
     text = ' \n = A = \n \n One . \n = = B = = \n Two . \n \n = C D = \n Three . \n'
     assert benchmarks.articles(text) == [' = A = \n \n One . \n = = B = = \n Two . \n ',
                                          ' = C D = \n Three . \n']
+
+
+def test_the_file_of_wikitext2_is_official_outside_of_its_archive():
+    facts = benchmarks.facts('wiki.test.tokens', b'', {benchmarks.KNOWN['wikitext2']})
+    assert not facts['official'] and benchmarks.KNOWN['wikitext2'].startswith('d790b833ef8cf03a')
 
 
 # Where the files come from.

@@ -110,7 +110,7 @@ def test_a_missing_shard_is_named(tmp_path):
     with pytest.raises(ValueError, match=f'incomplete .*{shards[1].name}'):
         checkpoints.load_model(tmp_path)
     (tmp_path / 'model.safetensors.index.json').write_text('{"weight_map"')
-    with pytest.raises(ValueError, match='index.json is damaged'):
+    with pytest.raises(ValueError, match='index.json: not JSON'):
         checkpoints.load_model(tmp_path)
 
 
@@ -155,7 +155,7 @@ def test_what_is_not_this_gpt2_is_refused(tmp_path, change, message):
 
 
 @pytest.mark.parametrize('name, message', [
-    ('config.json', 'config.json is damaged'), ('tokenizer.json', 'cannot be used as a tokenizer'),
+    ('config.json', 'config.json: not JSON'), ('tokenizer.json', 'cannot be used as a tokenizer'),
     ('model.safetensors', 'model: ')])
 def test_damaged_files_are_named(tmp_path, name, message):
     """With a manifest by its checksum; without one when the file is read."""

@@ -38,6 +38,22 @@ def test_the_last_record_of_a_step_counts(run):
             and curves.points(records, 'mfu') == ([], []))
 
 
+@pytest.mark.parametrize('line, words', [
+    ('{"step": "3", "tokens": 1}', "log.jsonl:2: step: given '3', expected a whole number"),
+    ('{"step": 3}', 'step 3: tokens: given nothing'), ('[1]', 'log.jsonl:2: given a list of 1'),
+    ('{"step": -3, "tokens": 1}', 'step: given -3'), ('{"tokens": 1}', 'step: given nothing'),
+    ('{"step": 3, "tokens": 1, "loss": NaN}', 'log.jsonl:2: .*given NaN'),
+    ('{"step": 3, "tokens": 1, "loss": 1e999}', 'loss: given inf, expected a number below'),
+    ('{"step": 3, "tokens": 1e4}', 'tokens: given 10000.0'),
+    ('{"step": 3, "tokens": 1, "step_ms": null}', 'step_ms: given null'),
+    ('{"step": 3, "event": "rollback", "to_step": "x"}', "to_step: given 'x'"),
+    ('[' * 200_000 + ']' * 200_000, 'nested too deeply')])
+def test_a_record_of_another_shape_is_named(tmp_path, line, words):
+    (tmp_path / 'log.jsonl').write_text(f'{json.dumps(LOG[0])}\n{line}\n')
+    with pytest.raises(ValueError, match=words):
+        curves.read_log(tmp_path / 'log.jsonl')
+
+
 ROLLED_BACK = [
     *({'step': i, 'tokens': 100 * i, 'loss': 5.0, 'step_ms': 1000} for i in (10, 20, 30, 40)),
     {'step': 20, 'tokens': 2000, 'val_loss': 4.0}, {'step': 40, 'tokens': 4000, 'val_loss': 9.0},

@@ -74,9 +74,10 @@ def test_any_batch_size_gives_the_same_and_resumes_anywhere(tmp_path, monkeypatc
     """Resuming relies on it: reading from `after` gives the batches that follow."""
     monkeypatch.setattr(documents, 'BATCH_BYTES', size)
     options = Options(separator='<|end|>' if kind[:2] in ('tx', 'md') else '')
-    paths, wanted = files_of(tmp_path, kind), [text for text in TEXTS if text]
+    paths = files_of(tmp_path, kind)
+    wanted = [text.replace('\r\n', '\n') for text in TEXTS if text]
     if options.separator:
-        wanted = [text.strip('\r\n') for text in wanted]
+        wanted = [text.strip('\n') for text in wanted]
     batches = list(batches_of(paths, options))
     assert texts_of(batches, options) == wanted
     for i in {len(batches) - 1, *random.Random(size).sample(range(len(batches)),
@@ -182,6 +183,30 @@ def test_columns_of_any_string_type_are_read_and_numbers_refused(tmp_path):
         texts_of(batches_of([tmp_path / 'n.parquet']))
 
 
+@pytest.mark.parametrize('size', [1, 40, 2 ** 20])
+@pytest.mark.parametrize('encoding', ['PLAIN', 'DELTA_BYTE_ARRAY', 'DELTA_LENGTH_BYTE_ARRAY', None])
+def test_rows_in_any_encoding_are_the_same_from_any_batch_on(tmp_path, monkeypatch, encoding, size):
+    monkeypatch.setattr(documents, 'BATCH_BYTES', size)
+    texts = [f'{i % 7} {"wörd " * (i % 5)}' for i in range(90)] + [None, '']
+    path = tmp_path / 'a.parquet'
+    options = {'use_dictionary': False, 'column_encoding': {'text': encoding}} if encoding else {}
+    parquet.write_table(pyarrow.table({'text': texts}), path, row_group_size=40, **options)
+    batches = list(batches_of([path]))
+    assert texts_of(batches) == texts[:-2]
+    for i in range(0, len(batches), 9):
+        assert texts_of(batches_of([path], start=batches[i].after)) == texts_of(batches[i + 1:])
+
+
+def test_rows_without_any_text_are_empty(tmp_path):
+    for i, kind in enumerate((pyarrow.null(), pyarrow.string(), pyarrow.large_string())):
+        table = pyarrow.table({'text': pyarrow.array([None] * 5, kind)})
+        parquet.write_table(table, tmp_path / f'{i}.parquet')
+    parquet.write_table(pyarrow.table({'text': ['a', None]}), tmp_path / '3.parquet')
+    counts = {}
+    assert texts_of(batches_of(sorted(tmp_path.iterdir())), counts=counts) == ['a']
+    assert counts['empty'] == [16, f'{tmp_path}/0.parquet: row 1']
+
+
 @pytest.mark.parametrize('size', [1, 100, 2 ** 20])
 def test_lines_are_joined_to_articles(tmp_path, monkeypatch, size):
     """As in WikiText on the hub: a row per line, an article from a heading on."""
@@ -245,6 +270,45 @@ def test_the_case_of_an_ending_does_not_matter(tmp_path):
     (tmp_path / 'A.TXT').write_text('one')
     (tmp_path / 'B.JSONL.GZ').write_bytes(gzip.compress(as_lines(['two'])))
     assert texts_of(batches_of(sorted(tmp_path.iterdir()))) == ['one', 'two']
+
+
+MARK = '\ufeff'
+PLAIN_TEXT = 'One.\nTwo.\n\nThree,\nfour.\n\n\nFive.\n\nSix.\n'
+
+
+@pytest.mark.parametrize('size', [*range(1, 8), 2 ** 20])
+@pytest.mark.parametrize('end', ['\n', '\r\n', '\r'])
+@pytest.mark.parametrize('separator', ['', '\n', '\n\n', '.\n', '\nF'])
+def test_line_ends_and_byte_order_marks_reach_no_document(tmp_path, monkeypatch, size, end,
+                                                          separator):
+    """In batches of any size, from any batch on; --separator is written with \\n."""
+    monkeypatch.setattr(documents, 'BATCH_BYTES', size)
+    options, path = Options(separator=separator), tmp_path / 'a.txt'
+    path.write_bytes(PLAIN_TEXT.encode())
+    wanted = texts_of(batches_of([path], options), options)
+    path.write_bytes(MARK.encode() + PLAIN_TEXT.replace('\n', end).encode())
+    batches = list(batches_of([path], options))
+    assert texts_of(batches, options) == wanted and len(wanted) > 1 - (separator == '')
+    for i, batch in enumerate(batches):
+        rest = batches_of([path], options, batch.after)
+        assert texts_of(rest, options) == texts_of(batches[i + 1:], options)
+
+
+@pytest.mark.parametrize('end', ['\n', '\r\n', '\r'])
+def test_lines_of_json_and_rows_with_line_ends_of_other_systems(tmp_path, end):
+    """Files with byte order marks are often joined; a text may hold one itself."""
+    texts, counts = [MARK + PLAIN_TEXT.replace('\n', end), f'a{end}{MARK}b', 'c'], {}
+    lines = [MARK + json.dumps({'text': text}, ensure_ascii=False) for text in texts]
+    (tmp_path / 'a.jsonl').write_bytes(end.join(lines).encode())
+    parquet.write_table(pyarrow.table({'text': texts}), tmp_path / 'b.parquet')
+    found = texts_of(batches_of(sorted(tmp_path.iterdir())), counts=counts)
+    assert found == [PLAIN_TEXT, 'a\nb', 'c'] * 2
+    assert counts == {documents.PLAIN: [4, f'{tmp_path}/a.jsonl:1']}
+
+
+def test_a_mark_within_a_line_is_a_character(tmp_path):
+    (tmp_path / 'a.txt').write_text(f'zero{MARK}width\n')
+    assert texts_of(batches_of([tmp_path / 'a.txt'])) == [f'zero{MARK}width\n']
 
 
 PARAGRAPHS = ['CHAPTER ONE', '"' + 'It was a windy night, and the sea was loud. ' * 9 + 'He said."',

@@ -58,11 +58,25 @@ def detokenize(text):
     ('fifty % of it', 'fifty% of it'),
     ("`` Mr. Crow , '' he said", '"Mr. Crow," he said'),
     ("DO N'T", "DON'T"),
+    ("He said : '' Come here . ''", 'He said: "Come here."'),
+    ("`` Go , '' said Dan , '' 'cause I wo n't . '' `` Oh ! ''",
+     '"Go," said Dan, "\'cause I won\'t." "Oh!"'),
+    ("I tell you , '' concluded Peter . `` Go . ''", 'I tell you," concluded Peter. "Go."'),
+    ("it is . '' And then she left .", 'it is." And then she left.'),
+    ("else to do . '' '' ` Remember it , ' I said . ''",
+     'else to do." "\'Remember it,\' I said."'),
     ('one', 'one'),
     ('', '')])
 def test_tokens_become_text_as_people_write_it(tokens, text):
     assert detokenize(tokens) == text
     assert detokenize(text) == text
+
+
+def test_a_quote_that_opens_before_the_candidate_closes_after_it():
+    asked = benchmarks.Question(['He came .'] * 20, "He said , '' the XXXXX ran . ''", 'dog', ['dog'],
+                                '')
+    context, (ending,) = eval_cbt.render(asked, BYTES)
+    assert BYTES.decode(context + ending).endswith('He said, "the dog ran."')
 
 
 def test_nothing_of_the_tokens_is_left_in_the_real_books(real):

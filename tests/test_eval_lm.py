@@ -326,7 +326,7 @@ def test_the_table_of_a_model_without_results():
     (['--task=ptb', '--protocol=harness'], "protocol: given 'harness', but ptb has paper"),
     (['--file=nothing.txt'], 'nothing.txt: cannot read this file'),
     (['--file={model}/empty'], 'there is no text in this file'),
-    (['--file={model}/bytes'], 'bytes: not UTF-8 .invalid start byte at byte 0'),
+    (['--file={model}/bytes'], 'bytes:1: not UTF-8 .invalid start byte at byte 0'),
     (['--limit=-1'], 'limit: given -1, expected 0 or more'),
     (['--detok=false'], "detok: given 'false', expected 'auto', True or False"),
     (['--file={model}/bytes', '--protocol=harness'], "given 'harness', but a --file has none"),

@@ -3,11 +3,13 @@
 import hashlib
 import http.server
 import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
-from conftest import script
+from conftest import ROOT, script
 
 from gpt import files
 
@@ -40,6 +42,66 @@ def test_the_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'replace', lambda *paths: (calls.append('replace'), replace(*paths)))
     files.atomic_write(tmp_path / 'a', 'text')
     assert calls == ['fsync', 'replace']
+
+
+def test_only_plain_files_are_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'link').symlink_to('/dev/zero')
+    for path in (tmp_path, tmp_path / 'pipe', tmp_path / 'link', '/dev/zero'):
+        with pytest.raises(ValueError, match='is a (folder|device, pipe or socket), expected'):
+            files.read_bytes(path)
+    with pytest.raises(ValueError, match='nothing: cannot read this file'):
+        files.read_text(tmp_path / 'nothing')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'a').write_text('a')
+    assert files.read_text('~/a') == 'a'
+
+
+@pytest.mark.parametrize('name, words', [
+    ('folder', 'is a folder'), ('new/', 'is a folder'), ('link_to_folder', 'is a folder'),
+    ('pipe', 'is a device, a pipe'), ('/dev/null', 'is a device'), ('data', 'is an input'),
+    ('link_to_data', 'is an input'), ('folder/../data', 'is an input')])
+def test_what_must_not_be_written_is_refused(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'data').write_text('data')
+    (tmp_path / 'link_to_data').symlink_to('data')
+    (tmp_path / 'link_to_folder').symlink_to('folder')
+    os.mkfifo('pipe')
+    with pytest.raises(ValueError, match=words):
+        files.check_output(name, '', 'nothing', 'data')
+    assert (tmp_path / 'data').read_text() == 'data'
+
+
+def test_standard_output_is_not_replaced_by_a_file(tmp_path):
+    code = 'import sys; from gpt.files import check_output; check_output(sys.argv[1])'
+    for name in ('/dev/stdout', tmp_path / 'out'):
+        with open(tmp_path / 'out', 'w') as file:
+            done = subprocess.run([sys.executable, '-c', code, name], cwd=ROOT, stdout=file,
+                                  stderr=subprocess.PIPE, text=True)
+        assert 'a standard stream' in done.stderr
+
+
+def test_a_file_to_be_written_gets_its_folder_and_a_link_stays_one(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert files.check_output('~/a/b/c.json') == tmp_path / 'a/b/c.json'
+    assert (tmp_path / 'a/b').is_dir()
+    (tmp_path / 'c').write_text('old')
+    (tmp_path / 'link').symlink_to('c')
+    files.atomic_write(tmp_path / 'link', 'new')
+    assert (tmp_path / 'link').is_symlink() and (tmp_path / 'c').read_text() == 'new'
+    with pytest.raises(ValueError, match='null: is a device'):
+        files.atomic_write('/dev/null', 'x')
+
+
+@pytest.mark.parametrize('umask', [0o022, 0o077, 0o002])
+def test_the_umask_is_honoured(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        files.atomic_write(tmp_path / 'a', 'x')
+    finally:
+        os.umask(before)
+    assert (tmp_path / 'a').stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_one_process_holds_the_lock(tmp_path):

@@ -364,7 +364,7 @@ def test_json_of_another_kind_is_named(folder, name, text):
     if 'index' in name:
         (place / 'model.safetensors').unlink()
     (place / name).write_bytes(text.encode(errors='surrogatepass'))
-    with pytest.raises(ValueError, match=f'{name} is damaged'):
+    with pytest.raises(ValueError, match=f'{name}(:|.* given|.* not) '):
         checkpoints.load_model(place)
 
 

@@ -171,7 +171,7 @@ def test_every_refusal_says_what_to_do(hub):
             'someone/nothing': r'no such model at http://127',
             'openai/gpt-2': 'Did you mean gpt2\\?', 'gpt-2': 'Did you mean gpt2\\?',
             'someone/pickle': 'pytorch_model.bin: cannot be read: damaged, of torch before 1.6',
-            'someone/outside': "'../../one/model.safetensors' is named there, expected the name",
+            'someone/outside': "given '../../one/model.safetensors', expected the name",
             'someone/words': 'its tokenizer is in vocab.txt, which is not read',
             'someone/llama': 'not a GPT-2 that this program can run: model_type is',
             'someone/broken': r'cannot be reached|could not be downloaded',

@@ -57,6 +57,28 @@ def test_a_run_that_is_given_twice_is_drawn_and_compared_once(run, tmp_path, cap
     assert 'against' not in capsys.readouterr().out
 
 
+def test_a_picture_is_never_written_over_something_else(run, tmp_path):
+    before = (run / 'log.jsonl').read_bytes()
+    for flags, words in (({'out': str(run)}, 'is a folder'),
+                         ({'out': f'{run}/log.jsonl'}, 'one of .png, .svg'),
+                         ({'out': f'{run}/log.jsonl', 'report': True}, 'such as a.html'),
+                         ({'out': str(run), 'report': True}, 'such as a.html')):
+        with pytest.raises(ValueError, match=words):
+            plot.main(plot.Config(runs=(str(run),), **flags))
+    assert (run / 'log.jsonl').read_bytes() == before
+    plot.main(plot.Config(runs=(str(run),), out=f'{tmp_path}/new/picture'))
+    assert [path.name for path in (tmp_path / 'new').iterdir()] == ['picture.png']
+    assert not run.with_suffix('.png').exists()
+
+
+@pytest.mark.parametrize('name', ['a$x^2$', r'$\frac$', '$', '$a$b$', '_a', 'a\nb', '世界'])
+def test_the_name_of_a_run_is_drawn_as_it_is(run, tmp_path, name):
+    shutil.copytree(run, tmp_path / name)
+    _, figure = drawn([tmp_path / name])
+    label = figure.legends[0].get_texts()[0]
+    assert label.get_text() == name and not label.get_parse_math()
+
+
 def drawn(folders, *records, **more):
     """{key of the log: its panel} of a figure of these runs."""
     logs = records or [curves.read_log(Path(folder) / 'log.jsonl') for folder in folders]

@@ -346,6 +346,109 @@ def test_a_partial_of_another_kind_of_source_is_started_over(tmp_path):
     assert not (tmp_path / '.d.partial/x').exists()
 
 
+@pytest.mark.parametrize('name, text, words', [
+    ('plan', '{"name": "d"}', 'plan.json: source: given nothing'),
+    ('plan', '[' * 200_000, 'plan.json: .*nested too deeply'),
+    ('progress', '[]', 'progress.json: given a list of 0'),
+    ('progress', '{"sha256": 3}', "progress.json: sha256: given 3"),
+    ('progress', '{"threshold": 0.1, "sha256": "0"}', 'progress.json: is damaged; delete')])
+def test_notes_of_another_shape_are_refused(tmp_path, monkeypatch, name, text, words):
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    monkeypatch.setattr(prepare, 'SAVE_SECONDS', -1)
+    monkeypatch.setattr(prepare, 'write_manifest', None)            # stopped before the end
+    with pytest.raises(TypeError):
+        run(tmp_path, source)
+    monkeypatch.undo()
+    (tmp_path / f'.d.partial/{name}.json').write_text(text)
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, source)
+
+
+WINDOWS = {'a.txt': ''.join(TEXTS).replace('\n', '\r\n').encode('utf-8-sig'),
+           'b.jsonl': ''.join(f'\ufeff{json.dumps({"text": text})}\r\n'
+                              for text in TEXTS).encode()}
+
+
+@pytest.mark.parametrize('separator', ['', r'\n', r'\r\n'])
+def test_texts_of_windows_have_no_carriage_return_in_any_token(tmp_path, separator):
+    for name, raw in WINDOWS.items():
+        (tmp_path / name).write_bytes(raw)
+    manifest = run(tmp_path, *(tmp_path / name for name in WINDOWS), separator=separator,
+                   tokenizer='bpe:400')
+    texts = sum(decoded(tmp_path).values(), [])
+    assert not any(char in text for text in texts for char in '\r\ufeff')
+    assert set(TEXTS) < set(texts) and manifest['remarks'].get(documents.PLAIN) == (
+        None if separator else [1, f'{tmp_path}/a.txt'])
+
+
+def as_before(tmp_path, monkeypatch, source):
+    """Prepare as versions did that kept carriage returns, without their remark."""
+    monkeypatch.setattr(documents, 'plain_text', lambda text: text)
+    monkeypatch.setattr(prepare, 'READER', 1)
+    try:
+        return run(tmp_path, source)
+    finally:
+        monkeypatch.undo()
+
+
+def test_a_data_set_with_carriage_returns_is_prepared_again_once(tmp_path, monkeypatch, capsys):
+    source = tmp_path / 'a.txt'
+    source.write_bytes(WINDOWS['a.txt'])
+    as_before(tmp_path, monkeypatch, source)
+    assert any('\r' in text for text in sum(decoded(tmp_path).values(), []))
+    for words in ('holds carriage returns', 'is up to date'):
+        run(tmp_path, source)
+        assert words in capsys.readouterr().out
+        assert not any('\r' in text for text in sum(decoded(tmp_path).values(), []))
+
+
+def test_a_data_set_of_an_earlier_version_without_any_is_up_to_date(tmp_path, monkeypatch, capsys):
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    as_before(tmp_path, monkeypatch, source)
+    before = files_in(tmp_path / 'd')
+    run(tmp_path, source)
+    assert 'is up to date' in capsys.readouterr().out and files_in(tmp_path / 'd') == before
+
+
+def test_a_manifest_with_base_names_is_up_to_date(tmp_path, capsys):
+    """As earlier versions wrote it; what is compared are their hashes, in order."""
+    for name in ('pos/0_2.txt', 'neg/0_2.txt'):
+        (tmp_path / 'texts' / name).parent.mkdir(parents=True)
+        (tmp_path / 'texts' / name).write_text(f'{name} ' * 50)
+    manifest = run(tmp_path, tmp_path / 'texts')
+    assert [name for name, *_ in manifest['source']['files']] == ['neg/0_2.txt', 'pos/0_2.txt']
+    for file in manifest['source']['files']:
+        file[0] = '0_2.txt'
+    (tmp_path / 'd/manifest.json').write_text(json.dumps(manifest))
+    run(tmp_path, tmp_path / 'texts')
+    assert 'is up to date' in capsys.readouterr().out
+    manifest['source']['files'] = manifest['source']['files'][::-1]
+    (tmp_path / 'd/manifest.json').write_text(json.dumps(manifest))
+    run(tmp_path, tmp_path / 'texts')
+    assert 'was made from other text' in capsys.readouterr().out
+
+
+def test_what_an_earlier_version_began_is_started_over(tmp_path, monkeypatch, capsys):
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    monkeypatch.setattr(prepare, 'write_manifest', None)
+    with pytest.raises(TypeError):
+        as_before(tmp_path, monkeypatch, source)
+    monkeypatch.undo()
+    plan = tmp_path / '.d.partial/plan.json'
+    plan.write_text(plan.read_text().replace('"reader": 1', '"other": 1'))
+    run(tmp_path, source)
+    assert 'starting over' in capsys.readouterr().out
+
+
+def test_a_damaged_data_set_is_prepared_again(tmp_path, capsys):
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    run(tmp_path, source)
+    (tmp_path / 'd/tokenizer.json').unlink()
+    run(tmp_path, source)
+    assert 'tokenizer.json is missing' in capsys.readouterr().out
+    prepare.report('d', tmp_path)
+
+
 def test_one_name_is_prepared_by_one_process(tmp_path):
     source = write_jsonl(tmp_path / 'a.jsonl')
     with prepare.locked(tmp_path / '.locks/d', 'd'):
@@ -420,7 +523,10 @@ def test_a_separator_that_was_not_given_is_suggested(tmp_path, capsys):
     ('a.json', b'[{"text": "a"}]', 'a.json:1: expected one object per line .jq'),
     ('a.json', b'[\n {"text": "a"}\n]', 'a.json:1: not JSON.*expected one object per line'),
     ('a.jsonl', b'{"text": "a"}\n{"text"', 'a.jsonl:2: not JSON'),
-    ('a.jsonl', b'{"body": "a"}', "no field 'text'"),
+    ('a.jsonl', b'{"body": "a", "id": 1}', "no field 'text' among 'body, id'; --text_key names"),
+    ('a.txt', b'\x93caf\xe9\x94', 'a.txt: byte 0x93 at 0 is not UTF-8.*iconv -f cp1252'),
+    ('a.jsonl', b'{"text": ' + b'[' * 200_000 + b']' * 200_000 + b'}', 'a.jsonl:1: not JSON'),
+    ('a.jsonl', b'{"n": 1' + b'0' * 5000 + b'}', 'a.jsonl:1: not JSON: Exceeds the limit'),
     ('a.jsonl', b'{"text": 3}', 'text is int, expected a string'),
     ('a.parquet', b'PAR', 'not a parquet file'), ('a.png', b'', 'expected .txt')])
 def test_bad_files_are_refused_with_name_and_line(tmp_path, name, content, words):
@@ -434,7 +540,9 @@ def test_bad_files_are_refused_with_name_and_line(tmp_path, name, content, words
     ({'shard_tokens': 0}, 'shard_tokens: given 0'),
     ({'shard_tokens': 2 ** 31}, 'expected 1 to 2,147,483,647'),
     ({'shards': 3}, 'expected 0; only fineweb'),
-    ({'workers': -1}, 'workers: given -1'), ({'max_document_mb': 0.0}, 'expected more than 0'),
+    ({'workers': -1}, 'workers: given -1'), ({'workers': 2 ** 62}, 'expected 0 .default. to 1,024'),
+    ({'max_document_mb': 0.0}, 'expected more than 0'), ({'max_document_mb': 1e300}, 'most 1e6'),
+    ({'name': 'a\nb'}, 'name of a folder'),
     ({'errors': 'ignore'}, "'strict', 'replace' or 'skip'"),
     ({'tokenizer': 'bpe:70000'}, '65,536'), ({'tokenizer': 'gpt5'}, "'bpe:N'"),
     ({'val_fraction': 1.5}, 'less than 1'), ({'name': '../x'}, 'name of a folder')])
@@ -495,6 +603,34 @@ def test_a_line_of_any_length_costs_no_memory(tmp_path):
                    path) < 160
     left_out = json.loads((tmp_path / 'a/manifest.json').read_text())['remarks']
     assert left_out == {documents.TOO_LONG: [1, f'{path}:2']}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('encoding', ['dictionary', 'prefix', 'plain'])
+def test_parquet_that_is_small_on_disk_is_read_in_little_memory(tmp_path, encoding):
+    """Gigabytes of text in a few kilobytes: three texts in 3,000 rows, or one that rows share."""
+    import pyarrow
+    from pyarrow import parquet
+    text, path = 'lorem ipsum ' * 80_000, tmp_path / 'a.parquet'
+    if encoding == 'dictionary':
+        indices = pyarrow.array([i % 3 for i in range(3000)], pyarrow.int32())
+        column = pyarrow.DictionaryArray.from_arrays(indices, [text + str(i) for i in range(3)])
+        options = {'dictionary_pagesize_limit': 10 ** 8}
+    else:
+        column = [text + str(i) for i in range(300)]
+        options = {'use_dictionary': False, 'data_page_size': 1, 'write_batch_size': 1}
+        if encoding == 'prefix':
+            options['column_encoding'] = {'text': 'DELTA_BYTE_ARRAY'}
+    parquet.write_table(pyarrow.table({'text': column}), path, compression='zstd',
+                        store_schema=False, **options)
+    assert path.stat().st_size < 400_000
+    code = ('import sys; from types import SimpleNamespace; from gpt.data import documents\n'
+            'found = documents.batches([SimpleNamespace(name="a.parquet")], (0, 0, 0),\n'
+            '                          documents.Options(), lambda i: sys.argv[1])\n'
+            'print(sum(batch.size() for batch in found))\n'
+            'print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])')
+    size, peak = map(int, script('-c', code, path).stdout.split())
+    assert size > len(text) * len(column) and peak < 300_000
 
 
 def test_verify_from_the_command_line(stories):

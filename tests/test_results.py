@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,6 +95,35 @@ def test_what_cannot_be_compared_is_refused(tmp_path, facts, words):
         results.compare((one, two))
 
 
+@pytest.mark.parametrize('changed, words', [
+    ({'measures': {'acc': {'value': 1}}}, 'measures.acc.low: given nothing'),
+    ({'measures': {'acc': {**results.accuracy([True]), 'items': [1]}}}, 'acc.items: given a list'),
+    ({'measures': {'acc': {**results.accuracy([True]), 'value': None}}}, 'acc.value: given null'),
+    ({'measures': []}, 'measures: given a list'), ({'data': {'sha256': 3}}, 'sha256: given 3'),
+    ({'model': {}}, 'model.name: given nothing'), ({'first': -1}, 'first: given -1'),
+    ({'task': '\ud800'}, 'task: given')])
+def test_a_result_of_another_shape_is_refused_with_the_place(tmp_path, changed, words):
+    good = result(tmp_path / 'a.json', {'acc': results.accuracy([True])})
+    bad = {**json.loads((tmp_path / 'a.json').read_text()), **changed}
+    (tmp_path / 'b.json').write_text(json.dumps(bad))
+    with pytest.raises(ValueError, match=f'b.json: not the result of an evaluation .*{words}'):
+        results.compare((good, str(tmp_path / 'b.json')))
+
+
+def test_measures_of_two_kinds_are_not_compared(tmp_path):
+    one = result(tmp_path / 'a.json', {'x': results.accuracy([True, False])})
+    two = result(tmp_path / 'b.json', {'x': results.per_unit([1.0, 2.0], [1, 1], 'word')})
+    for pair in ((one, two), (two, one)):
+        with pytest.raises(ValueError, match='do not cover the same items'):
+            results.compare(pair)
+
+
+def test_the_test_of_a_million_answers_is_quick():
+    better, p, _ = results.mcnemar('10' * 250_000, '01' * 250_000)
+    assert not better and p == 1.0
+    assert results.mcnemar('1' * 1000, '0' * 1000)[1] == pytest.approx(2.0 ** -999, rel=1e-9)
+
+
 def test_files_that_are_no_results_are_refused(tmp_path):
     good = result(tmp_path / 'a.json', {})
     for content in ('{}', '[]', 'no', json.dumps({'task': 1, 'measures': {},
@@ -105,3 +135,22 @@ def test_files_that_are_no_results_are_refused(tmp_path):
         results.compare((good, str(tmp_path / 'nothing.json')))
     with pytest.raises(ValueError, match='expected two results'):
         results.compare((good,))
+
+
+def test_an_output_never_replaces_an_input_or_another_file(tmp_path):
+    def check(**flags):
+        results.check_outputs(SimpleNamespace(**{'data': '', 'file': '', 'out': '', **flags}))
+
+    (tmp_path / 'text.txt').write_text('text')
+    (tmp_path / 'link').symlink_to('text.txt')
+    good, text = result(tmp_path / 'a.json', {}), f'{tmp_path}/text.txt'
+    check(out=good, dump=f'{tmp_path}/d.jsonl', data=text)
+    check(out=f'{tmp_path}/new/b.json')
+    for flags, words in (({'data': text, 'out': text}, 'is an input'),
+                         ({'file': text, 'out': f'{tmp_path}/link'}, 'is an input'),
+                         ({'data': text, 'dump': text}, 'is an input'),
+                         ({'out': text}, 'not a result that may be replaced'),
+                         ({'out': good, 'dump': f'{tmp_path}/x/../a.json'}, 'which is --out'),
+                         ({'out': str(tmp_path)}, 'is a folder')):
+        with pytest.raises(ValueError, match=words):
+            check(**flags)

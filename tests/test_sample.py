@@ -158,8 +158,22 @@ def test_prompts_come_from_files_and_standard_input(trained, tmp_path, capsys, m
     assert say(capsys, *flags, '-p', f'FILE:{tmp_path}/p.txt') == expected
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'The fox\n')))
     assert say(capsys, *flags, '-p', '-') == expected
-    with pytest.raises(FileNotFoundError, match='nowhere.txt'):
+    with pytest.raises(ValueError, match='nowhere.txt: cannot read this file'):
         say(capsys, *flags, '-p', 'FILE:nowhere.txt')
+    (tmp_path / 'p.txt').write_bytes(b'\xef\xbb\xbfThe\r\nfox\r\n')
+    assert sample.read_prompt(f'FILE:{tmp_path}/p.txt') == 'The\nfox'
+    os.mkfifo(tmp_path / 'pipe')
+    for name in (tmp_path / 'pipe', '/dev/zero', tmp_path):
+        with pytest.raises(ValueError, match='expected a plain file'):
+            sample.read_prompt(f'FILE:{name}')
+
+
+def test_a_line_that_is_not_utf8_is_refused_and_the_next_one_answered(trained):
+    done = subprocess.run([sys.executable, 'sample.py', '-i', f'--model={trained}', '-m', '3',
+                           '--temperature=0', '--device=cpu'], cwd=ROOT, capture_output=True,
+                          input=b'The fox\r\ncaf\xe9\nThe fox\n')
+    assert done.returncode == 0 and done.stdout.count(b'The fox') == 2
+    assert b'standard input:1: not UTF-8' in done.stderr
 
 
 def test_text_comes_in_whole_characters_and_ends_at_end_of_text():

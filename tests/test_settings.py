@@ -1,5 +1,6 @@
 """Settings from header, files and flags; and that nothing in a config file is ever executed."""
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -7,11 +8,13 @@ from dataclasses import asdict, dataclass
 import pytest
 from conftest import ROOT, script
 
-from gpt.settings import (as_config_file, check_bounds, configure, header_defaults,
+from gpt.settings import (PATHS, as_config_file, check_bounds, configure, header_defaults,
                           read_config_file, section, settings)
 
+SCRIPTS = ('train', 'sample', 'plot', 'publish', 'hellaswag', 'eval_cbt', 'eval_lm', 'bench',
+           'data.prepare', 'data.explore')
 HEADER = {'__name__': 'script', 'batch_size': 12, 'learning_rate': 6e-4, 'eval_only': False,
-          'prompt': '', 'compile': 'auto', 'runs': (), 'MAGIC': 7}
+          'prompt': '', 'compile': 'auto', 'runs': (), 'data_dir': '', 'MAGIC': 7}
 
 
 def make(*argv, **options):
@@ -57,7 +60,18 @@ def test_command_line(argv, key, value):
     (['--batch_size=8/0'], 'given .8/0., expected a whole number'),
     (['nowhere.py'], 'nowhere.py: cannot read'),
     (['foo'], "given 'foo', expected a config file"),
-    (['-p', '--eval_only'], '-p: expected a value')])
+    (['-p', '--eval_only'], '-p: expected a value'),
+    (['--batch_size=2**64'], "given '2.*64', expected a whole number below 2..63"),
+    (['--batch_size=1e300'], 'given 1e.300, expected a whole number below 2..63'),
+    (['--learning_rate=1e999'], "given '1e999', expected a number"),
+    (['--learning_rate=9.0**64*1e300'], 'expected a number'),
+    (['--learning_rate=(-8)**0.5'], 'expected a number'),
+    (['--batch_size=' + '-' * 100_000 + '1'], "given '---.*…, expected a whole number"),
+    (['--batch_size=' + '1' * 5000], "given '111.*…, expected a whole number"),
+    (['--batch_size=0x' + 'f' * 50_000], "given '0xfff.*…, expected a whole number"),
+    (['--batch_size=' + '9**' * 5000 + '9'], "given '9..9.*…, expected a whole number"),
+    (['--batch_size="%*d" % (10**10, 5)'], 'expected a whole number'),
+    (['--batch_size=True+1'], 'expected a whole number')])
 def test_refusals_name_the_flag_and_what_was_expected(argv, message):
     with pytest.raises(ValueError, match=message):
         make(*argv, short={'-p': 'prompt'})
@@ -72,12 +86,57 @@ def test_refusals_name_the_flag_and_what_was_expected(argv, message):
     ('if True:\n    batch_size = 4', 'assignments such as'),
     ('prompt = "".__class__', 'expected a literal'),
     ('batch_size = 9 ** 9 ** 9', 'exponent'), ('batch_size = 1 / 0', 'division by zero'),
-    ('a b', 'not a config file')])
+    ('a b', 'not a config file: line 1: invalid syntax'), ('\0', 'not a config file'),
+    ('batch_size = 9**9**9**9**9', 'is too large an exponent'),
+    ('batch_size = 99**64*99**64*99**64', 'given `99 .. 64`, expected a number below'),
+    ('batch_size = ' + '-' * 100_000 + '1', 'nested too deeply'),
+    ('batch_size = ' + '1+' * 50_000 + '1', 'nested too deeply'),
+    ('batch_size = ' + '(' * 1000 + '1' + ')' * 1000, 'not a config file'),
+    ('prompt = "%*d" % (10**10, 5)', 'expected arithmetic of numbers'),
+    ('prompt = "a" * 10**10', 'expected arithmetic of numbers'),
+    ('prompt = "a" + "b"', 'expected arithmetic of numbers'),
+    ('runs = ("a",) * 3', 'expected arithmetic of numbers'),
+    ('runs = (1, 2)', 'c.py:1: runs: given .1, 2., expected a list of texts'),
+    ('prompt = "\\ud800"', 'expected a text'),
+    ('data_dir = "a\\0b"', 'data_dir: given .a.x00b., expected a path')])
 def test_a_config_file_holds_assignments_and_nothing_else(tmp_path, source, message):
     file = tmp_path / 'c.py'
     file.write_text(source)
     with pytest.raises(ValueError, match=message):
         make(str(file))
+
+
+def test_a_config_file_of_windows(tmp_path):
+    file = tmp_path / 'c.py'
+    file.write_bytes(b'\xef\xbb\xbfbatch_size = 2\r\nprompt = "caf\xc3\xa9"\r\n')
+    assert make(str(file)).batch_size == 2 and make(str(file)).prompt == 'café'
+    file.write_bytes(b'\xef\xbb\xbf\r\nprompt = "caf\xe9"\r\n')
+    with pytest.raises(ValueError, match='c.py:2: not UTF-8'):
+        make(str(file))
+
+
+def test_a_home_folder_is_expanded_in_what_names_files(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    cfg = make('--data_dir=~/a', '--runs=~/b,c~', '--prompt=~/d')
+    assert (cfg.data_dir, cfg.runs, cfg.prompt) == (f'{tmp_path}/a', (f'{tmp_path}/b', 'c~'), '~/d')
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_settings_that_take_files_are_known_as_paths(name):
+    """A header names files in capitals, FILE or FOLDER, or says file or folder."""
+    script = __import__(name, fromlist=['Config'])
+    header = (ROOT / f"{name.replace('.', '/')}.py").read_text().split('# ' + '-' * 77)[1]
+    said = re.findall(r'^(\w+) = \S+ +# (?:the |a |two |a run.s )?(?:FILE|file|folder|FOLDER)s?',
+                      header, re.MULTILINE)
+    assert set(said) <= PATHS and PATHS & set(script.Config.__dataclass_fields__)
+
+
+@pytest.mark.parametrize('end', ['\n', '\r', '\r\n'])
+def test_a_line_break_in_a_setting_or_the_command_makes_no_line(tmp_path, end):
+    cfg, file = make(f'--prompt=a{end}batch_size = 9'), tmp_path / 'config.py'
+    file.write_text(as_config_file(cfg, f'train.py{end}batch_size = 7'), newline='')
+    assert asdict(make(str(file))) == asdict(cfg)
+    assert len(file.read_text().splitlines()) == 1 + len(asdict(cfg))
 
 
 def test_resolved_settings_make_a_config_file_that_gives_them_again(tmp_path):

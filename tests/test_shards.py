@@ -116,6 +116,47 @@ def test_a_manifest_without_its_keys_is_damaged(stories, tmp_path, text):
         load_facts('tiny', tmp_path)
 
 
+@pytest.mark.parametrize('place, value, words', [
+    ('tokenizer.vocab_size', '300', 'tokenizer.vocab_size: given .300., expected a whole number'),
+    ('splits.train.shards', {}, 'splits.train.shards: given an object of 0, expected a list'),
+    ('splits.val.bytes', 0, 'splits.val.bytes: given 0, expected a whole number, 1 or more'),
+    ('splits.val', None, 'splits.val: given null, expected an object'),
+    ('splits.test', {'tokens': 1, 'documents': 1, 'bytes': 1, 'shards': []}, "train, val'"),
+    ('source.files', [['a', 1]], r'source.files\[0\]: given a list of 2'),
+    ('splits.train.shards', [{'file': '/dev/zero', 'tokens': 1, 'sha256': ''}], 'without a folder'),
+    ('remarks', {'x': 3}, 'remarks.x: given 3'), ('tokenizer.eot_id', 2 ** 64, 'eot_id: given')])
+def test_a_manifest_of_another_shape_names_the_place(stories, tmp_path, place, value, words):
+    shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
+    manifest = json.loads((tmp_path / 'tiny/manifest.json').read_text())
+    *parents, last = place.split('.')
+    part = manifest
+    for key in parents:
+        part = part[key]
+    part[last] = value
+    (tmp_path / 'tiny/manifest.json').write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f'manifest.json is damaged .*{words}'):
+        load_facts('tiny', tmp_path)
+
+
+@pytest.mark.parametrize('dtype', ['<u4', '>u4', '<i8', '<u2'])
+def test_files_of_nanogpt_in_wider_numbers_are_refused(tmp_path, dtype):
+    (tmp_path / 'd').mkdir()
+    np.random.default_rng(0).integers(1, 50257, 1000).astype(dtype).tofile(tmp_path / 'd/train.bin')
+    if dtype == '<u2':
+        assert len(Tokens('d', 'train', 50257, tmp_path)) == 1000
+    else:
+        with pytest.raises(ValueError, match='train.bin: every second token is 0.*uint16'):
+            Tokens('d', 'train', 50257, tmp_path)
+
+
+def test_a_pipe_in_place_of_a_shard_is_not_waited_for(tmp_path):
+    write(tmp_path / 'd', np.arange(300))
+    (tmp_path / 'd/train_000001.bin').unlink()
+    os.mkfifo(tmp_path / 'd/train_000001.bin')
+    with pytest.raises(ValueError, match='train_000001.bin: is a device, pipe or socket'):
+        Tokens('d', 'train', 500, tmp_path)
+
+
 @pytest.mark.parametrize('name', ['manifest.json', 'tokenizer.json'])
 def test_a_data_set_with_a_file_missing_is_refused(stories, tmp_path, name):
     shutil.copytree(stories / 'tiny', tmp_path / 'tiny')

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,7 +211,7 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
         (tmp_path / name).write_text('x')
 
     def names(text):
-        return [path.name for path in sources.text_files(text)]
+        return [Path(path).name for path in sources.text_files(text)]
 
     assert names(str(tmp_path)) == ['a.jsonl.zst', 'b.txt', 'c.md']
     assert names(f'{tmp_path}/*.txt') == ['b.txt'] and names(f'{tmp_path}/**/*.md') == ['c.md']
@@ -222,6 +224,43 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / 'deep')
     with pytest.raises(ValueError, match='no such file'):
         names(f'{tmp_path}/*.md')
+
+
+def test_names_are_relative_to_the_folder_given(tmp_path, monkeypatch):
+    for name in ('pos/0_2.txt', 'neg/0_2.txt', 'c.txt'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def names(*inputs):
+        return [name for name, *_ in sources.listing(sources.from_files(inputs).files)]
+
+    monkeypatch.chdir(tmp_path)
+    assert names('.') == names(str(tmp_path)) == ['c.txt', 'neg/0_2.txt', 'pos/0_2.txt']
+    assert names('pos', f'{tmp_path}/neg/') == ['pos/0_2.txt', 'neg/0_2.txt']
+    assert names('pos') == names('pos/*.txt') == names('pos/0_2.txt') == ['0_2.txt']
+    assert names('*/*.txt') == names('**/0_2.txt') == ['neg/0_2.txt', 'pos/0_2.txt']
+    assert names('pos/0_2.txt', 'c.txt') == ['pos/0_2.txt', 'c.txt']
+    (tmp_path / 'link.txt').symlink_to('c.txt')
+    os.link('c.txt', 'second.txt')
+    assert names('c.txt', 'link.txt', './c.txt') == ['c.txt']
+    assert names('c.txt', 'second.txt') == ['c.txt', 'second.txt']
+
+
+def test_only_plain_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / 'pipe.txt')
+    (tmp_path / 'zero.txt').symlink_to('/dev/zero')
+    for name in ('pipe.txt', 'zero.txt'):
+        with pytest.raises(ValueError, match=f'{name}: is a device, pipe or socket'):
+            sources.from_files([str(tmp_path / name)])
+    (tmp_path / 'a.txt').write_text('x')
+    assert [file.label for file in sources.from_files([str(tmp_path)]).files] == ['a.txt']
+
+
+def test_a_folder_of_arrow_files_is_recognized(tmp_path):
+    import datasets
+    datasets.Dataset.from_dict({'text': ['a']}).save_to_disk(tmp_path / 'd')
+    with pytest.raises(ValueError, match='no .txt.*arrow files are those of .* save_to_disk'):
+        sources.from_files([str(tmp_path / 'd')])
 
 
 def test_pydocs_is_read_without_importing(tmp_path):

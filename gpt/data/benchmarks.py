@@ -8,14 +8,15 @@ file, with which published numbers were measured. All raise ValueError with file
 
 import hashlib
 import io
-import json
 import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from gpt.files import ROOT, atomic_write, download
+from gpt import files
+from gpt.files import ROOT, atomic_write, decode, download
+from gpt.shapes import parse_json
 
 PLACE = ROOT / 'data' / 'benchmarks'
 WIKITEXT = 'https://wikitext.smerity.com/'
@@ -49,6 +50,7 @@ SOURCES = {     # name: (url, its sha256, the file in an archive)
             'dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0', ''),
 }
 KNOWN = {       # sha256 of the files in these archives
+    'wikitext2': 'd790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0',
     'wikitext2-raw': '173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08',
     'enwik8': '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'}
 CBT_BLOBS = {   # the beginnings of git's hashes (sha1) of the unmodified files
@@ -56,6 +58,32 @@ CBT_BLOBS = {   # the beginnings of git's hashes (sha1) of the unmodified files
     'cbtest_NE_valid_2000ex.txt': '7f702d10', 'cbtest_NE_test_2500ex.txt': '212bb2d0',
     'cbtest_V_valid_2000ex.txt': '19ceb44a', 'cbtest_V_test_2500ex.txt': '2959302b',
     'cbtest_P_valid_2000ex.txt': 'a74aab34', 'cbtest_P_test_2500ex.txt': 'b24728c1'}
+
+DOWNLOAD = 'not the data; download the file itself'
+NOT_THE_DATA = (        # beginnings of files, and what they are
+    (b'<!doctype', f'a web page, {DOWNLOAD}'), (b'<html', f'a web page, {DOWNLOAD}'),
+    (b'version https://git-lfs', f'a Git LFS pointer, {DOWNLOAD}'),
+    (b'\x1f\x8b', 'compressed (gzip); decompress it first'),
+    (b'\x28\xb5\x2f\xfd', 'compressed (zstd); decompress it first'),
+    (b'\xfd7zxz', 'compressed (xz); decompress it first'),
+    (b'bzh', 'compressed (bzip2); decompress it first'),
+    (b'par1', 'a parquet file; expected the text of the original files, or lines of JSON'),
+    (b'arrow1', 'an Arrow file; expected the text of the original files, or lines of JSON'))
+
+
+class HellaSwagRow(TypedDict):
+    ctx: str
+    endings: list[str]
+    label: NotRequired[Any]         # the test set has none
+    activity_label: NotRequired[str]
+    ctx_a: NotRequired[str]
+    ctx_b: NotRequired[str]
+    source_id: NotRequired[str | None]
+    split_type: NotRequired[str | None]
+
+
+class LambadaRow(TypedDict):
+    text: str
 
 
 class Question(NamedTuple):
@@ -95,18 +123,12 @@ def facts(path: str | Path, raw: bytes, known: set | tuple = ()) -> dict:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a file; ValueError for what is often downloaded instead of it."""
-    try:
-        raw = Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise ValueError(f'{path}: cannot read this file ({error.strerror})') from None
-    if raw[:2] == b'\x1f\x8b':
-        raise ValueError(f'{path}: is compressed (gzip); decompress it first')
+    """The content of a file; ValueError for what is often given instead of it."""
+    raw = files.read_bytes(path)
     head = raw[:200].lstrip(b'\xef\xbb\xbf \r\n').lower()
-    for start, kind in ((b'<!doctype', 'a web page'), (b'<html', 'a web page'),
-                        (b'version https://git-lfs', 'a Git LFS pointer')):
+    for start, what in NOT_THE_DATA:
         if head.startswith(start):
-            raise ValueError(f'{path}: is {kind}, not the data; download the file itself')
+            raise ValueError(f'{path}: is {what}')
     return raw
 
 
@@ -135,32 +157,16 @@ def unpack(name: str, members: list[str]) -> Path:
 
 
 def lines_of(raw: bytes, path: str | Path) -> Iterator[tuple[str, str]]:
-    """('file:line', text) of every line, whatever ends it; a byte order mark is skipped."""
-    for number, line in enumerate(raw.removeprefix(b'\xef\xbb\xbf').split(b'\n'), start=1):
-        where = f'{path}:{number}'
-        yield where, decode(line, where).removesuffix('\r')
+    """('file:line', text) of every line, whatever ends it."""
+    for number, line in enumerate(decode(raw, path).split('\n'), start=1):
+        yield f'{path}:{number}', line
 
 
-def decode(raw: bytes, where: str) -> str:
-    """UTF-8 to text."""
-    try:
-        return raw.decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{where}: not UTF-8 ({error.reason} at byte {error.start})') from None
-
-
-def json_lines(raw: bytes, path: str | Path) -> Iterator[tuple[str, dict]]:
-    """('file:line', object) of every line of JSON."""
+def json_lines(raw: bytes, path: str | Path, shape: Any) -> Iterator[tuple[str, dict]]:
+    """('file:line', object of this shape) of every line of JSON."""
     for where, line in lines_of(raw, path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise ValueError(f'{where}: not JSON, or truncated: {line[:60]!r}') from None
-        if not isinstance(row, dict):
-            raise ValueError(f'{where}: given {line[:60]!r}, expected an object')
-        yield where, row
+        if line.strip():
+            yield where, parse_json(line, where, shape)
 
 
 def not_empty(rows: list, about: dict) -> tuple[list, dict]:
@@ -176,12 +182,11 @@ def hellaswag(path: str | Path = '') -> tuple[list[dict], dict]:
     """
     raw, about = obtain('hellaswag', path)
     rows = []
-    for where, row in json_lines(raw, about['path']):
-        endings, label = row.get('endings'), row.get('label')
-        if not isinstance(row.get('ctx'), str) or not row['ctx'].strip():
-            raise ValueError(f"{where}: ctx: given {row.get('ctx')!r}, expected a text")
-        if not (isinstance(endings, list) and len(endings) == 4
-                and all(isinstance(ending, str) and ending.strip() for ending in endings)):
+    for where, row in json_lines(raw, about['path'], HellaSwagRow):
+        endings, label = row['endings'], row.get('label')
+        if not row['ctx'].strip():
+            raise ValueError(f"{where}: ctx: given {row['ctx']!r}, expected a text")
+        if len(endings) != 4 or not all(ending.strip() for ending in endings):
             raise ValueError(f'{where}: endings: given {endings!r}, expected four texts')
         if str(label) not in ('0', '1', '2', '3'):
             raise ValueError(f'{where}: label: given {label!r}, expected 0 to 3 '
@@ -194,9 +199,9 @@ def lambada(path: str | Path = '') -> tuple[list[str], dict]:
     """(texts, facts) of the 5,153 passages of LAMBADA (Paperno et al. 2016), OpenAI's version."""
     raw, about = obtain('lambada', path)
     texts = []
-    for where, row in json_lines(raw, about['path']):
-        if not isinstance(row.get('text'), str) or ' ' not in row['text'].strip():
-            raise ValueError(f"{where}: text: given {row.get('text')!r}, expected two words or "
+    for where, row in json_lines(raw, about['path'], LambadaRow):
+        if ' ' not in row['text'].strip():
+            raise ValueError(f"{where}: text: given {row['text']!r}, expected two words or "
                              f"more, separated by spaces")
         texts.append(row['text'])
     return not_empty(texts, about)

@@ -11,6 +11,7 @@ import ast
 import gzip
 import inspect
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-COMPRESSED = ('.gz', '.zst')
+from gpt.files import how_to_convert, plain_text
+
+COMPRESSED, LINES = ('.gz', '.zst'), ('.jsonl', '.json')
 SUFFIXES = tuple(kind + packed for packed in ('', *COMPRESSED) for kind in ('.txt', '.md', '.jsonl')
                  ) + ('.parquet',)
 EXPECTED = '.txt, .md or .jsonl (these also as .gz or .zst) or .parquet'
@@ -30,6 +33,10 @@ WRAP_SLACK = 6                  # characters: lines are not always broken as lat
 TOO_LONG = 'over max_document_mb'                   # remarks, counted by texts()
 HAS_EOT = 'with <|endoftext|> as text'
 REPAIRED = 'repaired with U+FFFD'
+PLAIN = 'with carriage returns or byte order marks, normalized'
+SIMPLE = {'PLAIN', 'RLE', 'BIT_PACKED', 'DELTA_LENGTH_BYTE_ARRAY'}     # as large as decoded
+DICTIONARY = {'PLAIN_DICTIONARY', 'RLE_DICTIONARY'}     # a value of several rows is stored once
+LINE_END = rb'(?>\r\n|\r|\n)'    # atomic: \r\n is never two
 
 
 class Options(NamedTuple):
@@ -72,18 +79,19 @@ def batches(files: Sequence, start: Position, options: Options,
     files: each has a `name`, and path_of(i) is the path of the i-th. Raises ValueError for a file
     that is not what its name says.
     """
-    start, small = Position(*start), []             # small batches are joined
+    start, small, size = Position(*start), [], 0    # small batches are joined
     for i in range(start.file, len(files)):
         if i > start.file:
             start = Position(i)
         for batch in read(files[i].name, path_of(i), options, start):
             if small and batch.is_json != small[0].is_json:
                 yield joined(small)
-                small = []
+                small, size = [], 0
             small.append(batch)
-            if len(small) == 1024 or sum(part.size() for part in small) >= BATCH_BYTES // 2:
+            size += batch.size()
+            if len(small) == 1024 or size >= BATCH_BYTES // 2:
                 yield joined(small)
-                small = []
+                small, size = [], 0
     if small:
         yield joined(small)
 
@@ -105,11 +113,14 @@ def read(name: str, path: Path, options: Options, start: Position) -> Iterator[B
     elif kind == '.py':
         raws = [text.encode() for text in python_documents(path) if text]
         yield Batch(raws, [name] * len(raws), after)
-    elif is_lines(name) or options.separator:
+    elif kind in LINES or options.separator:
         yield from separated_batches(name, path, options, start)
     else:
+        limit = options.max_bytes + len(BOM) + 1
+        if compression_of(name) not in COMPRESSED:      # as much memory is set aside as read() asks
+            limit = min(limit, os.stat(path).st_size)
         with opened(name, path) as file:
-            raw = file.read(options.max_bytes + len(BOM) + 1).removeprefix(BOM)
+            raw = file.read(limit).removeprefix(BOM)
         if len(raw) > options.max_bytes:
             yield Batch([], [], after, left_out=((TOO_LONG, name),))
         else:
@@ -118,17 +129,18 @@ def read(name: str, path: Path, options: Options, start: Position) -> Iterator[B
 
 def kind_of(name: str) -> str:
     """The suffix of a file name, lower case, without that of a compression."""
-    return Path(name.lower().removesuffix('.gz').removesuffix('.zst')).suffix
+    return os.path.splitext(name.lower().removesuffix('.gz').removesuffix('.zst'))[1]
 
 
-def is_lines(name: str) -> bool:
-    return kind_of(name) in ('.jsonl', '.json')
+def compression_of(name: str) -> str:
+    """The last suffix of a file name, lower case: .gz or .zst if it is compressed."""
+    return os.path.splitext(name.lower())[1]
 
 
 @contextmanager
 def opened(name: str, path: Path) -> Iterator[IO[bytes]]:
     """A file open for reading, decompressed; a damaged one raises ValueError with its name."""
-    compression = Path(name.lower()).suffix
+    compression = compression_of(name)
     if compression == '.gz':
         file = gzip.open(path)
     elif compression == '.zst':
@@ -149,24 +161,23 @@ def opened(name: str, path: Path) -> Iterator[IO[bytes]]:
 
 def separated_batches(name: str, path: Path, options: Options, start: Position) -> Iterator[Batch]:
     """Batches of the lines of a .jsonl, or of the parts between options.separator."""
-    is_json, (_, offset, number) = is_lines(name), start
+    is_json, (_, offset, number) = kind_of(name) in LINES, start
     separator = b'\n' if is_json else options.separator.encode()
+    room = len(separator) + separator.count(b'\n')      # bytes of the longest one
     label = f'{name}:' if is_json else f'{name}: document '
     pending, too_long = bytearray(), False          # read from `offset` on, without a separator
     with opened(name, path) as file:
         seek(file, offset)
-        while chunk := file.read(BATCH_BYTES):
-            if not offset and not pending and chunk.startswith(BOM):
-                chunk, offset = chunk[len(BOM):], len(BOM)
+        for chunk in chunks(file):
             pending += chunk
-            if pending.find(separator, max(0, len(pending) - len(chunk) - len(separator) + 1)) < 0:
-                too_long = too_long or len(pending) > options.max_bytes + len(separator)
+            raws = split(pending, separator, max(0, len(pending) - len(chunk) - room + 1))
+            if len(raws) == 1:
+                too_long = too_long or len(pending) > options.max_bytes + room
                 if too_long:                        # keep only what may begin a separator
-                    excess = len(pending) - len(separator) + 1
+                    excess = len(pending) - room + 1
                     del pending[:excess]
                     offset += excess
                 continue
-            raws = bytes(pending).split(separator)
             offset += len(pending) - len(raws[-1])
             pending = bytearray(raws.pop())
             after = Position(start.file, offset, number + len(raws))
@@ -180,10 +191,34 @@ def separated_batches(name: str, path: Path, options: Options, start: Position) 
         yield batch
 
 
+def chunks(file: IO[bytes]) -> Iterator[bytes]:
+    """What is left of a file in pieces, none of which ends between \\r and \\n."""
+    held = b''
+    while chunk := file.read(BATCH_BYTES):
+        chunk, held = held + chunk, b''
+        if chunk.endswith(b'\r'):
+            chunk, held = chunk[:-1], b'\r'
+        if chunk:
+            yield chunk
+    if held:
+        yield held
+
+
+def split(raw: bytearray, separator: bytes, start: int) -> list[bytes]:
+    """The parts of `raw` between separators, of which the first is not before `start`.
+
+    A line end within the separator stands for any: \\n, \\r\\n or \\r.
+    """
+    if b'\n' in separator and b'\r' in raw:
+        pattern = re.compile(LINE_END.join(map(re.escape, separator.split(b'\n'))))
+        return pattern.split(bytes(raw)) if pattern.search(raw, start) else [b'']
+    return bytes(raw).split(separator) if raw.find(separator, start) >= 0 else [b'']
+
+
 def numbered(raws: list[bytes], label: str, number: int, after: Position, is_json: bool,
              too_long: bool) -> Batch:
     """A batch of documents after the first `number`; of the first only the end, if too long."""
-    raws = [raw.strip(b'\r\n') for raw in raws]
+    raws = [raw.strip(b'\r\n').removeprefix(BOM).lstrip(b'\r\n') for raw in raws]
     names = [f'{label}{number + k}' for k in range(1, len(raws) + 1)]
     if too_long:
         return Batch(raws[1:], names[1:], after, is_json, ((TOO_LONG, names[0]),))
@@ -202,17 +237,22 @@ def seek(file: IO[bytes], offset: int) -> None:
 # Parquet.
 
 def parquet_batches(name: str, path: Path, options: Options, start: Position) -> Iterator[Batch]:
-    """Batches of rows; at most the text of one row group is in memory."""
+    """Batches of rows, decoded about BATCH_BYTES at a time, however they are encoded."""
     from pyarrow import ArrowException, parquet
     key = options.text_key
     try:
         with parquet.ParquetFile(path) as table:
             columns = {field.name: str(field.type) for field in table.schema_arrow}
-            if re.match('(dictionary<values=)?(large_)?string', columns.get(key, '')):
+            is_text = re.match('null|(dictionary<values=)?(large_)?string', columns.get(key, ''))
+            encodings = encodings_of(table.metadata, key) if is_text else set()
+        if is_text:
+            # a value that is stored once is one in memory, until its rows are decoded
+            once = [key] if DICTIONARY & encodings and encodings <= SIMPLE | DICTIONARY else []
+            with parquet.ParquetFile(path, read_dictionary=once) as table:
                 rows = row_batches(table, name, key, start)
                 yield from joined_rows(rows, options.begins, start) if options.begins else rows
                 return
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, KeyError, ValueError) as error:
         raise ValueError(f'{name}: not a parquet file, or damaged ({error})') from None
     if options.errors != 'skip':
         problem = f'no column {key!r} among {", ".join(columns)}'
@@ -223,24 +263,50 @@ def parquet_batches(name: str, path: Path, options: Options, start: Position) ->
     yield Batch([], [], Position(start.file + 1), left_out=((f'files without {key}', name),))
 
 
+def encodings_of(metadata: Any, key: str) -> set[str]:
+    """The encodings of the pages of column `key`, in all row groups."""
+    j = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(key)
+    return {encoding for i in range(metadata.num_row_groups)
+            for encoding in metadata.row_group(i).column(j).encodings}
+
+
 def row_batches(table: Any, name: str, key: str, start: Position) -> Iterator[Batch]:
     """Batches of column `key`, of about BATCH_BYTES and within a row group."""
-    import pyarrow
-    row = 0
+    row, is_simple = 0, encodings_of(table.metadata, key) <= SIMPLE | DICTIONARY
     for i in range(table.num_row_groups):
         group = table.metadata.row_group(i)
         if row + group.num_rows <= start.offset:
             row += group.num_rows
             continue
-        size = BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
+        size = BATCH_BYTES * group.num_rows // max(1, group.total_byte_size) if is_simple else 4
         for part in table.iter_batches(min(max(1, size), 2 ** 16), row_groups=[i], columns=[key]):
             column = part.column(0)[max(0, start.offset - row):]
+            first = row + len(part) - len(column)
             row += len(part)
-            if pyarrow.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            raws = [raw or b'' for raw in column.cast(pyarrow.large_binary()).to_pylist()]
-            names = [f'{name}: row {k + 1}' for k in range(row - len(raws), row)]
-            yield Batch(raws, names, Position(start.file, row, row))
+            for raws in decoded_rows(column):
+                names = [f'{name}: row {k + 1}' for k in range(first, first + len(raws))]
+                first += len(raws)
+                yield Batch(raws, names, Position(start.file, first, first))
+
+
+def decoded_rows(column: Any) -> Iterator[list[bytes]]:
+    """The rows of a column; of one of references to values about BATCH_BYTES at a time."""
+    import numpy as np
+    import pyarrow
+    from pyarrow import compute
+    first, ends = 0, []
+    if pyarrow.types.is_dictionary(column.type):
+        sizes = compute.binary_length(column.dictionary).take(column.indices).fill_null(0)
+        ends = np.cumsum(sizes.to_numpy(), dtype=np.int64)
+    while first < len(column):
+        last = len(column)
+        if len(ends):
+            limit = int(ends[first - 1] if first else 0) + BATCH_BYTES
+            last = max(first + 1, int(np.searchsorted(ends, limit, side='right')))
+        rows = column[first:last]
+        rows = rows.dictionary_decode() if len(ends) else rows
+        yield [raw or b'' for raw in rows.cast(pyarrow.large_binary()).to_pylist()]
+        first = last
 
 
 def joined_rows(batches: Iterator[Batch], begins: str, start: Position) -> Iterator[Batch]:
@@ -310,14 +376,16 @@ def parsed(raw: bytes, is_json: bool, options: Options) -> tuple[str, bytes, lis
     """(text, the same as UTF-8, remarks) of a document; text '' leaves it out."""
     if len(raw) > options.max_bytes:
         return '', b'', [TOO_LONG]
-    text, intact = decoded(raw, options.errors)
+    original, intact = decoded(raw, options.errors)
     if is_json:
-        text = json_text(text, options.text_key)
+        original = json_text(original, options.text_key)
+    text = plain_text(original)
+    is_plain = text == original
     if options.unwrap:
         text = unwrapped(text)
     if not text:
         return '', b'', ['empty']
-    if is_json or options.unwrap or not intact:
+    if is_json or options.unwrap or not intact or not is_plain:
         try:
             raw = text.encode()
         except UnicodeEncodeError:                  # lone surrogates, which UTF-8 cannot encode
@@ -326,6 +394,8 @@ def parsed(raw: bytes, is_json: bool, options: Options) -> tuple[str, bytes, lis
     remarks = []
     if not intact:
         remarks.append(REPAIRED)
+    if not is_plain:
+        remarks.append(PLAIN)
     if b'\0' in raw:
         remarks.append('with NUL bytes, kept')
     if b'<|endoftext|>' in raw:
@@ -370,26 +440,27 @@ def decoded(raw: bytes, errors: str) -> tuple[str, bool]:
     except UnicodeDecodeError as error:
         if errors == 'replace':
             return raw.decode(errors='replace'), False
-        encoding = 'utf-16' if raw[:2] in (b'\xff\xfe', b'\xfe\xff') else 'latin1'
         raise BadDocument('not UTF-8', f'byte {raw[error.start]:#04x} at {error.start:,} is not '
-                          f'UTF-8; convert it (iconv -f {encoding} -t utf-8), or give '
-                          f'--errors=replace or --errors=skip') from None
+                          f'UTF-8; {how_to_convert(raw)}, or give --errors=replace or '
+                          f'--errors=skip') from None
 
 
 def json_text(line: str, text_key: str) -> str:
     """The text in a line of JSON, '' for null."""
     try:
-        text = json.loads(line)[text_key]
+        row = json.loads(line)
     except (ValueError, RecursionError) as error:   # RecursionError: thousands of brackets
-        message = f'not JSON: {error}'
+        message = f'not JSON: {error}'.partition(' for integer string')[0]
         if line.strip() in ('[', '{'):
             message += f'; {ONE_PER_LINE}'
         raise BadDocument('not JSON', message) from None
-    except (KeyError, TypeError):
-        message = f'no field {text_key!r}; --text_key names another'
-        if line.startswith('['):
-            message = ONE_PER_LINE
-        raise BadDocument(f'without {text_key}', message) from None
+    if not isinstance(row, dict):
+        raise BadDocument(f'without {text_key}', ONE_PER_LINE)
+    if text_key not in row:
+        found = ', '.join(key[:40] for key in list(row)[:8]) or 'none'
+        raise BadDocument(f'without {text_key}', f'no field {text_key!r} among {found!r}; '
+                                                 f'--text_key names another')
+    text = row[text_key]
     if not isinstance(text, str | None):
         raise BadDocument(f'with a {text_key} that is not a string',
                           f'{text_key} is {type(text).__name__}, expected a string')

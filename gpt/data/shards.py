@@ -12,19 +12,70 @@ nanoGPT's train.bin and val.bin, uint16 without a header, are read as well.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import tiktoken
 
 from gpt import tokenizer
-from gpt.files import ROOT
+from gpt.files import ROOT, plain_file, read_json
+from gpt.shapes import Count, FileName, Positive
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 DATA_DIR = ROOT / 'data'
+LOOK = 2 ** 16              # tokens of a file without header that tell whether they are uint16
+
+
+class Source(TypedDict):
+    files: NotRequired[list[tuple[str, Count, str]]]    # name, bytes, hash
+
+
+class Settings(TypedDict, total=False):
+    shards: Count
+    separator: str
+    errors: str
+
+
+class Plan(TypedDict):
+    """What a data set is made of; equal plans give byte-identical data sets."""
+    name: str
+    source: Source
+    settings: Settings
+
+
+class Vocabulary(TypedDict):
+    name: str
+    vocab_size: Positive
+    eot_id: Count | None
+    fingerprint: str
+
+
+class Shard(TypedDict):
+    file: FileName
+    tokens: Count
+    sha256: str
+    documents: NotRequired[Count]
+    bytes: NotRequired[Count]
+
+
+class Split(TypedDict):
+    tokens: Count
+    documents: Count
+    bytes: Positive
+    shards: list[Shard]
+    xz_bytes: NotRequired[Count]
+
+
+class Manifest(TypedDict):
+    name: NotRequired[str]
+    source: Source
+    settings: Settings
+    tokenizer: Vocabulary
+    splits: dict[str, Split]        # train and val
+    remarks: NotRequired[dict[str, tuple[Count, str]]]
 
 
 class ShardWriter:
@@ -118,13 +169,11 @@ def read_shard(path: Path, eot: int | None,
 
 def count_tokens(path: Path) -> tuple[int, int]:
     """(tokens in a shard, bytes before the first); ValueError for a wrong header or size."""
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise ValueError(f'{path}: is missing; prepare the data set again') from None
+    if not path.exists():
+        raise ValueError(f'{path}: is missing; prepare the data set again')
+    size = plain_file(path).stat().st_size
     if path.name in ('train.bin', 'val.bin'):                       # nanoGPT's: no header
-        if size % 2:
-            raise ValueError(f'{path}: given {size:,} bytes, expected an even number of them')
+        check_uint16(path, size)
         return size // 2, 0
     header = np.fromfile(path, '<i4', count=256)
     if len(header) < 256 or header[0] != MAGIC:
@@ -138,6 +187,16 @@ def count_tokens(path: Path) -> tuple[int, int]:
                          f'{max(0, size - HEADER_BYTES) // 2:,}; truncated or still being copied, '
                          f'prepare it again')
     return count, HEADER_BYTES
+
+
+def check_uint16(path: Path, size: int) -> None:
+    """Refuse a file of other numbers: of uint32 or int64 every second uint16 is 0."""
+    if size % 2:
+        raise ValueError(f'{path}: given {size:,} bytes, expected an even number of them')
+    ids = np.fromfile(path, '<u2', count=LOOK)
+    if len(ids) > 3 and not (ids[1::2].any() and ids[::2].any()):
+        raise ValueError(f'{path}: every second token is 0: these are numbers of 4 or 8 bytes; '
+                         f"write them as uint16, ids.astype('uint16').tofile(…)")
 
 
 def prepare_command(name: str, data_dir: str | Path = '') -> str:
@@ -251,20 +310,22 @@ def documents(tokens: Tokens, eot_id: int | None,
 def read_manifest(name: str, data_dir: str | Path = '') -> dict:
     """The manifest of data set `name`, or {} for shards without one."""
     folder = Path(data_dir or DATA_DIR) / name
-    try:
-        manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
-        lacking = {'source', 'settings', 'tokenizer', 'splits'} - set(manifest)
-        if lacking:
-            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
-        return manifest
-    except (FileNotFoundError, NotADirectoryError):
-        if (folder / 'meta.pkl').exists():
-            raise ValueError(f'{folder}: made by nanoGPT with a vocabulary in meta.pkl; pickles '
-                             f'are not read, run\n    {prepare_command(name, data_dir)}') from None
-        return {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f'{folder}/manifest.json is damaged ({error}); delete the folder and '
-                         f'prepare the data set again') from None
+    path = folder / 'manifest.json'
+    if path.exists():
+        try:
+            manifest = read_json(path, Manifest)
+            if manifest['splits'].keys() != {'train', 'val'}:
+                raise ValueError(f"splits: given {', '.join(manifest['splits'])!r}, expected "
+                                 f"'train, val'")
+            return manifest
+        except ValueError as error:
+            problem = str(error).removeprefix(f'{path}: ')
+            raise ValueError(f'{path} is damaged ({problem}); delete the folder and '
+                             f'prepare the data set again') from None
+    if (folder / 'meta.pkl').exists():
+        raise ValueError(f'{folder}: made by nanoGPT with a vocabulary in meta.pkl; pickles '
+                         f'are not read, run\n    {prepare_command(name, data_dir)}')
+    return {}
 
 
 def load_facts(name: str, data_dir: str | Path = '') -> tuple[dict, tiktoken.Encoding]:

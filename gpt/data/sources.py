@@ -7,6 +7,7 @@ Downloads fetches those one by one, the next one in the background.
 
 import difflib
 import glob
+import os
 import sys
 import sysconfig
 from collections import Counter
@@ -18,7 +19,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from gpt.data.documents import EXPECTED, SUFFIXES
-from gpt.files import download, sha256
+from gpt.files import download, plain_file, sha256
 
 READY = {       # shards of GPT-2's tokens in our own format: the hub's repository
     'fineweb-10B': 'kjj0/fineweb10B-gpt2',              # 103 shards of 100M tokens
@@ -42,11 +43,12 @@ NAMES = ('pydocs', 'shakespeare', *READY, *HUB)
 
 
 class File(NamedTuple):
-    name: str
+    name: str               # for messages
     path: Path | None       # None: on the hub
     size: int               # bytes
     hash: str               # sha256, or git's sha1 for small files of the hub
     mtime: int = 0          # of a local file, in ns, before it was read
+    label: str = ''         # of a local file: its name from the folder given on
     repo: str = ''
     revision: str = ''
 
@@ -91,23 +93,26 @@ def find(dataset: str, inputs: Sequence[str], split: str, downloads: Path) -> So
 
 def listing(files: list[File]) -> list[list]:
     """[name, size, hash] of each file, for the manifest."""
-    return [[file.path.name if file.path else file.name, file.size, file.hash] for file in files]
+    return [[file.label or file.name, file.size, file.hash] for file in files]
 
 
 # Your own files.
 
 def from_files(inputs: Sequence[str]) -> Source:
     """The Source of files, folders and patterns; a file given twice is read once."""
+    given = [text and str(Path(os.path.expanduser(text))) for text in inputs]
     found = {}
-    for text in inputs:
+    for text in given:
         for path in text_files(text):
-            found.setdefault(path.resolve(), path)
+            found.setdefault(identity(path), path)
+    folder = os.path.commonpath([folder_of(os.path.abspath(text)) for text in given])
     files = []
     for path in tqdm(found.values(), 'checksums', unit='file', leave=False, delay=2,
                      disable=not sys.stderr.isatty()):
-        stat = path.stat()
-        files.append(File(str(path), path, stat.st_size, sha256(path), stat.st_mtime_ns))
-    first = Path(inputs[0]).expanduser()
+        stat, label = os.stat(path), os.path.relpath(path, folder)
+        files.append(File(path, Path(path), stat.st_size, sha256(path), stat.st_mtime_ns,
+                          label.replace(os.sep, '/')))
+    first = Path(given[0])
     if not first.exists():                              # a pattern: named by its folder
         first = files[0].path.parent
     first = first.resolve()
@@ -117,34 +122,58 @@ def from_files(inputs: Sequence[str]) -> Source:
     return Source(first.name[:-len(suffix)], files, {'files': listing(files)})
 
 
-def text_files(text: str) -> list[Path]:
+def identity(path: str) -> object:
+    """Equal for two paths of one file, but not for hard links."""
+    stat = os.stat(path)
+    return (stat.st_dev, stat.st_ino) if stat.st_nlink == 1 else os.path.realpath(path)
+
+
+def folder_of(text: str) -> str:
+    """A folder itself, the folder of a file, or that in which a pattern looks."""
+    while glob.has_magic(text) and not os.path.exists(text):
+        text = os.path.dirname(text)
+    return text if os.path.isdir(text) else os.path.dirname(text)
+
+
+def text_files(text: str) -> list[str]:
     """The file `text`, or the text files in the folder or of the pattern `text`, sorted."""
     if not text:
         raise ValueError("input: given '', expected a file, a folder or a pattern")
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return files_in(path)
-    found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if os.path.isdir(text):
+        return files_in(text)
+    found = [text] if os.path.exists(text) else sorted(glob.glob(text, recursive=True))
     if not found:
-        raise ValueError(f'{path}: no such file or folder')
+        raise ValueError(f'{text}: no such file or folder')
     for file in found:
-        if not file.name.lower().endswith(READABLE):
+        plain_file(file)
+        if not file.lower().endswith(READABLE):
             raise ValueError(f'{file}: expected {EXPECTED}, or a folder of these')
     return found
 
 
-def files_in(folder: Path) -> list[Path]:
+def files_in(folder: str) -> list[str]:
     """The text files in a folder, sorted; hidden ones are left out, other kinds reported."""
-    files = {file for file in folder.rglob('*') if file.is_file()
-             and not any(part.startswith('.') for part in file.relative_to(folder).parts)}
-    texts = {file for file in files if file.name.lower().endswith(SUFFIXES)}
+    texts, others = [], Counter()
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        for name in names:
+            path = os.path.join(place, name)
+            if name.startswith('.') or not os.path.isfile(path):
+                continue
+            if name.lower().endswith(SUFFIXES):
+                texts.append(path)
+            else:
+                others[os.path.splitext(name)[1] or name] += 1
     if not texts:
-        raise ValueError(f'{folder}: there is no {EXPECTED} in this folder')
-    others = Counter(file.suffix or file.name for file in files - texts)
+        hint = ''
+        if others['.arrow']:
+            hint = ("; .arrow files are those of datasets' save_to_disk: "
+                    "datasets.load_from_disk(…).to_parquet('a.parquet') converts them")
+        raise ValueError(f'{folder}: there is no {EXPECTED} in this folder{hint}')
     if others:
         skipped = ', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items()))
         print(f'{folder}: skipped {skipped}')
-    return sorted(texts)
+    return sorted(texts, key=lambda path: path.split(os.sep))
 
 
 def python_files() -> list[Path]:
