@@ -2,7 +2,6 @@
 What a run needs and takes: how its batch is divided, its disk, its memory, its time.
 """
 
-import math
 import os
 import shutil
 import time
@@ -20,7 +19,7 @@ from gpt.data.order import Batch
 from gpt.settings import section
 from gpt.trainer import Trainer
 from gpt.validation import Validation, ValidationConfig
-from gpt.world import World, peak_memory
+from gpt.world import peak_memory
 
 MEASURED_UPDATES = 20
 MEASURED_SECONDS = 60       # at most; of --minutes a tenth

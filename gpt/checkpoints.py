@@ -39,7 +39,7 @@ from gpt.shapes import Count
 from gpt.weights import (NANOGPT, file_in, fill, fit, load_pickle, open_weights, to_hugging_face,
                          weight_files)
 from gpt.world import World, pick_dtype
-from model import GPT, SIZES, GPTConfig
+from model import GPT, SIZES
 
 MANIFEST, TRAINING = 'manifest.json', 'training.pt'
 ONLY_FOR_RESUME = TRAINING,             # most of the bytes: not read where only the model is

@@ -6,7 +6,7 @@ several processes replicated (DDP) or sharded (FSDP2).
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 

@@ -73,7 +73,8 @@ def test_tokens_become_text_as_people_write_it(tokens, text):
 
 
 def test_a_quote_that_opens_before_the_candidate_closes_after_it():
-    asked = benchmarks.Question(['He came .'] * 20, "He said , '' the XXXXX ran . ''", 'dog', ['dog'],
+    query = "He said , '' the XXXXX ran . ''"
+    asked = benchmarks.Question(['He came .'] * 20, query, 'dog', ['dog'],
                                 '')
     context, (ending,) = eval_cbt.render(asked, BYTES)
     assert BYTES.decode(context + ending).endswith('He said, "the dog ran."')
