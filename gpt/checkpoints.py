@@ -294,7 +294,8 @@ def write_model(partial: Path, model: GPT, encoding: tiktoken.Encoding) -> None:
         'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size,
         'clean_up_tokenization_spaces': False, **special})
     save_file(to_hugging_face(model), partial / WEIGHTS, metadata={'format': 'pt'})
-    (partial / WEIGHTS).chmod(0o644)                    # safetensors makes it private
+    mode = (partial / 'config.json').stat().st_mode         # safetensors makes its file private
+    (partial / WEIGHTS).chmod(mode & 0o777)
 
 
 def write_manifest(partial: Path) -> None:

@@ -49,6 +49,11 @@ class Score(NamedTuple):
     def count(self) -> int:
         return len(self.logprobs)
 
+    def fill(self, other: 'Score') -> 'Score':
+        """Copy the numbers of another Score, in place; returns this one."""
+        self.logprobs[:], self.predicted[:] = other
+        return self
+
 
 class Row(NamedTuple):
     """One row of a batch: what is read, which columns are scored, and their targets."""
@@ -210,7 +215,7 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     bar = tqdm(total=sum(len(row.ids) for batch in mine for _, row in batch), unit='tok',
                unit_scale=True, disable=not (options.progress and world.is_main), leave=False,
                **({} if sys.stderr.isatty() else PROGRESS_LINES))
-    scores = {}
+    scores, done = empty_scores([len(row.targets) for row in rows]), {}
     with forward_context(sharded, world):
         for batch in mine:
             new = score_batch(model, [row for _, row in batch], options.banned, device)
@@ -218,13 +223,23 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
                 if np.isnan(score.logprobs).any():
                     raise ValueError(f'the model gives NaN for row {i}: its weights are damaged, '
                                      f'or the dtype is too narrow for them')
-                scores[i] = score
+                done[i] = scores[i].fill(score)
                 bar.update(len(row.ids))
     bar.close()
-    if options.world:
-        for part in world.gather(scores):
-            scores.update(part)
-    return [scores[i] for i in range(len(rows))]
+    if world.size > 1:
+        for part in world.gather(done):
+            for i, score in part.items():
+                scores[i].fill(score)
+    return scores
+
+
+def empty_scores(counts: Sequence[int]) -> list[Score]:
+    """Scores of these many tokens, in memory allocated once: arrays that are allocated one after
+    another between the large ones of a forward pass would keep the memory of those from being used
+    again."""
+    logprobs, predicted = np.zeros(sum(counts), np.float32), np.zeros(sum(counts), np.int64)
+    ends = np.cumsum(counts)[:-1]
+    return [Score(*pair) for pair in zip(np.split(logprobs, ends), np.split(predicted, ends))]
 
 
 @contextmanager
