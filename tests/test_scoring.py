@@ -6,6 +6,8 @@ of which the answer is known beforehand.
 import json
 import math
 import random
+import subprocess
+import sys
 
 import lm_eval_reference
 import numpy as np
@@ -293,3 +295,28 @@ def test_a_short_stride_gives_more_context(model):
     assert score.logprobs.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     with pytest.raises(ValueError, match='stride: given 49, expected 1 to 48'):
         scoring.rolling_loglikelihood(model, ids, BLOCK + 1)
+
+
+MEMORY = '''
+import resource, sys
+import torch
+from gpt import cpu, scoring
+from model import GPT, GPTConfig
+cpu.keep_freed_memory()
+model = GPT(GPTConfig(256, 4096, 1, 2, 64)).eval()
+ids = torch.randint(4096, (200_000,)).tolist()
+peaks = []
+for count in (20_000, 200_000):
+    scoring.rolling_loglikelihood(model, ids[:count], 128, batch_tokens=1024)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peaks[1] - peaks[0])
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='of the C library of Linux')
+def test_memory_does_not_grow_with_the_text():
+    """Ten times the text: what it adds is the text and its scores, and not more large blocks."""
+    done = subprocess.run([sys.executable, '-c', MEMORY], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
+    assert int(done.stdout) < 100_000, done.stdout                      # KB
