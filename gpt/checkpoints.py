@@ -15,9 +15,11 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,21 +227,36 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [Path(folder, name) for name in sorted(set(names))]
 
 
-def load_encoding(folder: str | Path, vocab_size: int) -> tiktoken.Encoding:
+def load_encoding(folder: str | Path, vocab_size: int) -> tokenizer.Encoding:
     """The tokenizer of the model in `folder`, which has vocab_size rows: as many as there are
-    tokens, or some more for padding, which are left out."""
-    gpt2 = SIZES['gpt2']
-    if file := tokenizer.stored(folder):
-        encoding = tokenizer.load(file)
-    elif gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
-        encoding = tokenizer.gpt2()
-    else:
-        raise ValueError(f'{folder}: no tokenizer.json, nor vocab.json and merges.txt; '
+    tokens, or some more for padding, which are left out. Added tokens without a row are left out
+    too."""
+    gpt2, file = SIZES['gpt2'], tokenizer.stored(folder)
+    found = tokenizer.tokenizer_files(folder)
+    if not file and (found or not gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size):
+        beside = f' (only {found[0]})' if found else ''
+        raise ValueError(f'{folder}: no tokenizer.json, nor vocab.json and merges.txt{beside}; '
                          f"put the model's there (save_pretrained() of its tokenizer writes them)")
+    if not file:
+        note(f"{folder}: no tokenizer in this folder; GPT-2's is assumed")
+        return tokenizer.gpt2()
+    encoding = tokenizer.load(file)
     if encoding.n_vocab > vocab_size:
-        raise ValueError(f'{folder}: its tokenizer has {encoding.n_vocab:,} tokens, the model '
-                         f'{vocab_size:,}')
+        try:
+            encoding, names = tokenizer.limited(encoding, vocab_size)
+        except ValueError as error:
+            raise ValueError(f'{folder}: {error}') from None
+        note(f"{folder}: the model has {vocab_size:,} rows, none for {', '.join(names)}; left out")
+    if isinstance(encoding, tokenizer.HFTokenizer) and encoding.remark:
+        note(f'{file}: {encoding.remark}')
     return encoding
+
+
+@lru_cache
+def note(line: str) -> None:
+    """Print a line on stderr, once, by one process."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(line, file=sys.stderr)
 
 
 def official_name(name: str) -> str:
@@ -348,13 +365,12 @@ def write(partial: Path, model: GPT, encoding: tiktoken.Encoding, training: dict
 def write_model(partial: Path, model: GPT, encoding: tiktoken.Encoding) -> None:
     partial.mkdir(parents=True)
     eot = tokenizer.eot_id(encoding)
-    special = {} if eot is None else {'bos_token': tokenizer.EOT, 'eos_token': tokenizer.EOT}
     write_json(partial / 'config.json', {**config_json(model.config, eot),
                                          'dtype': str(model.wte.weight.dtype)[6:]})
     (partial / 'tokenizer.json').write_text(tokenizer.to_json(encoding), encoding='utf-8')
     write_json(partial / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size,
-        'clean_up_tokenization_spaces': False, **special})
+        'clean_up_tokenization_spaces': False, **tokenizer.special_names(encoding)})
     save_file(to_hugging_face(model), partial / WEIGHTS, metadata={'format': 'pt'})
     (partial / WEIGHTS).chmod(0o644)                    # safetensors makes it private
 

@@ -15,6 +15,10 @@ SIZES = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
 FULL_NAMES = {**{name: f'openai-community/{name}' for name in SIZES},
               'distilgpt2': 'distilbert/distilgpt2'}
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+# GPT-2's pair, with tokens added to it, and files that show another kind of tokenizer
+OLDER_TOKENIZERS = ('vocab.json', 'merges.txt', 'added_tokens.json', 'vocab.txt', 'spiece.model',
+                    'tokenizer.model', 'sentencepiece.bpe.model')
+ADDITIONAL = ('tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json')
 
 
 def model_folder(name: str, read_config: Callable, weight_files: Callable) -> Path:
@@ -52,8 +56,12 @@ def download_model(repo: str, read_config: Callable, weight_files: Callable[[Pat
             with suppress(errors.RemoteEntryNotFoundError):         # the cache notes that too
                 hf_hub_download(repo, name, revision=folder.name, **how)
         return (folder / name).exists()
-    if not obtain('tokenizer.json') and obtain('vocab.json'):
-        obtain('merges.txt')
+    if not obtain('tokenizer.json'):
+        for name in OLDER_TOKENIZERS:
+            obtain(name)
+    for name in ADDITIONAL:
+        with suppress(errors.LocalEntryNotFoundError):              # not known offline
+            obtain(name)
     if not obtain(WEIGHTS):
         obtain(INDEX)
         for file in weight_files(folder):
