@@ -41,11 +41,7 @@ class HFTokenizer:
         self.text, self.names, self.data = text, names, data
         self.whole = from_text(text)
         for i, content in self.added.items():
-            found = self.whole.token_to_id(content)
-            if found != i:
-                raise ValueError(f'the added token {content!r} has the id {i}, but transformers '
-                                 f'takes it for {found}; save the tokenizer again with '
-                                 f'transformers')
+            check_same_id(content, i, self.whole.token_to_id(content))
         self.n_vocab = 1 + max(self.whole.get_vocab().values())
         self.name = data['model'].get('type', 'BPE')
         known = {content: i for i, content in self.added.items()}
@@ -121,10 +117,8 @@ class HFTokenizer:
         to_byte = {char: byte for byte, char in byte_characters().items()}
         has_bytes = '"ByteFallback"' in json.dumps(self.data.get('decoder'))
         for name, i in self.whole.get_vocab().items():
-            if i in self.added:
-                found[i] = self.added[i].encode()
-            elif self.is_byte_level:
-                in_bytes = all(char in to_byte for char in name)
+            if self.is_byte_level:
+                in_bytes = i not in self.added and all(char in to_byte for char in name)
                 found[i] = bytes(map(to_byte.get, name)) if in_bytes else name.encode()
             elif has_bytes and re.fullmatch('<0x[0-9A-F]{2}>', name):
                 found[i] = bytes([int(name[3:5], 16)])
@@ -134,14 +128,14 @@ class HFTokenizer:
 
     def _after_another(self, i):
         """The text of a token that is not the first one: some decoders then put a space before."""
-        before = self.whole.decode([self._anchor])
-        both = self.whole.decode([self._anchor, i])
-        return both.removeprefix(before) if both.startswith(before) else self.whole.decode([i])
+        before, both, alone = (self.whole.decode(ids, skip_special_tokens=False)
+                               for ids in ([self._anchor], [self._anchor, i], [i]))
+        return both.removeprefix(before) if both.startswith(before) else alone
 
     @cached_property
     def _anchor(self):
         """A token of letters."""
-        ids = sorted(set(self.whole.get_vocab().values()) - set(self.added))
+        ids = sorted(self.whole.get_vocab().values(), key=lambda i: (i in self.added, i))
         return next((i for i in ids if self.whole.decode([i]).strip().isalnum()), ids[0])
 
 
@@ -190,6 +184,23 @@ def without(data: dict[str, Any], name: str) -> str:
     return json.dumps({**data, 'model': model, 'added_tokens': added})
 
 
+def check_shape(data: Any) -> None:
+    """Raise ValueError unless `data` has what this file and gpt/tokenizer.py read of a
+    tokenizer.json; the library judges the rest."""
+    data = data if isinstance(data, dict) else {}
+    model, added = data.get('model'), data.get('added_tokens')
+    vocab = model.get('vocab') if isinstance(model, dict) else None
+    pairs = vocab if isinstance(vocab, list) else []
+    parts = (data.get(key) or {} for key in ('normalizer', 'pre_tokenizer', 'decoder',
+                                             'post_processor'))
+    if not (isinstance(vocab, dict | list) and isinstance(added, list)
+            and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+            and all(isinstance(token, dict) and isinstance(token.get('content'), str)
+                    and 'id' in token for token in added)
+            and all(isinstance(part, dict) for part in parts)):
+        raise ValueError('not in the format of a tokenizer.json')
+
+
 def check_ids(data: dict[str, Any]) -> None:
     """Raise ValueError unless every token has its own id of 0 to 65,535."""
     vocab = data['model']['vocab']
@@ -203,6 +214,12 @@ def check_ids(data: dict[str, Any]) -> None:
     check_vocab_size(1 + max(ids.values()))
     if len(set(ids.values())) < len(ids):
         raise ValueError('two of its tokens have the same id')
+
+
+def check_same_id(name: str, written: int, found: int | None) -> None:
+    if written != found:
+        raise ValueError(f'the added token {name!r} has the id {written}, but transformers takes '
+                         f'it for {found}; save the tokenizer again with transformers')
 
 
 def check_vocab_size(size: int) -> None:
@@ -224,6 +241,8 @@ def read_folder(path: Path) -> tuple[str, dict[str, str]]:
         config = {'bos_token': EOT, 'eos_token': EOT, 'unk_token': EOT} | config
     else:
         text = path.read_text(encoding='utf-8')
+        check_shape(json.loads(text))
+        text = with_prefix_space(text, config)
     text = with_added_tokens(text, config, read_object(path.with_name('added_tokens.json')))
     added = {token['id']: token['content'] for token in json.loads(text)['added_tokens']}
     names = {role: content_of(config[role]) for role in SPECIAL if config.get(role)}
@@ -234,6 +253,18 @@ def read_folder(path: Path) -> tuple[str, dict[str, str]]:
         if named:
             names['eos_token'] = named[0]
     return text, {role: name for role, name in names.items() if name in added.values()}
+
+
+def with_prefix_space(text: str, config: dict[str, Any]) -> str:
+    """The tokenizer.json `text` with the add_prefix_space of tokenizer_config.json, which
+    transformers prefers for GPT-2's class."""
+    wanted, data = config.get('add_prefix_space'), json.loads(text)
+    splits = data.get('pre_tokenizer') or {}
+    if (config.get('tokenizer_class') not in CLASSES or type(wanted) is not bool
+            or splits.get('type') != 'ByteLevel' or splits['add_prefix_space'] == wanted):
+        return text
+    splits['add_prefix_space'] = wanted
+    return json.dumps(data, ensure_ascii=False, indent=2)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -295,10 +326,7 @@ def with_added_tokens(text: str, config: dict[str, Any], older: dict[str, int]) 
     made = from_text(text)
     made.add_tokens(list(wanted.values()))
     for i, token in listed.items():
-        if made.token_to_id(content_of(token)) != i:
-            raise ValueError(f'the added token {content_of(token)!r} has the id {i}, but '
-                             f'transformers takes it for {made.token_to_id(content_of(token))}; '
-                             f'save the tokenizer again with transformers')
+        check_same_id(content_of(token), i, made.token_to_id(content_of(token)))
     return made.to_str(pretty=True)
 
 

@@ -27,7 +27,8 @@ import tiktoken
 from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers)
 
 from gpt.hf_tokenizer import (EOT, MAX_VOCAB_SIZE, HFTokenizer, byte_characters, check_ids,
-                              check_vocab_size, read_folder, read_object, tokenizer_files)
+                              check_shape, check_vocab_size, read_folder, read_object,
+                              tokenizer_files)
 
 Encoding = tiktoken.Encoding | HFTokenizer
 GPT2_PATTERN = (    # OpenAI's, with the possessive quantifiers of tiktoken, which match the same
@@ -337,6 +338,7 @@ def from_json(text: str, names: dict[str, str] | None = None) -> Encoding:
     Raises ValueError for one that cannot be used.
     """
     data = json.loads(text)
+    check_shape(data)
     check_ids(data)
     return characters_of(data) or byte_pairs_of(data) or HFTokenizer(text, names or {})
 
@@ -396,7 +398,8 @@ def has_gpt2_parts(data: dict[str, Any]) -> bool:
                 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix'))
             and not data.get('normalizer') and splits.get('type') == 'ByteLevel'
             and not splits.get('add_prefix_space') and splits.get('use_regex', True)
-            and decoder.get('type') == 'ByteLevel' and after.get('type', 'ByteLevel') == 'ByteLevel')
+            and decoder.get('type') == 'ByteLevel'
+            and after.get('type', 'ByteLevel') == 'ByteLevel')
 
 
 def limited(encoding: Encoding, rows: int) -> tuple[Encoding, list[str]]:

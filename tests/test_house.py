@@ -13,7 +13,8 @@ FLOORS = [                  # each module imports only from those before it
     'model',
     # what imports no torch, and so serves the preparation of text
     'gpt.files', 'gpt.settings', 'gpt.hub', 'gpt.hf_tokenizer', 'gpt.tokenizer',
-    'gpt.data.documents', 'gpt.data.overlap', 'gpt.data.sources', 'gpt.data.encode', 'gpt.data.shards',
+    'gpt.data.documents', 'gpt.data.overlap', 'gpt.data.sources', 'gpt.data.encode',
+    'gpt.data.shards',
     'gpt.data.benchmarks', 'gpt.data.order',
     # one device, several processes, a model on them
     'gpt.cpu', 'gpt.world', 'gpt.sharding', 'gpt.generate', 'gpt.checkpoints', 'gpt.scoring',
