@@ -64,10 +64,7 @@ class HFTokenizer:
         return ids
 
     def _ids(self, text, template):
-        try:
-            text.encode()
-        except UnicodeEncodeError:              # lone surrogates, as tiktoken replaces them
-            text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+        text.encode()                           # UnicodeEncodeError, as tiktoken has it
         with library_errors('the tokenizer cannot encode this text'):
             return self.reader.encode_batch_fast([text], add_special_tokens=template)[0].ids
 

@@ -166,8 +166,13 @@ def interruptible(work: Callable[[], None]) -> None:
 def encode(encoding: Encoding, text: str) -> np.ndarray:
     """Ids of `text` (uint16); the end-of-text token in it is ordinary text.
 
-    Raises ValueError for a character that the tokenizer does not have.
+    Lone surrogates, which UTF-8 does not have, become U+FFFD. Raises ValueError for a character
+    that the tokenizer does not have.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     if isinstance(encoding, HFTokenizer):
         pieces = pieces_of(text) if encoding.can_be_cut else [text]
         parts = [np.array(encoding.encode(piece), np.uint16) for piece in pieces]
