@@ -258,7 +258,7 @@ def with_prefix_space(text: str, config: dict[str, Any]) -> str:
     wanted, data = config.get('add_prefix_space'), json.loads(text)
     splits = data.get('pre_tokenizer') or {}
     if (config.get('tokenizer_class') not in CLASSES or type(wanted) is not bool
-            or splits.get('type') != 'ByteLevel' or splits['add_prefix_space'] == wanted):
+            or splits.get('type') != 'ByteLevel' or splits.get('add_prefix_space') == wanted):
         return text
     splits['add_prefix_space'] = wanted
     return json.dumps(data, ensure_ascii=False, indent=2)
@@ -266,10 +266,10 @@ def with_prefix_space(text: str, config: dict[str, Any]) -> str:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`, {} without the file."""
+    if not path.is_file():
+        return {}
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        return {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{path.name} is not JSON: {error}') from None
     if not isinstance(found, dict):

@@ -397,3 +397,18 @@ def test_our_tokenizer_config_is_as_gpt2s(tmp_path):
     assert config['bos_token'] == config['eos_token'] == config['unk_token'] == EOT
     theirs = transformers.AutoTokenizer.from_pretrained(made)
     assert theirs('a é')['input_ids'] == list('a é'.encode())
+
+
+def test_a_converted_model_writes_the_same_text_in_ctranslate2(tmp_path):
+    """Its loader needs an unk_token."""
+    ctranslate2 = pytest.importorskip('ctranslate2')
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=2, n_embd=32)).eval()
+    made = checkpoints.save(tmp_path, 0, model, tokenizer.byte_pairs('bytes', []), {})
+    ctranslate2.converters.TransformersConverter(str(made)).convert(str(tmp_path / 'converted'))
+    theirs = transformers.AutoTokenizer.from_pretrained(made)
+    prompt = list(b'my lord')
+    found = ctranslate2.Generator(str(tmp_path / 'converted')).generate_batch(
+        [theirs.convert_ids_to_tokens(prompt)], max_length=12, sampling_topk=1)[0].sequences_ids[0]
+    expected = model.generate(torch.tensor([prompt]), 12, temperature=0)[0].tolist()
+    assert found == expected[:len(found)] and len(found) > len(prompt)

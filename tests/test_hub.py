@@ -32,7 +32,7 @@ def models(tmp_path_factory):
     root, made = tmp_path_factory.mktemp('hub'), {}
     for seed, repo in enumerate(('someone/one', 'someone/shards', 'openai-community/gpt2',
                                  'someone/private', 'someone/pickle', 'someone/llama',
-                                 'someone/large', 'someone/pair')):
+                                 'someone/large', 'someone/pair', 'someone/words')):
         torch.manual_seed(seed)
         shape = SHAPE | ({'n_embd': 640} if 'large' in repo else {})    # 40 MB: read by 10 MB
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
@@ -51,6 +51,10 @@ def models(tmp_path_factory):
     (pair / 'vocab.json').write_text(json.dumps(vocab | {tokenizer.EOT: 256}))
     (pair / 'merges.txt').write_text('#version: 0.2\n')
     (pair / 'tokenizer.json').unlink()
+    words = root / 'someone/words'                  # GPT-2's shape with a vocabulary of BERT's kind
+    (words / 'tokenizer.json').rename(words / 'vocab.txt')
+    config = json.loads((words / 'config.json').read_text()) | {'vocab_size': 50257}
+    (words / 'config.json').write_text(json.dumps(config))
     config = root / 'someone/llama/config.json'
     config.write_text(json.dumps(json.loads(config.read_text()) | {'model_type': 'llama'}))
     return root, made
@@ -111,6 +115,11 @@ def test_models_of_the_hub_are_those_of_transformers_and_are_cached(hub, models)
     for name, repo in names.items():
         check(models[1][repo], first[name])
         assert again[name] == first[name]
+
+
+def test_gpt2s_vocabulary_is_not_assumed_beside_another_kind(hub):
+    assert 'no tokenizer.json, nor vocab.json and merges.txt (only vocab.txt' in load(
+        hub, 'someone/words')['someone/words']
 
 
 def test_the_vocabulary_of_gpt2_comes_from_a_mirror_and_is_verified(gpt2, tmp_path):
