@@ -39,6 +39,8 @@ class HFTokenizer:
         data = json.loads(text)
         self.added = {token['id']: token['content'] for token in data['added_tokens']}
         self.text, self.names, self.data = text, names, data
+        if data['model'].get('dropout'):
+            raise ValueError('its dropout gives other ids at every call; set it to null')
         self.whole = from_text(text)
         for i, content in self.added.items():
             check_same_id(content, i, self.whole.token_to_id(content))
@@ -92,7 +94,8 @@ class HFTokenizer:
         splits = self.data.get('pre_tokenizer') or {}
         return (splits.get('type') == 'ByteLevel' and not splits.get('add_prefix_space')
                 and splits.get('use_regex', True) and not self.data.get('normalizer')
-                and not any(token['lstrip'] or token['rstrip'] or re.search(r'\s', token['content'])
+                and not any(token.get('lstrip') or token.get('rstrip')
+                            or re.search(r'\s', token['content'])
                             for token in self.data['added_tokens']))
 
     @property

@@ -60,8 +60,12 @@ def build(name: str, texts: Callable[[], Iterable[str]]) -> Encoding:
         return train_byte_pairs(texts(), int(size))
     file = stored(name)
     if file:
+        encoding = load(file)
         rows = read_object(file.with_name('config.json')).get('vocab_size')
-        return limited(load(file), rows if type(rows) is int else MAX_VOCAB_SIZE)[0]
+        try:
+            return limited(encoding, rows if type(rows) is int else MAX_VOCAB_SIZE)[0]
+        except ValueError as error:
+            raise ValueError(f'{file}: {error}') from None
     raise ValueError(f"tokenizer: given {name!r}, expected 'gpt2', 'bpe:N' such as bpe:4096, "
                      f"'bytes', 'chars', or a folder with a tokenizer.json")
 

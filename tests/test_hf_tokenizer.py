@@ -256,6 +256,7 @@ REFUSED = {
     'Token `zz` out of vocabulary': {**PAIR, 'merges.txt': 'zz y\n'},
     'tokenizer_config.json is not JSON': {'tokenizer.json': OURS, 'tokenizer_config.json': '{'},
     'given list, expected an object': {'tokenizer.json': OURS, 'tokenizer_config.json': '[]'},
+    'its dropout gives other ids': {'tokenizer.json': with_model(dropout=0.1)},
     'not in the format of a tokenizer.json': {'tokenizer.json': '{"model": {"vocab": "x"}}'},
     'line 1 column 1': {'tokenizer.json': ''},
     'recursion': {'tokenizer.json': '[' * 100_000},
@@ -301,9 +302,10 @@ def test_lone_surrogates_are_replaced_as_by_tiktoken():
 
 def test_long_texts_are_cut_where_nothing_changes(monkeypatch):
     text = 'my lord  said\n\n<|user|> hello, world 12 é ' * 30
-    for kind in ('added tokens', 'spaces around them', 'lower case'):
+    for kind in ('added tokens', 'spaces around them', 'lower case', 'special tokens first',
+                 'a gap', 'not all bytes'):
         encoding = from_json(json.dumps(FOLDERS[kind]['tokenizer.json']))
-        assert not encoding.can_be_cut or kind == 'added tokens'
+        assert encoding.can_be_cut == (kind in ('special tokens first', 'a gap', 'not all bytes'))
         expected = encoding.encode(text)
         for piece in (1, 7, 100):
             monkeypatch.setattr(tokenizer, 'PIECE', piece)
@@ -349,6 +351,8 @@ def test_other_tokens_beyond_the_rows_are_refused(tmp_path):
     folder = model_folder(tmp_path, {'tokenizer.json': OURS}, SIZE - 9)
     with pytest.raises(ValueError, match='has 299 tokens, the model 291'):
         checkpoints.load_model(folder)
+    with pytest.raises(ValueError, match='model/tokenizer.json: its tokenizer has 299 tokens'):
+        tokenizer.build(str(folder), None)
 
 
 @pytest.mark.parametrize('name', ['vocab.txt', 'spiece.model', 'tokenizer.model', 'merges.txt',
