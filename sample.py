@@ -70,7 +70,7 @@ def main(cfg):
     if cfg.interactive:
         converse(cfg, model, encoding, text)
     else:
-        write(cfg, model, encoding, text, prompt_ids(text, encoding))
+        write(cfg, model, encoding, text, tokenizer.prompt_ids(encoding, text))
 
 
 def check(cfg):
@@ -113,27 +113,18 @@ def as_utf8(text, where):
     return decode(text.encode('utf-8', 'surrogateescape'), where)
 
 
-def prompt_ids(text, encoding):
-    """The prompt as ids. <|endoftext|> at its beginning is the token that begins a document, and
-    stands for an empty prompt; elsewhere it is text."""
-    eot = tokenizer.eot_id(encoding)
-    if eot is not None and text.startswith(tokenizer.EOT):
-        return [eot, *tokenizer.encode(encoding, text.removeprefix(tokenizer.EOT)).tolist()]
-    return tokenizer.encode(encoding, text).tolist() or [eot or 0]
-
-
 def converse(cfg, model, encoding, text):
     """Read one prompt after another from the terminal, until its end."""
     with suppress(ImportError):
         import readline                                 # for arrow keys, where it exists # noqa
     print('Type a prompt and Enter; Enter alone continues the text; Ctrl-C interrupts it, '
           'Ctrl-D exits.', file=sys.stderr)
-    ids, is_terminal = prompt_ids(text, encoding), sys.stdin.isatty()
+    ids, is_terminal = tokenizer.prompt_ids(encoding, text), sys.stdin.isatty()
     while True:
         try:
             line = as_utf8(input('> ' if is_terminal else ''), 'standard input')
             if line:
-                text, ids = line, prompt_ids(line, encoding)
+                text, ids = line, tokenizer.prompt_ids(encoding, line)
             text, ids = write(cfg, model, encoding, text, ids)
             cfg = replace(cfg, seed=cfg.seed + cfg.num_samples)     # the same would repeat itself
         except EOFError:
@@ -247,13 +238,15 @@ def generate(cfg, model, encoding, ids, seconds):
 
 def until_all_end(stop, rows, encoding):
     """Yield rows of ids, one id for each sample, until all samples have drawn the text `stop` or
-    <|endoftext|>."""
-    texts, ends = None, (stop.encode(), tokenizer.EOT.encode())
+    the end-of-text token."""
+    texts, ended, eot = {}, set(), tokenizer.eot_id(encoding)
     for row in rows:
         yield row
-        new = map(encoding.decode_single_token_bytes, row)
-        texts = [text + piece for text, piece in zip(texts or [b''] * len(row), new)]
-        if all(any(end in text for end in ends) for text in texts):
+        for k, i in enumerate(row):
+            texts[k] = texts.get(k, b'') + encoding.decode_single_token_bytes(i)
+            if i == eot or stop.encode() in texts[k]:
+                ended.add(k)
+        if len(ended) == len(row):
             break
 
 

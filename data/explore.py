@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
@@ -58,7 +57,7 @@ class Prepared(NamedTuple):
     """A prepared data set."""
     folder: Path
     manifest: dict          # {}: shards without one, taken for GPT-2's tokens
-    encoding: tiktoken.Encoding
+    encoding: tokenizer.Encoding
     eot: int | None
     splits: dict            # {'train': Tokens, 'val': Tokens}
 

@@ -36,7 +36,8 @@ from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, leaked, load_f
 from gpt.data.shards import verify as find_problems
 from gpt.files import atomic_write, lock, plain_text, read_json, sha256
 from gpt.settings import check_bounds, run, settings
-from gpt.tokenizer import build, eot_id, fingerprint, gpt2, load, stored, to_json, token_bytes
+from gpt.tokenizer import (HFTokenizer, build, eot_id, fingerprint, gpt2, load, special_names,
+                           stored, to_json, token_bytes)
 
 # -----------------------------------------------------------------------------
 dataset = 'pydocs'          # pydocs, shakespeare; fineweb-10B, fineweb-edu-10B (tokens, ready);
@@ -66,7 +67,7 @@ data_dir = ''               # where prepared data is; '': data/ beside this scri
 Config = settings(globals())
 
 COLLECT = 'input'           # takes the arguments without a flag
-OUR_FILES = (r'manifest\.json|tokenizer\.json|(\w+_)?(train|val)_\d{6}\.bin|'
+OUR_FILES = (r'manifest\.json|tokenizer(_config)?\.json|(\w+_)?(train|val)_\d{6}\.bin|'
              r'lengths\.png|contamination\.json|'               # of explore.py
              r'\..+\.partial|'                                  # of a write that was killed
              r'\.DS_Store|Thumbs\.db|desktop\.ini')             # of file managers
@@ -141,7 +142,9 @@ def make_plan(cfg, source):
         kind = 'bpe:4096' if source.name == 'pydocs' else 'gpt2'
     vocabulary = stored(kind)
     if vocabulary:
-        facts['tokenizer'] = sha256(vocabulary)
+        encoding = load(vocabulary)
+        is_foreign = isinstance(encoding, HFTokenizer)              # of several files, perhaps
+        facts['tokenizer'] = fingerprint(encoding) if is_foreign else sha256(vocabulary)
     as_nanogpt = (source.name, kind) == ('shakespeare', 'chars')
     name = cfg.name or ('shakespeare_char' if as_nanogpt else source.name)
     if Path(name).name != name or name.startswith('.') or not name.isprintable():
@@ -353,6 +356,11 @@ def make_tokenizer(file, kind, texts, rule):
     if kind.startswith('bpe:'):
         print(f'training the tokenizer {kind}', flush=True)
     encoding = build(kind, lambda: sample(texts({}), kind, rule))
+    if isinstance(encoding, HFTokenizer):                           # which token ends a text
+        names = json.dumps(special_names(encoding), indent=1)
+        atomic_write(file.with_name('tokenizer_config.json'), names)
+        if encoding.remark:
+            print(f'{kind}: {encoding.remark}')
     atomic_write(file, to_json(encoding))
 
 

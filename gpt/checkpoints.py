@@ -20,11 +20,11 @@ import shutil
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
-import tiktoken
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -61,7 +61,7 @@ Manifest = dict[str, Entry]
 
 class Loaded(NamedTuple):
     model: GPT
-    encoding: tiktoken.Encoding
+    encoding: tokenizer.Encoding
 
 
 # Reading a model.
@@ -102,7 +102,8 @@ def check_output(model: GPT, folder: str | Path) -> None:
                          f'too narrow for them')
 
 
-def load_for_evaluation(world: World, name: str, dtype: str) -> tuple[GPT, tiktoken.Encoding, dict]:
+def load_for_evaluation(world: World, name: str,
+                        dtype: str) -> tuple[GPT, tokenizer.Encoding, dict]:
     """(model, tokenizer, facts) on every process; rank 0 finds, and downloads, for all.
 
     name '' is the newest run. facts, on rank 0 alone, identify the weights as they are used. On a
@@ -128,50 +129,46 @@ def weights_hash(model: GPT) -> str:
     return total.hexdigest()
 
 
-def load_encoding(folder: str | Path, vocab_size: int) -> tiktoken.Encoding:
+def load_encoding(folder: str | Path, vocab_size: int) -> tokenizer.Encoding:
     """The tokenizer of the model in `folder`, which has vocab_size rows: as many as there are
-    tokens, or some more for padding, which are left out."""
-    files = {name: file_in(folder, name)
-             for name in ('tokenizer.json', 'vocab.json', 'merges.txt', *hub.TOKENIZERS_OF_OTHERS)}
-    if file := files['tokenizer.json'] or files['vocab.json']:
-        return without_missing_rows(tokenizer.load(file), vocab_size, folder)
-    gpt2 = SIZES['gpt2']
-    others = [name for name, file in files.items() if file]
-    if others:
-        raise ValueError(f"{folder}: its tokenizer is in {others[0]}, which is not read; put a "
-                         f"tokenizer.json there, as save_pretrained() of its fast tokenizer writes")
-    if not gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
+    tokens, or some more for padding, which are left out. Added tokens without a row are left out
+    too."""
+    found = tokenizer.tokenizer_files(folder)
+    for name in found:
+        file_in(folder, name)                           # refuses what is no plain file
+    file, gpt2 = tokenizer.stored(folder), SIZES['gpt2']
+    if not file and found:
+        name = next((name for name in found if name in hub.OLDER_TOKENIZERS), found[0])
+        raise ValueError(f'{folder}: no tokenizer.json, nor vocab.json and merges.txt (only '
+                         f'{name}); put a tokenizer.json there, as save_pretrained() of its fast '
+                         f'tokenizer writes')
+    if not file and not gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
         raise ValueError(
             f"{folder}: no tokenizer.json, nor vocab.json and merges.txt; put the model's there "
             f"(save_pretrained() of its tokenizer writes them; for characters of nanoGPT, whose "
             f"meta.pkl is a pickle and not read, data/prepare.py --tokenizer=chars makes it of "
             f"the same text)")
-    note(f"{folder}: no tokenizer in this folder: GPT-2's is assumed, as the model has "
-         f"{vocab_size:,} rows")
-    return tokenizer.gpt2()
+    if not file:
+        note(f"{folder}: no tokenizer in this folder: GPT-2's is assumed, as the model has "
+             f"{vocab_size:,} rows")
+        return tokenizer.gpt2()
+    encoding = tokenizer.load(file)
+    if encoding.n_vocab > vocab_size:
+        try:
+            encoding, names = tokenizer.limited(encoding, vocab_size)
+        except ValueError as error:
+            raise ValueError(f'{folder}: {error}') from None
+        note(f"{folder}: the model has {vocab_size:,} rows, none for {', '.join(names)}; left out")
+    if isinstance(encoding, tokenizer.HFTokenizer) and encoding.remark:
+        note(f'{file}: {encoding.remark}')
+    return encoding
 
 
-def without_missing_rows(encoding: tiktoken.Encoding, vocab_size: int,
-                         folder: str | Path) -> tiktoken.Encoding:
-    """`encoding` without the special tokens for which the model has no rows."""
-    special = tokenizer.special_tokens(encoding)
-    missing = [name for i, name in special if i >= vocab_size]
-    if not missing and encoding.n_vocab <= vocab_size:
-        return encoding
-    kept = {name: i for i, name in special if i < vocab_size}
-    shorter = tiktoken.Encoding(encoding.name, pat_str=encoding._pat_str, special_tokens=kept,
-                                mergeable_ranks=encoding._mergeable_ranks)
-    if shorter.n_vocab > vocab_size:
-        raise ValueError(f'{folder}: its tokenizer has {encoding.n_vocab:,} tokens, the model '
-                         f'{vocab_size:,}')
-    note(f"{folder}: its tokenizer has {', '.join(missing)}, the model no rows for that: left out")
-    return shorter
-
-
-def note(text: str) -> None:
-    """Say something about a model, once: on the standard error of the first process."""
-    if not (dist.is_initialized() and dist.get_rank()):
-        print(text, file=sys.stderr)
+@lru_cache
+def note(line: str) -> None:
+    """Print a line on stderr, once, by one process."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(line, file=sys.stderr)
 
 
 def official_name(name: str) -> str:
@@ -230,7 +227,7 @@ def find(name: str | Path) -> Path | str:
 
 # Saving: to a temporary folder, synced to the disk, renamed. Nothing incomplete has the final name.
 
-def save(out_dir: str | Path, step: int, model: GPT, encoding: tiktoken.Encoding,
+def save(out_dir: str | Path, step: int, model: GPT, encoding: tokenizer.Encoding,
          training: dict) -> Path:
     """Write step_NNNNNNN of the run in out_dir, and return its folder.
 
@@ -253,7 +250,7 @@ def save(out_dir: str | Path, step: int, model: GPT, encoding: tiktoken.Encoding
     return final
 
 
-def publish(target: Path, model: GPT, encoding: tiktoken.Encoding, texts: dict[str, str]) -> None:
+def publish(target: Path, model: GPT, encoding: tokenizer.Encoding, texts: dict[str, str]) -> None:
     """Write the model into the folder `target` without what a resume needs, and `texts`, {name:
     text} of other files beside it. Other files there stay."""
     partial = target.with_name(f'.{target.name}.partial')
@@ -274,7 +271,7 @@ def publish(target: Path, model: GPT, encoding: tiktoken.Encoding, texts: dict[s
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write(partial: Path, model: GPT, encoding: tiktoken.Encoding, training: dict) -> None:
+def write(partial: Path, model: GPT, encoding: tokenizer.Encoding, training: dict) -> None:
     """All files of a checkpoint, synced to the disk."""
     write_model(partial, model, encoding)
     with open(partial / TRAINING, 'wb') as file:
@@ -282,17 +279,15 @@ def write(partial: Path, model: GPT, encoding: tiktoken.Encoding, training: dict
     write_manifest(partial)
 
 
-def write_model(partial: Path, model: GPT, encoding: tiktoken.Encoding) -> None:
+def write_model(partial: Path, model: GPT, encoding: tokenizer.Encoding) -> None:
     partial.mkdir(parents=True)
     eot = tokenizer.eot_id(encoding)
-    special = {} if eot is None else dict.fromkeys(('bos_token', 'eos_token', 'unk_token'),
-                                                   tokenizer.EOT)      # as GPT-2's own file
     write_json(partial / 'config.json', {**config_json(model.config, eot),
                                          'dtype': str(model.wte.weight.dtype)[6:]})
     (partial / 'tokenizer.json').write_text(tokenizer.to_json(encoding), encoding='utf-8')
     write_json(partial / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size,
-        'clean_up_tokenization_spaces': False, **special})
+        'clean_up_tokenization_spaces': False, **tokenizer.special_names(encoding)})
     save_file(to_hugging_face(model), partial / WEIGHTS, metadata={'format': 'pt'})
     mode = (partial / 'config.json').stat().st_mode         # safetensors makes its file private
     (partial / WEIGHTS).chmod(mode & 0o777)

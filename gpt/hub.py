@@ -16,7 +16,10 @@ FULL_NAMES = {**{name: f'openai-community/{name}' for name in SIZES},
               'distilgpt2': 'distilbert/distilgpt2'}
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 PICKLED, PICKLED_INDEX = 'pytorch_model.bin', 'pytorch_model.bin.index.json'
-TOKENIZERS_OF_OTHERS = 'vocab.txt', 'tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model'
+# GPT-2's pair, with tokens added to it, and files that show another kind of tokenizer
+OLDER_TOKENIZERS = ('vocab.json', 'merges.txt', 'added_tokens.json', 'vocab.txt', 'spiece.model',
+                    'tokenizer.model', 'sentencepiece.bpe.model')
+ADDITIONAL = ('tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json')
 
 
 def model_folder(name: str, read_config: Callable, weight_files: Callable) -> Path:
@@ -54,8 +57,12 @@ def download_model(repo: str, read_config: Callable, weight_files: Callable[[Pat
             with suppress(errors.RemoteEntryNotFoundError):         # the cache notes that too
                 hf_hub_download(repo, name, revision=folder.name, **how)
         return (folder / name).exists()
-    if not obtain('tokenizer.json') and not (obtain('vocab.json') and obtain('merges.txt')):
-        any(map(obtain, TOKENIZERS_OF_OTHERS))          # there: GPT-2's vocabulary is not assumed
+    if not obtain('tokenizer.json'):
+        for name in OLDER_TOKENIZERS:
+            obtain(name)
+    for name in ADDITIONAL:
+        with suppress(errors.LocalEntryNotFoundError):              # not known offline
+            obtain(name)
     any(map(obtain, (WEIGHTS, INDEX, PICKLED, PICKLED_INDEX)))      # the first that there is
     for name in weight_files(folder):
         obtain(name)

@@ -11,7 +11,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tiktoken
 import torch
 
 from gpt import checkpoints, files, tokenizer
@@ -77,7 +76,7 @@ class Run:
 
     # What it starts from.
 
-    def start(self, encoding: tiktoken.Encoding) -> Start:
+    def start(self, encoding: tokenizer.Encoding) -> Start:
         """The newest checkpoint in the folder, another model, or a new one.
 
         Raises ValueError if the settings do not fit what the folder holds.
@@ -110,7 +109,7 @@ class Run:
                 self.world.on_main(checkpoints.set_aside, damaged)
         return folder
 
-    def resume(self, folder: Path, encoding: tiktoken.Encoding) -> Start:
+    def resume(self, folder: Path, encoding: tokenizer.Encoding) -> Start:
         cfg, saved = self.cfg, checkpoints.load_training(folder)
         before, on_request = saved['settings'], cfg.init_from == 'resume'
         for key in ('dataset', 'seed'):
@@ -136,7 +135,7 @@ class Run:
         self.world.print(f'resuming from {folder}{note}')
         return Start(cfg, model, saved)
 
-    def fine_tune(self, encoding: tiktoken.Encoding) -> Start:
+    def fine_tune(self, encoding: tokenizer.Encoding) -> Start:
         cfg = self.cfg
         source = self.world.on_main(checkpoints.find, cfg.init_from)
         model = self.load_checked(source, encoding)
@@ -148,7 +147,7 @@ class Run:
                       f'block_size {cfg.block_size}{note}')
         return Start(replace(cfg, **given_by(model, cfg)), model, {})
 
-    def load_checked(self, folder: Path, encoding: tiktoken.Encoding) -> GPT:
+    def load_checked(self, folder: Path, encoding: tokenizer.Encoding) -> GPT:
         """The model in `folder`, whose tokenizer must be that of the data set."""
         device = 'cpu' if self.cfg.parallel == 'fsdp' else self.world.device    # before sharding
         model, own = checkpoints.load_folder(folder, device, dropout=self.cfg.dropout)

@@ -12,8 +12,9 @@ from conftest import ROOT
 FLOORS = [                  # each module imports only from those before it
     'model',
     # what imports no torch, and so serves the preparation of text
-    'gpt.shapes', 'gpt.files', 'gpt.settings', 'gpt.hub', 'gpt.tokenizer', 'gpt.data.documents',
-    'gpt.data.overlap', 'gpt.data.sources', 'gpt.data.encode', 'gpt.data.shards',
+    'gpt.shapes', 'gpt.files', 'gpt.settings', 'gpt.hub', 'gpt.hf_tokenizer', 'gpt.tokenizer',
+    'gpt.data.documents', 'gpt.data.overlap', 'gpt.data.sources', 'gpt.data.encode',
+    'gpt.data.shards',
     'gpt.data.benchmarks', 'gpt.data.order',
     # one device, several processes, a model on them
     'gpt.cpu', 'gpt.world', 'gpt.sharding', 'gpt.generate', 'gpt.weights',

@@ -172,7 +172,7 @@ def test_every_refusal_says_what_to_do(hub):
             'openai/gpt-2': 'Did you mean gpt2\\?', 'gpt-2': 'Did you mean gpt2\\?',
             'someone/pickle': 'pytorch_model.bin: cannot be read: damaged, of torch before 1.6',
             'someone/outside': "given '../../one/model.safetensors', expected the name",
-            'someone/words': 'its tokenizer is in vocab.txt, which is not read',
+            'someone/words': r'no tokenizer.json.*\(only vocab.txt\)',
             'someone/llama': 'not a GPT-2 that this program can run: model_type is',
             'someone/broken': r'cannot be reached|could not be downloaded',
             'not a name': 'no such folder, and no such model',

@@ -5,9 +5,16 @@ and round trips.
 
 import json
 import random
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
+import tokenizers
+from conftest import ROOT
 
 from gpt import tokenizer
 from gpt.tokenizer import EOT, build, encode, eot_id, fingerprint, from_json, to_json
@@ -22,7 +29,6 @@ def every_kind():
 
 @pytest.mark.parametrize('encoding', every_kind(), ids=lambda encoding: encoding.name)
 def test_round_trip_and_the_same_ids_in_transformers(encoding):
-    tokenizers = pytest.importorskip('tokenizers')
     ids = encode(encoding, TEXT)
     assert ids.dtype == np.uint16 and encoding.decode(ids.tolist()) == TEXT
     theirs = tokenizers.Tokenizer.from_str(to_json(encoding))
@@ -34,16 +40,127 @@ def test_round_trip_and_the_same_ids_in_transformers(encoding):
     assert encode(again, TEXT).tolist() == ids.tolist()
 
 
-def test_random_text_encodes_alike_in_transformers():
-    """The merges of tokenizer.json are recovered from the ranks;
-    2,000 random texts find no difference."""
-    tokenizers = pytest.importorskip('tokenizers')
-    encoding = build('bpe:700', lambda: [TEXT, 'abcabdabeabf ' * 40,
-                                    'the there then them these other ' * 20])
-    theirs, rng = tokenizers.Tokenizer.from_str(to_json(encoding)), random.Random(0)
-    for _ in range(2000):
-        text = ''.join(rng.choice("abcdefhtmorsn \n'.é世") for _ in range(rng.randint(1, 40)))
-        assert theirs.encode(text).ids == encode(encoding, text).tolist(), text
+# tiktoken's ids are those of the `tokenizers` library, and so of transformers.
+
+WORDS = ['the', ' the', 'there', 'other', 'abcab', 'ab', 'a' * 9, 'a' * 300, 'ing', 'ly', 'é', 'ß',
+         'naïve', '世界', '世' * 50, '😀', '👩‍👩‍👧', 'न्', '\u0301', 'א', '12', '٣', '½', 'Ⅷ', '1' * 40,
+         "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'", '’s', '.', '...', '!?', '-' * 30,
+         '_', '$', '<|', '|>', ' ', '  ', ' ' * 20, '\n', '\n\n', '\r\n', '\t', '\v', '\f', '\x1c',
+         '\x1f', '\x85', '\xa0', '\u1680', '\u180e', '\u2003', '\u2028', '\u200b', '\u3000',
+         '\ufeff', '\0', '\x7f', '\ufffd', '\U0010ffff']
+
+
+def odd_strings(count, seed):
+    """Random strings: of words and signs on which tokenizers have differed, and of any
+    characters."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        parts = rng.choices(WORDS, k=rng.randrange(9))
+        if rng.random() < 0.3:
+            top = rng.choice([0x80, 0x800, 0xd800, 0x110000])
+            codes = (rng.randrange(top) for _ in range(rng.randrange(9)))
+            parts += [chr(code) for code in codes if not 0xd800 <= code < 0xe000]
+            rng.shuffle(parts)
+        yield ''.join(parts)
+
+
+def kinds_with_merges(request):
+    return {'gpt2': lambda: request.getfixturevalue('gpt2'), 'bytes': lambda: build('bytes', None),
+            'bpe:700': lambda: build('bpe:700', lambda: [*odd_strings(500, seed=1), TEXT])}
+
+
+def assert_equal(encoding, texts):
+    theirs = tokenizers.Tokenizer.from_str(to_json(encoding))
+    found = theirs.encode_batch_fast(texts, add_special_tokens=False)
+    for text, one in zip(texts, found):
+        assert one.ids == encoding.encode_ordinary(text), repr(text)
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'bpe:700', 'bytes'])
+def test_odd_strings_have_the_same_ids_in_both_libraries(kind, request):
+    assert_equal(kinds_with_merges(request)[kind](), list(odd_strings(20_000, seed=2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['gpt2', 'bpe:700', 'bytes'])
+def test_a_million_odd_strings_have_the_same_ids_in_both_libraries(kind, request):
+    """And every character of Unicode, among letters, digits, signs and spaces."""
+    encoding = kinds_with_merges(request)[kind]()
+    for seed in range(20):
+        assert_equal(encoding, list(odd_strings(50_000, seed=3 + seed)))
+    for start in range(0, 0x110000, 0x8000):
+        assert_equal(encoding, [f'a{char}b {char}1{char}. {char}{char}  {char}' for char in map(
+            chr, range(start, start + 0x8000)) if not '\ud800' <= char < '\ue000'])
+
+
+def test_trained_merges_that_tiktoken_would_not_follow_are_left_to_the_library():
+    """Files of our form, in which a token cannot be reached from its bytes, or in two ways."""
+    base = json.loads(to_json(tokenizer.byte_pairs('bytes', [])))
+
+    def made(*merges):
+        vocab = {token: i for token, i in base['model']['vocab'].items() if token != EOT}
+        vocab |= {left + right: 256 + i for i, (left, right) in enumerate(merges)}
+        return from_json(json.dumps({**base, 'model': {
+            **base['model'], 'vocab': {**vocab, EOT: len(vocab)}, 'merges': merges},
+            'added_tokens': [{**base['added_tokens'][0], 'id': len(vocab)}]}))
+    good = made(('a', 'b'), ('ab', 'c'))
+    assert isinstance(good, tokenizer.BytePairs) and encode(good, 'abc').tolist() == [257]
+    for merges in ([('a', 'b'), ('b', 'c'), ('a', 'bc')],       # 'abc' is 'ab', 'c' by its merges
+                   [('b', 'c'), ('a', 'b'), ('ab', 'c')]):
+        other = made(*merges)
+        assert isinstance(other, tokenizer.HFTokenizer)
+        theirs = tokenizers.Tokenizer.from_str(to_json(other))
+        assert encode(other, 'abc abc').tolist() == theirs.encode('abc abc').ids
+
+
+# Training.
+
+def test_a_run_of_equal_letters_is_trained_on_in_a_moment():
+    """Its tokens have a longest length."""
+    started = time.monotonic()
+    encoding = build('bpe:2000', lambda: ['a' * 100_000 + ' ' + 'abc' * 100_000, '世' * 30_000])
+    assert time.monotonic() - started < 20
+    assert max(map(len, tokenizer.token_bytes(encoding))) <= tokenizer.LONGEST_TOKEN
+    assert_equal(encoding, ['a' * 5000, 'abc' * 900, '世' * 70, *odd_strings(300, seed=5)])
+    started = time.monotonic()
+    assert to_json(from_json(to_json(encoding))) == to_json(encoding)
+    assert time.monotonic() - started < 2
+
+
+def test_gpt2s_merges_are_recovered_once(gpt2, monkeypatch):
+    first = to_json(gpt2)
+    monkeypatch.setattr(tokenizer, 'recovered_merges', lambda tokens: 1 / 0)
+    assert to_json(gpt2) is first
+
+
+def test_ctrl_c_is_answered_while_a_tokenizer_is_trained():
+    """By the thread that waits; what trains ends with the program."""
+    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.interruptible(lambda: time.sleep(5))
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_training_a_tokenizer_within_a_second(real, tmp_path):
+    process = subprocess.Popen([sys.executable, 'data/prepare.py', f'--data_dir={tmp_path}',
+                                '--name=d', '--tokenizer=bpe:30000', real('books')],
+                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert 'training the tokenizer' in process.stdout.readline()
+    time.sleep(3)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130 and time.monotonic() - started < 1.5
+    assert 'the same command resumes' in process.stdout.read()
+
+
+def test_an_error_of_the_corpus_ends_training_as_itself():
+    def broken():
+        yield 'some text'
+        raise ValueError('a.txt: not UTF-8')
+    with pytest.raises(ValueError, match='a.txt: not UTF-8'):
+        build('bpe:300', broken)
 
 
 def test_gpt2_gives_the_ids_of_gpt2(gpt2):
@@ -95,45 +212,6 @@ def test_without_network_and_cache_the_error_says_which_files_go_where(tmp_path,
     words = 'vocab.bpe as 6d1cbeee.*TIKTOKEN_CACHE_DIR.*bpe:4096 needs no network'
     with pytest.raises(ValueError, match=words):
         tokenizer.gpt2()
-
-
-def test_an_unsupported_tokenizer_is_refused():
-    with pytest.raises(ValueError, match='Unigram'):
-        from_json('{"model": {"type": "Unigram", "vocab": []}, '
-                  '"added_tokens": [], "pre_tokenizer": null}')
-
-
-@pytest.mark.parametrize('change', [
-    {'normalizer': {'type': 'Lowercase'}},
-    {'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': True}},
-    {'pre_tokenizer': {'type': 'ByteLevel', 'use_regex': False}},
-    {'model': {'type': 'WordLevel', 'vocab': {'word': 0}}}])
-def test_a_tokenizer_that_encodes_differently_is_refused(tmp_path, change):
-    data = json.loads(tokenizer.to_json(tokenizer.byte_pairs('bytes', [])))
-    (tmp_path / 'tokenizer.json').write_text(json.dumps(data | change))
-    with pytest.raises(ValueError, match='cannot be used as a tokenizer'):
-        tokenizer.load(tmp_path / 'tokenizer.json')
-
-
-def test_special_tokens_may_have_any_id():
-    """Some tokenizers have them at the beginning and at the end."""
-    tokenizers = pytest.importorskip('tokenizers')
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain = ' electroencephalogram' * 9      # each merge needs the previous one
-    theirs.train_from_iterator([plain], tokenizers.trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=[EOT, '<unk>'], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    theirs.add_special_tokens(['<pad>'])
-    encoding = from_json(theirs.to_str())
-    again = from_json(to_json(encoding))
-    assert fingerprint(again) == fingerprint(encoding) and eot_id(again) == 0
-    assert encode(again, plain).tolist() == theirs.encode(plain).ids
-    some = ['a<unk>b', 'c']
-    assert tokenizer.encode_documents(encoding, some).tolist() == [
-        0, *encoding.encode_ordinary(some[0]), 0, *encoding.encode_ordinary(some[1])]
-    widths = [len(token) for token in tokenizer.token_bytes(encoding)]
-    assert widths[:2] == [0, 0] and widths[-1] == 0 and min(widths[2:-1]) == 1
 
 
 def test_ids_that_do_not_fit_16_bits_are_refused():

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 
 from gpt import tokenizer
 from gpt.data.shards import DATA_DIR, Tokens, load_facts
@@ -88,7 +87,7 @@ class Data:
             f'{part.name} {number:.1f}' for part, number in zip(self.sets, updates))
 
 
-def load_sets(text: str, data_dir: str | Path = '') -> tuple[list[DataSet], tiktoken.Encoding]:
+def load_sets(text: str, data_dir: str | Path = '') -> tuple[list[DataSet], tokenizer.Encoding]:
     """(data sets, their tokenizer) for the name of a data set, or of several with weights."""
     is_name = (Path(data_dir or DATA_DIR) / text).is_dir()          # which may hold a comma
     counts = {text: CYCLE} if is_name else mixture(text)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import numpy as np
-import tiktoken
 
 from gpt import tokenizer
 from gpt.files import ROOT, plain_file, read_json
@@ -328,7 +327,7 @@ def read_manifest(name: str, data_dir: str | Path = '') -> dict:
     return {}
 
 
-def load_facts(name: str, data_dir: str | Path = '') -> tuple[dict, tiktoken.Encoding]:
+def load_facts(name: str, data_dir: str | Path = '') -> tuple[dict, tokenizer.Encoding]:
     """(manifest, encoding) of a data set; shards without a manifest are taken for GPT-2's."""
     manifest, folder = read_manifest(name, data_dir), Path(data_dir or DATA_DIR) / name
     if not manifest and not (folder / 'tokenizer.json').exists():
