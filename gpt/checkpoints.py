@@ -158,7 +158,8 @@ def load_encoding(folder: str | Path, vocab_size: int) -> tokenizer.Encoding:
             encoding, names = tokenizer.limited(encoding, vocab_size)
         except ValueError as error:
             raise ValueError(f'{folder}: {error}') from None
-        note(f"{folder}: the model has {vocab_size:,} rows, none for {', '.join(names)}; left out")
+        names = ', '.join(name if name.isprintable() else repr(name) for name in names)
+        note(f'{folder}: the model has {vocab_size:,} rows, none for {names}; left out')
     if isinstance(encoding, tokenizer.HFTokenizer) and encoding.remark:
         note(f'{file}: {encoding.remark}')
     return encoding

@@ -64,7 +64,7 @@ def same_run(a, b):
 @pytest.mark.parametrize('rank', [pytest.param(0, marks=pytest.mark.faults), 1])
 def test_nan_on_one_rank_is_skipped_by_all(flags, tmp_path, rank):
     done = faulty(f'nan {rank} 5', flags('run'), torchrun=2)
-    assert done.returncode == 0 and 'finished 12 updates, 1 skipped' in done.stdout
+    assert done.returncode == 0 and 'finished 12 updates, skipped: 1' in done.stdout
     [event] = events(tmp_path / 'run')
     assert event['event'] == 'skipped' and event['step'] == 6
     found = losses(tmp_path / 'run')

@@ -381,6 +381,53 @@ def test_results(tmp_path, monkeypatch):
     fuzz(odd(good), use)
 
 
+# Model folders.
+
+def test_model_folders(tmp_path):
+    """A folder is refused, or its model computes what is finite, and its tokenizer encodes."""
+    import torch
+    from gpt import checkpoints
+    from gpt.weights import to_hugging_face
+    from model import GPT, GPTConfig
+    from safetensors.torch import save_file
+    torch.manual_seed(0)
+    encoding = tokenizer.train_byte_pairs(['the fox and the hen ran to the old house'] * 9, 270)
+    model = GPT(GPTConfig(16, encoding.n_vocab, 2, 2, 16))
+    good = checkpoints.save(tmp_path, 1, model, encoding, {})
+    tensors = to_hugging_face(model)
+    sharded = shutil.copytree(good, tmp_path / 'sharded')
+    for name in ('model.safetensors', 'manifest.json'):
+        (sharded / name).unlink()
+    halves = {'a.safetensors': list(tensors)[::2], 'b.safetensors': list(tensors)[1::2]}
+    for name, keys in halves.items():
+        save_file({key: tensors[key] for key in keys}, sharded / name)
+    index = {'metadata': {}, 'weight_map': {key: name for name, keys in halves.items()
+                                            for key in keys}}
+    (sharded / 'model.safetensors.index.json').write_text(json.dumps(index))
+    plain = shutil.copytree(good, tmp_path / 'plain')
+    (plain / 'manifest.json').unlink()
+    header = (good / 'model.safetensors').read_bytes()
+    examples = [st.tuples(st.just(sharded), st.just('model.safetensors.index.json'), odd(index)),
+                st.tuples(st.just(plain), st.just('model.safetensors'), odd_bytes(header))]
+    for name in ('config.json', 'tokenizer.json', 'tokenizer_config.json', 'manifest.json'):
+        folder = good if name == 'manifest.json' else plain
+        value = json.loads((good / name).read_text())
+        examples.append(st.tuples(st.just(folder), st.just(name), odd(value)))
+
+    def use(example):
+        folder, name, raw = example
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(raw)
+        found = attempt(f'model: {name}', lambda: checkpoints.load_model(folder))
+        (folder / name).write_bytes(before)
+        if found:
+            ids = tokenizer.encode(found.encoding, 'the fox') % found.model.config.vocab_size
+            ids = torch.from_numpy(ids.astype('int64'))[None, :found.model.config.block_size]
+            assert not ids.numel() or found.model(ids).isfinite().all()
+
+    fuzz(st.one_of(*examples), use)
+
+
 # Benchmarks.
 
 ROW = {'ctx': 'A man sits. he', 'ctx_a': 'A man sits.', 'ctx_b': 'he', 'label': 2, 'ind': 3,
