@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gpt import checkpoints, files, results, scoring, tokenizer
+from gpt import checkpoints, files, results, scoring, steps, tokenizer
 from gpt.data import benchmarks
 from gpt.settings import check_bounds, run, settings
 
@@ -356,7 +356,7 @@ LINES = {
 
 def table(model):
     """The paper's Table 3 of one model, from the results under out/results."""
-    model = model or str(checkpoints.find(checkpoints.newest_run() or ''))
+    model = model or str(checkpoints.find(steps.newest_run() or ''))
     size, folder = checkpoints.official_name(model), results.folder_of(model)
     if not size and not folder.exists():
         raise ValueError(f'{model}: there are no results of this model under {results.OUT}; '

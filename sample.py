@@ -19,7 +19,7 @@ from random import randrange
 
 import torch
 
-from gpt import checkpoints, tokenizer
+from gpt import checkpoints, steps, tokenizer
 from gpt.cpu import pack
 from gpt.files import decode, read_text
 from gpt.generate import slide, stream
@@ -87,7 +87,7 @@ def check(cfg):
 
 def load(name, device, dtype):
     """(model, encoding, where they come from)."""
-    name = name or checkpoints.newest_run()
+    name = name or steps.newest_run()
     if name:
         folder = checkpoints.find(name)
         return *checkpoints.load_folder(folder, device, dtype=dtype), folder

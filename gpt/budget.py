@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gpt import checkpoints
+from gpt import steps
 from gpt.data.order import Batch
 from gpt.settings import section
 from gpt.trainer import Trainer
@@ -102,8 +102,8 @@ class BatchPlan:
     def describe(self) -> str:
         _, micro_batch, micro_steps = self.full
         processes = f'{self.world_size} process' + ('' if self.world_size == 1 else 'es')
-        steps = f'{micro_steps} micro-batch' + ('' if micro_steps == 1 else 'es')
-        return (f'{self.tokens_per_update:,} tokens = {processes} x {steps} x {micro_batch} x '
+        micro = f'{micro_steps} micro-batch' + ('' if micro_steps == 1 else 'es')
+        return (f'{self.tokens_per_update:,} tokens = {processes} x {micro} x {micro_batch} x '
                 f'{self.config.block_size}')
 
 
@@ -150,7 +150,7 @@ def check_disk(cfg: Any, model) -> str:
     """How much room there is for the checkpoints a run holds: the newest, the best, and one being
     written. ValueError if there is too little."""
     one, folder = checkpoint_bytes(model, cfg.optimizer), Path(cfg.out_dir).resolve()
-    used = sum(file.stat().st_size for step in checkpoints.steps(folder).values()
+    used = sum(file.stat().st_size for step in steps.all_steps(folder).values()
                for file in step.iterdir())
     while not folder.exists():
         folder = folder.parent

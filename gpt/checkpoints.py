@@ -13,50 +13,31 @@ Folders of others, which model_config.py and weights.py judge, open too if they 
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from gpt import hub, tokenizer
+from gpt import hub, steps, tokenizer
 from gpt.cpu import pack
-from gpt.files import ROOT, atomic_write, read_json, sha256
+from gpt.files import sha256
 from gpt.hub import WEIGHTS
 from gpt.model_config import config_json, read_config
-from gpt.shapes import Count
+from gpt.steps import MANIFEST, ONLY_FOR_RESUME, TRAINING
 from gpt.weights import (NANOGPT, file_in, fill, fit, load_pickle, open_weights, to_hugging_face,
                          weight_files)
 from gpt.world import World, pick_dtype
 from model import GPT, SIZES
-
-MANIFEST, TRAINING = 'manifest.json', 'training.pt'
-ONLY_FOR_RESUME = TRAINING,             # most of the bytes: not read where only the model is
-
-
-class Entry(TypedDict):
-    bytes: Count
-    sha256: str
-
-
-class Best(TypedDict):
-    """best.json."""
-    step: Count
-    val_loss: float
-
-
-Manifest = dict[str, Entry]
 
 
 class Loaded(NamedTuple):
@@ -110,7 +91,7 @@ def load_for_evaluation(world: World, name: str,
     GPU float32 products may be of TF32, as those of published numbers were; on a CPU the model is
     packed.
     """
-    folder = world.on_main(find, name or newest_run() or '')
+    folder = world.on_main(find, name or steps.newest_run() or '')
     if world.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
     model, encoding = load_folder(folder, world.device, dtype=pick_dtype(dtype, world.device)[0])
@@ -206,12 +187,12 @@ def find(name: str | Path) -> Path | str:
         folder = folder.parent
     if (folder / 'config.json').exists():
         ours = re.fullmatch(r'step_\d{7,}', folder.name) or (folder / MANIFEST).exists()
-        wrong = ours and problem(folder, ONLY_FOR_RESUME)
+        wrong = ours and steps.problem(folder, ONLY_FOR_RESUME)
         if wrong:
             raise ValueError(f'{folder}: {wrong}; an earlier step of the run may be intact')
         return folder
     if folder.is_dir():
-        step = best_step(folder) or newest_step(folder, unread=ONLY_FOR_RESUME)[0]
+        step = steps.best(folder) or steps.newest(folder, unread=ONLY_FOR_RESUME)[0]
         if step:
             return step
         if (folder / NANOGPT).exists():
@@ -226,6 +207,15 @@ def find(name: str | Path) -> Path | str:
     return hub.model_folder(name, read_config, weight_files)
 
 
+def load_training(folder: str | Path) -> dict:
+    """The dict given to save(), its tensors on the CPU. ValueError for any other file."""
+    file = file_in(folder, TRAINING)
+    if not file:
+        raise ValueError(f'{folder}: no {TRAINING} in this folder; --init_from={folder} starts a '
+                         f'new run from its weights')
+    return load_pickle(file)
+
+
 # Saving: to a temporary folder, synced to the disk, renamed. Nothing incomplete has the final name.
 
 def save(out_dir: str | Path, step: int, model: GPT, encoding: tokenizer.Encoding,
@@ -236,7 +226,7 @@ def save(out_dir: str | Path, step: int, model: GPT, encoding: tokenizer.Encodin
     an intact checkpoint of this step is left as it is. Raises OSError if it cannot be written.
     """
     final = Path(out_dir) / f'step_{step:07d}'
-    if final.exists() and not problem(final):
+    if final.exists() and not steps.problem(final):
         return final
     partial = final.with_name(f'.{final.name}.partial')
     shutil.rmtree(partial, ignore_errors=True)
@@ -315,123 +305,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# The checkpoints of a run.
-
-def load_training(folder: str | Path) -> dict:
-    """The dict given to save(), its tensors on the CPU. ValueError for any other file."""
-    file = file_in(folder, TRAINING)
-    if not file:
-        raise ValueError(f'{folder}: no {TRAINING} in this folder; --init_from={folder} starts a '
-                         f'new run from its weights')
-    return load_pickle(file)
-
-
-def steps(out_dir: str | Path) -> dict[int, Path]:
-    """{step: folder} of the checkpoints in out_dir, oldest first, intact or not."""
-    folders = (path for path in Path(out_dir).glob('step_*') if path.name[5:].isdigit())
-    return dict(sorted((int(path.name[5:]), path) for path in folders))
-
-
-def newest_step(out_dir: str | Path, until: float = math.inf, unread: tuple[str, ...] = (),
-                ) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """(folder of the newest intact checkpoint, None if there are none at all;
-    [(folder, what is wrong)] of newer ones). until: the last step to consider.
-
-    Raises ValueError if there are checkpoints but no intact one: no reason to start over.
-    """
-    problems = []
-    for step, folder in reversed(steps(out_dir).items()):
-        if step <= until:
-            wrong = problem(folder, unread)
-            if not wrong:
-                return folder, problems
-            problems.append((folder, wrong))
-    if problems:
-        lines = [f'{folder}: {wrong}' for folder, wrong in problems]
-        raise ValueError('\n'.join(['there are checkpoints, but no intact one:', *lines,
-                                    'give another --out_dir to start a new run']))
-    return None, []
-
-
-def roll_back(out_dir: str | Path, step: int) -> Path | None:
-    """The folder of the newest intact checkpoint of at most `step`, if any; newer ones are then
-    deleted."""
-    folder, _ = newest_step(out_dir, step)
-    if folder:
-        for number, newer in steps(out_dir).items():
-            if number > step:
-                remove(newer)
-    return folder
-
-
-def mark_best(out_dir: str | Path, step: int, val_loss: float) -> None:
-    """Note in best.json which step of the run has the lowest validation loss."""
-    atomic_write(Path(out_dir) / 'best.json',
-                 json.dumps({'step': step, 'val_loss': val_loss}, indent=1))
-
-
-def best_step(out_dir: str | Path) -> Path | None:
-    """The folder of the step that mark_best() noted; None if there is none, or not intact."""
-    with suppress(ValueError, KeyError):
-        best = read_json(Path(out_dir, 'best.json'), Best)
-        folder = steps(out_dir)[best['step']]
-        return folder if not problem(folder, ONLY_FOR_RESUME) else None
-
-
-def newest_run() -> Path | None:
-    """The run under out/ that saved a checkpoint last, else checkpoint/, else None."""
-    saved = sorted(Path('out').rglob(f'step_*/{MANIFEST}'), key=lambda path: path.stat().st_mtime)
-    shipped = ROOT / 'checkpoint'
-    if saved:
-        return saved[-1].parent.parent
-    return shipped if (shipped / 'config.json').exists() else None
-
-
-def problem(folder: Path, unread: tuple[str, ...] = ()) -> str:
-    """What is wrong with a checkpoint, '' if it is intact: every byte is read and compared, except
-    that of the files named in `unread` only the size is."""
-    try:
-        manifest = file_in(folder, MANIFEST)
-        for name, expected in read_json(manifest, Manifest).items() if manifest else ():
-            file = file_in(folder, name)
-            if not file:
-                return f'{name} is missing'
-            if file.stat().st_size != expected['bytes']:
-                return f'{name} is truncated'
-            if name not in unread and sha256(file) != expected['sha256']:
-                return f'{name} is damaged'
-        if not manifest:
-            return f'it is incomplete (no {MANIFEST})'
-    except (OSError, ValueError) as error:
-        return f'it is incomplete ({error})'
-    return ''
-
-
-def set_aside(folder: Path) -> None:
-    """Rename a damaged checkpoint, so that it no longer counts as one."""
-    damaged = folder.with_name(f'{folder.name}.damaged')
-    shutil.rmtree(damaged, ignore_errors=True)
-    folder.rename(damaged)
-
-
-def prune(out_dir: str | Path, keep: int, best: int | None = None) -> None:
-    """Delete all checkpoints but the `keep` newest and the step `best`."""
-    folders = steps(out_dir)
-    for step in list(folders)[:-keep]:
-        if step != best:
-            remove(folders[step])
-
-
-def remove_partial(out_dir: str | Path) -> None:
-    """Delete what a killed process left of a checkpoint it was writing."""
-    for leftover in Path(out_dir).glob('.step_*.partial'):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def remove(folder: Path) -> None:
-    """Delete a checkpoint as far as the disk allows; what is left of it is not intact."""
-    with suppress(OSError):
-        (folder / MANIFEST).unlink()
-    shutil.rmtree(folder, ignore_errors=True)

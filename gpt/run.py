@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gpt import checkpoints, files, tokenizer
+from gpt import checkpoints, files, steps, tokenizer
 from gpt.budget import fitted, newest_kept
 from gpt.data.order import Data
 from gpt.log import Log, Speed, duration
@@ -72,7 +72,7 @@ class Run:
         except BlockingIOError:
             raise ValueError(f'{folder}: another process is training in this folder; '
                              f'give another --out_dir, or end that process') from None
-        checkpoints.remove_partial(folder)
+        steps.remove_partial(folder)
 
     # What it starts from.
 
@@ -102,11 +102,11 @@ class Run:
 
     def newest_checkpoint(self) -> Path | None:
         """The newest intact checkpoint; damaged ones are renamed, so that they count no more."""
-        folder, problems = self.world.on_main(checkpoints.newest_step, self.cfg.out_dir)
+        folder, problems = self.world.on_main(steps.newest, self.cfg.out_dir)
         for damaged, wrong in problems:
             self.world.print(f'skipping {damaged}: {wrong}')
             if not self.read_only:
-                self.world.on_main(checkpoints.set_aside, damaged)
+                self.world.on_main(steps.set_aside, damaged)
         return folder
 
     def resume(self, folder: Path, encoding: tokenizer.Encoding) -> Start:
@@ -244,7 +244,7 @@ class Run:
         is_best = self.saved_at == p.step and validation.loss < p.best_val_loss
         if is_best and p.step:                          # step 0 is not saved, but counts
             try:
-                self.world.on_main(checkpoints.mark_best, self.cfg.out_dir, p.step, validation.loss)
+                self.world.on_main(steps.mark_best, self.cfg.out_dir, p.step, validation.loss)
             except OSError as error:
                 is_best = False
                 self.log.event(p.step, 'save failed', f'cannot write best.json: {error}; '
@@ -256,7 +256,7 @@ class Run:
     def prune(self, p: Progress) -> None:
         """Delete checkpoints beyond those to keep, if the newest is of this good step."""
         if self.saved_at == p.step and p.is_healthy and self.world.is_main:
-            checkpoints.prune(self.cfg.out_dir, newest_kept(self.cfg), p.best_step)
+            steps.prune(self.cfg.out_dir, newest_kept(self.cfg), p.best_step)
 
     def recover(self, p: Progress, trainer: Trainer) -> Progress:
         """After max_skipped bad updates in a row: the progress to continue from. That of the last
@@ -276,7 +276,7 @@ class Run:
     def roll_back(self, p: Progress, trainer: Trainer) -> Progress | None:
         """Load the last checkpoint from before the bad updates; the data since then is left out.
         None if there is no such checkpoint."""
-        folder = self.world.on_main(checkpoints.roll_back, self.cfg.out_dir, p.good_until)
+        folder = self.world.on_main(steps.roll_back, self.cfg.out_dir, p.good_until)
         if not folder:
             return None
         saved = checkpoints.load_training(folder)
@@ -292,7 +292,7 @@ class Run:
 
     def summary(self, p: Progress) -> str:
         """The last line of a run."""
-        cfg, on_disk = self.cfg, checkpoints.steps(self.cfg.out_dir)
+        cfg, on_disk = self.cfg, steps.all_steps(self.cfg.out_dir)
         finished = not (p.diverged or self.stop_requested)
         if p.diverged:
             bad = 'not finite' if p.not_finite >= cfg.max_skipped else 'not finite or far too high'

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, curve
 
 import train
-from gpt import budget, checkpoints
+from gpt import budget, checkpoints, steps
 from gpt.budget import BatchConfig, BatchPlan, Cost
 from gpt.optim import OptimizerConfig
 from gpt.settings import section
@@ -97,7 +97,7 @@ def test_measuring_changes_nothing(config, tmp_path, optimizer):
     options = dict(optimizer=optimizer, max_iters=8, cooldown_iters=3, schedule='wsd')
     cfg = config(minutes=0.05, **options)
     train.main(cfg)
-    saved = checkpoints.newest_step(tmp_path / 'run')[0]
+    saved = steps.newest(tmp_path / 'run')[0]
     fitted = checkpoints.load_training(saved)['settings']
     assert fitted['minutes'] == 0.05 and fitted['max_iters'] > 1
     train.main(config(out_dir=str(tmp_path / 'plain'), **{**options, **{

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 import train
-from gpt import checkpoints, model_config, tokenizer, weights
+from gpt import checkpoints, model_config, steps, tokenizer, weights
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
@@ -175,22 +175,22 @@ def test_the_newest_intact_step_wins(tmp_path):
     for step in (1, 2, 10):
         save(tmp_path, step)
     (tmp_path / 'step_0000010/model.safetensors').write_bytes(b'x')
-    folder, problems = checkpoints.newest_step(tmp_path)
+    folder, problems = steps.newest(tmp_path)
     assert (folder.name == 'step_0000002'
             and problems == [(tmp_path / 'step_0000010', 'model.safetensors is truncated')])
-    assert checkpoints.newest_step(tmp_path / 'none') == (None, [])
+    assert steps.newest(tmp_path / 'none') == (None, [])
 
 
 def test_a_reader_of_weights_does_not_read_what_a_resume_needs(tmp_path):
     save(tmp_path, 1)
     _, folder = save(tmp_path, 2)
-    checkpoints.mark_best(tmp_path, 2, 1.0)
+    steps.mark_best(tmp_path, 2, 1.0)
     saved = folder / 'training.pt'
     saved.write_bytes(saved.read_bytes()[:-1] + b'?')
     assert checkpoints.find(tmp_path) == checkpoints.find(folder) == folder
     (tmp_path / 'best.json').unlink()
     assert checkpoints.find(tmp_path) == folder
-    assert checkpoints.newest_step(tmp_path) == (
+    assert steps.newest(tmp_path) == (
         tmp_path / 'step_0000001', [(folder, 'training.pt is damaged')])
 
 
@@ -201,7 +201,7 @@ def test_an_intact_step_is_left_as_it_is_and_a_damaged_one_replaced(tmp_path):
     assert (folder / 'model.safetensors').stat().st_mtime_ns == made
     (folder / 'training.pt').write_bytes(b'')
     save(tmp_path)
-    assert not checkpoints.problem(folder) and checkpoints.load_training(folder) == {'step': 1}
+    assert not steps.problem(folder) and checkpoints.load_training(folder) == {'step': 1}
 
 
 def test_a_save_that_fails_leaves_no_checkpoint(tmp_path, monkeypatch):
@@ -210,15 +210,15 @@ def test_a_save_that_fails_leaves_no_checkpoint(tmp_path, monkeypatch):
                         lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left')))
     with pytest.raises(OSError):
         save(tmp_path, 2)
-    assert list(checkpoints.steps(tmp_path)) == [1]
+    assert list(steps.all_steps(tmp_path)) == [1]
     assert not list(tmp_path.glob('.*.partial'))
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
-    checkpoints.prune(tmp_path, keep=2, best=1)
-    assert list(checkpoints.steps(tmp_path)) == [1, 3, 4]
+    steps.prune(tmp_path, keep=2, best=1)
+    assert list(steps.all_steps(tmp_path)) == [1, 3, 4]
 
 
 def test_a_pickled_payload_is_not_run(tmp_path):

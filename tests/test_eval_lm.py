@@ -303,7 +303,7 @@ def test_every_task_runs_on_a_file_of_its_kind(model, tmp_path, monkeypatch):
 
 def test_results_are_kept_under_out_of_the_current_folder(model, tmp_path, monkeypatch, capsys):
     """As runs are; and --model='' stands for the newest run, for the evaluation and the table."""
-    monkeypatch.setattr(checkpoints, 'newest_run', lambda: model)
+    monkeypatch.setattr(eval_lm.steps, 'newest_run', lambda: model)
     monkeypatch.chdir(tmp_path)
     Path('lambada').write_text('{"text": "He said so"}')
     command(eval_lm, '--data=lambada')

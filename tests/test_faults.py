@@ -20,7 +20,7 @@ from conftest import ROOT, curve, losses, script
 from test_processes import kill_all, pids, start, wait_for_step
 
 import train
-from gpt import budget, checkpoints, run
+from gpt import budget, checkpoints, run, steps
 from gpt.curves import read_lines
 from gpt.progress import MAX_ROLLBACKS
 from gpt.validation import Validation
@@ -54,7 +54,7 @@ def weights(folder, step=12):
 
 def same_run(a, b):
     assert curve(a) == curve(b)
-    last = max(checkpoints.steps(a))
+    last = max(steps.all_steps(a))
     assert weights(a, last) == weights(b, last)
 
 
@@ -75,7 +75,7 @@ def test_nan_on_one_rank_is_skipped_by_all(flags, tmp_path, rank):
 def test_nan_again_and_again_ends_every_rank_with_status_3(flags, undisturbed, tmp_path):
     done = faulty('nan 1 5 5', flags('run', max_skipped=5), torchrun=2)
     assert done.stderr.count('exitcode  : 3') == 2 and '5 updates in a row' in done.stdout
-    assert list(checkpoints.steps(tmp_path / 'run')) == [4]  # none from the bad streak at 8
+    assert list(steps.all_steps(tmp_path / 'run')) == [4]  # none from the bad streak at 8
     script(*flags('run', max_skipped=5), torchrun=2)            # without the fault it continues
     expected = undisturbed(2, max_skipped=5)
     same_run(tmp_path / 'run', expected)
@@ -133,7 +133,7 @@ def test_a_rollback_does_not_forget_the_best_step(config, tmp_path, monkeypatch)
     monkeypatch.setattr(train, 'validate', lambda *_: Validation(next(found, 9.0), {}, 100))
     assert train.main(config(**LONG, rollback=True)) == 0
     assert events(tmp_path / 'run', 'rollback')
-    assert checkpoints.best_step(tmp_path / 'run').name == 'step_0000040'
+    assert steps.best(tmp_path / 'run').name == 'step_0000040'
 
 
 def test_what_was_evaluated_before_a_rollback_is_not_evaluated_again(config, tmp_path,
@@ -171,7 +171,7 @@ def test_rollbacks_are_not_endless(flags, tmp_path):
     done = faulty('nan all 30 100', flags('run', **LONG, rollback=True))
     assert done.returncode == 3
     assert len(events(tmp_path / 'run', 'rollback')) == MAX_ROLLBACKS
-    assert max(checkpoints.steps(tmp_path / 'run')) == 30
+    assert max(steps.all_steps(tmp_path / 'run')) == 30
 
 
 def test_a_rollback_that_does_not_help_ends_the_run(config, tmp_path, monkeypatch, capsys):
@@ -200,7 +200,7 @@ def test_all_ranks_roll_back_together(flags, tmp_path):
 def test_a_signal_to_one_rank_stops_all_within_an_update(flags, undisturbed, tmp_path, number):
     done = faulty(f'{number} 1 6', flags('run', eval_interval=12), torchrun=2)
     assert done.returncode == 0 and 'the same command resumes' in done.stdout
-    assert list(checkpoints.steps(tmp_path / 'run')) == [7]
+    assert list(steps.all_steps(tmp_path / 'run')) == [7]
     script(*flags('run', eval_interval=12), torchrun=2)
     expected = undisturbed(2, eval_interval=12)
     same_run(tmp_path / 'run', expected)
@@ -212,7 +212,7 @@ def test_a_signal_to_one_rank_stops_all_within_an_update(flags, undisturbed, tmp
 def test_killed_in_a_save_the_step_before_is_used(flags, undisturbed, tmp_path, kind):
     done = faulty(f'{kind} 0 8', flags('run'))
     assert done.returncode == -signal.SIGKILL
-    assert list(checkpoints.steps(tmp_path / 'run')) == [4]
+    assert list(steps.all_steps(tmp_path / 'run')) == [4]
     assert (tmp_path / 'run/.step_0000008.partial').exists()
     script(*flags('run'))
     assert not list((tmp_path / 'run').glob('.step*'))
@@ -226,7 +226,7 @@ def test_killed_in_a_save_the_step_before_is_used(flags, undisturbed, tmp_path, 
 def test_signals_in_a_save_let_it_end(flags, undisturbed, tmp_path, kind):
     """Two signals at once."""
     assert faulty(f'{kind} 0 8', flags('run')).returncode == 0
-    assert 8 <= max(checkpoints.steps(tmp_path / 'run')) < 12
+    assert 8 <= max(steps.all_steps(tmp_path / 'run')) < 12
     script(*flags('run'))
     same_run(tmp_path / 'run', undisturbed())
 
@@ -236,7 +236,7 @@ def test_a_signal_before_a_validation_ends_it_within_a_batch(flags, undisturbed,
     """Requested in the update before it: the validation is left to the resume."""
     args = flags('run', eval_interval=6)
     assert faulty('SIGTERM 0 5', args).returncode == 0
-    assert list(checkpoints.steps(tmp_path / 'run')) == [6]
+    assert list(steps.all_steps(tmp_path / 'run')) == [6]
     assert len(losses(tmp_path / 'run', 'val_loss')) == 1
     script(*args)
     expected = undisturbed(eval_interval=6)
@@ -247,7 +247,7 @@ def test_a_signal_before_a_validation_ends_it_within_a_batch(flags, undisturbed,
 def test_the_ranks_of_a_sharded_model_leave_a_validation_together(flags, tmp_path):
     args = flags('run', eval_interval=6, parallel='fsdp')
     assert faulty('SIGTERM 1 5', args, torchrun=2).returncode == 0
-    assert list(checkpoints.steps(tmp_path / 'run')) == [6]
+    assert list(steps.all_steps(tmp_path / 'run')) == [6]
     assert len(losses(tmp_path / 'run', 'val_loss')) == 1
 
 
@@ -266,7 +266,7 @@ def test_a_stop_in_the_middle_of_validation_leaves_it_to_the_resume(config, tmp_
     monkeypatch.setattr(train, 'validate', validate)
     assert train.main(config()) == 0
     assert len(losses(tmp_path / 'run', 'val_loss')) == 1
-    assert 4 in checkpoints.steps(tmp_path / 'run')
+    assert 4 in steps.all_steps(tmp_path / 'run')
     monkeypatch.undo()
     train.main(config())
     assert curve(tmp_path / 'run') == expected
@@ -318,7 +318,7 @@ def test_a_save_that_outlasts_the_grace_period_leaves_nothing(flags, undisturbed
         process.communicate(timeout=60)
     finally:
         kill_all(process, tmp_path)
-    assert list(checkpoints.steps(tmp_path / 'run')) == []
+    assert list(steps.all_steps(tmp_path / 'run')) == []
     script(*flags('run', max_iters=60, eval_interval=30), torchrun=2)
     same_run(tmp_path / 'run', expected)
 
@@ -409,7 +409,7 @@ def test_when_the_last_save_fails_the_status_says_so(flags, undisturbed, tmp_pat
         resource.RLIMIT_FSIZE, (20_000, 20_000)))
     assert done.returncode == 2 and 'finished 12 updates' in done.stdout
     assert 'could not be saved' in done.stderr and 'Traceback' not in done.stderr
-    assert list(checkpoints.steps(tmp_path / 'run')) == [4]
+    assert list(steps.all_steps(tmp_path / 'run')) == [4]
     script(*flags('run'))
     expected = undisturbed()
     assert weights(tmp_path / 'run') == weights(expected)
@@ -497,7 +497,7 @@ def chaos(flags, tmp_path, seconds, worlds, longest=12, **options):
                 pass
         finally:
             kill_all(process, tmp_path / 'run')
-        if process.returncode == 0 and options['max_iters'] in checkpoints.steps(tmp_path / 'run'):
+        if process.returncode == 0 and options['max_iters'] in steps.all_steps(tmp_path / 'run'):
             return starts, hits
 
 

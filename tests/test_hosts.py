@@ -17,7 +17,7 @@ from contextlib import suppress
 import pytest
 from conftest import ROOT, TINY, curve
 
-from gpt import checkpoints
+from gpt import steps
 
 pytestmark = pytest.mark.slow
 
@@ -201,6 +201,6 @@ def test_an_outer_loop_brings_any_host_back(hosts, run, one_machine, victim):
     hosts[victim].kill(but=processes[victim])
     ends(*processes)
     assert worlds(processes[0]) == [2, 2]
-    assert max(checkpoints.steps(run)) == SETTINGS['max_iters']
+    assert max(steps.all_steps(run)) == SETTINGS['max_iters']
     assert curve(run) == curve(one_machine)
     assert weights(run) == weights(one_machine)

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT, curve, losses, script
 
-from gpt import checkpoints
+from gpt import steps
 
 pytestmark = pytest.mark.slow
 
@@ -187,8 +187,8 @@ def test_a_signal_ends_in_a_checkpoint(flags, undisturbed, tmp_path, world, numb
         kill_all(process, tmp_path)
     assert output.count('ending after this update') == 1
     assert 'the same command resumes' in output and (world > 1 or process.returncode == 0), output
-    step = max(checkpoints.steps(tmp_path / 'run'))
-    assert 20 <= step < 60 and not checkpoints.problem(tmp_path / f'run/step_{step:07d}')
+    step = max(steps.all_steps(tmp_path / 'run'))
+    assert 20 <= step < 60 and not steps.problem(tmp_path / f'run/step_{step:07d}')
     script(*flags('run', max_iters=60, eval_interval=60), torchrun=torchrun)
     assert curve(tmp_path / 'run') == curve(uninterrupted)
 
@@ -206,7 +206,7 @@ def test_kill_9_costs_the_steps_since_the_last_save(flags, undisturbed, tmp_path
             assert process.wait(timeout=90) != 0
     finally:
         kill_all(process, tmp_path)
-    assert 120 not in checkpoints.steps(tmp_path / 'run')
+    assert 120 not in steps.all_steps(tmp_path / 'run')
     script(*flags('run', **options), torchrun=2)
     assert curve(tmp_path / 'run') == curve(uninterrupted)
 
@@ -225,7 +225,7 @@ def test_killed_in_a_save_the_checkpoint_before_is_used(flags, undisturbed, tmp_
         if not (tmp_path / 'run/step_0000040').exists():
             break
         subprocess.run(['rm', '-rf', tmp_path / 'run'])
-    assert list(checkpoints.steps(tmp_path / 'run')) == [20]
+    assert list(steps.all_steps(tmp_path / 'run')) == [20]
     script(*flags('run', **options))
     assert curve(tmp_path / 'run') == curve(uninterrupted)
 

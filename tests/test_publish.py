@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY, command
 
-from gpt import checkpoints
+from gpt import checkpoints, steps
 import publish
 import sample
 import train
@@ -39,7 +39,7 @@ def test_the_weights_are_those_of_the_best_step_rounded(published):
     assert encoding.n_vocab == 300 and not (published / 'training.pt').exists()
     with open(published / 'README.md', 'a') as card:                # by hand, as one does
         card.write('More words.')
-    assert checkpoints.problem(published) == ''
+    assert steps.problem(published) == ''
     assert (published / 'log.jsonl').read_text() == (run / 'log.jsonl').read_text()
 
 
@@ -84,7 +84,7 @@ def test_it_is_replaced_and_nothing_else_is(published):
     assert (published / 'README.md.old').read_text() == 'old' and (published / 'notes').exists()
     assert (published / 'README.md.old1').read_text() == 'edited again'
     assert not (published / 'samples.jsonl').exists()
-    assert checkpoints.problem(published) == ''
+    assert steps.problem(published) == ''
     with pytest.raises(ValueError, match='exists and was not written by this program'):
         command(publish, *arguments, f'--to={run}')
     for other in (published, 'gpt2', 'random:gpt2'):
@@ -109,7 +109,7 @@ def test_a_step_between_two_lines_of_the_log_can_be_published(published, tmp_pat
 def test_the_committed_checkpoint_is_intact_small_and_speaks(capsys, monkeypatch, tmp_path):
     """On a fresh clone, where there is no run under out/."""
     folder = checkpoints.ROOT / 'checkpoint'
-    assert checkpoints.problem(folder) == ''
+    assert steps.problem(folder) == ''
     assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
     monkeypatch.chdir(tmp_path)
     sample.main(sample.Config(prompt='It was a dark night', max_new_tokens=20, device='cpu'))

@@ -13,7 +13,7 @@ import torch
 from conftest import losses
 
 import train
-from gpt import checkpoints, files, log
+from gpt import checkpoints, files, log, steps
 from gpt.run import StopSignal
 from gpt.validation import Validation
 from gpt.world import World
@@ -40,7 +40,7 @@ def test_data_that_was_prepared_again_is_refused(config, stories, tmp_path):
 
 def test_without_an_intact_checkpoint_a_run_does_not_start_over(config, tmp_path):
     train.main(config())
-    for folder in checkpoints.steps(tmp_path / 'run').values():
+    for folder in steps.all_steps(tmp_path / 'run').values():
         (folder / 'training.pt').write_bytes(b'')
     with pytest.raises(ValueError, match='no intact one:(.|\n)*training.pt is truncated'):
         train.main(config())
@@ -115,12 +115,12 @@ def test_a_run_writes_in_its_own_folder_only(config, tmp_path, monkeypatch, name
     here.mkdir()
     monkeypatch.chdir(here)
     train.main(config(out_dir=name, max_iters=1))
-    assert 1 in checkpoints.steps(here / name)
+    assert 1 in steps.all_steps(here / name)
     shutil.copytree(here / name, tmp_path / 'copy')
     before = {path: path.stat().st_mtime_ns for path in (here / name).rglob('*')}
     train.main(config(out_dir=str(tmp_path / 'copy'), max_iters=2))
     assert before == {path: path.stat().st_mtime_ns for path in (here / name).rglob('*')}
-    assert 2 in checkpoints.steps(tmp_path / 'copy')
+    assert 2 in steps.all_steps(tmp_path / 'copy')
 
 
 # What it saves.
@@ -154,7 +154,7 @@ def test_a_better_loss_that_was_not_saved_counts_for_patience(config, tmp_path, 
     assert 'step 8: cannot save: ' in text and 'No space left on device; continuing' in text
     assert 'ended at step 16, no lower loss in 2 validations' in text
     assert 'best val_loss 4.0000 at step 4. `python sample.py' in text
-    assert set(checkpoints.steps(tmp_path / 'run')) == {4, 12, 16}
+    assert set(steps.all_steps(tmp_path / 'run')) == {4, 12, 16}
     assert json.loads((tmp_path / 'run/best.json').read_text()) == {'step': 4, 'val_loss': 4.0}
     saved = checkpoints.load_training(tmp_path / 'run/step_0000016')['progress']
     assert (saved['lowest_step'], saved['lowest_val_loss']) == (8, 3.0)
@@ -288,7 +288,7 @@ def test_an_exception_finishes_wandb_and_releases_the_folder(config, tmp_path, m
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=lambda **options: stub))
     assert train.main(config(wandb_log=True)) == 0 and calls[-1] == 'exit code 0'
-    assert max(checkpoints.steps(tmp_path / 'run')) == 12
+    assert max(steps.all_steps(tmp_path / 'run')) == 12
 
 
 def test_dtype_and_compile_that_were_chosen_stay_when_the_run_resumes(

@@ -189,7 +189,7 @@ def test_text_comes_in_whole_characters_and_ends_at_end_of_text():
 
 def test_without_any_checkpoint_an_untrained_model_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample.checkpoints, 'ROOT', tmp_path)
+    monkeypatch.setattr(sample.steps, 'ROOT', tmp_path)
     sample.main(sample.Config(max_new_tokens=3, device='cpu'))
     assert 'model: untrained' in capsys.readouterr().err
 

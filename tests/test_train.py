@@ -13,7 +13,7 @@ import torch
 from conftest import curve, losses
 
 import train
-from gpt import checkpoints, tokenizer
+from gpt import checkpoints, steps, tokenizer
 from gpt.data import order
 from gpt.data.order import TokenBatches
 from gpt.data.shards import Tokens, read_manifest
@@ -96,10 +96,10 @@ def test_the_newest_and_the_best_checkpoints_are_kept(config, tmp_path):
                       learning_rate=0.3))
     val = {record['step']: record['val_loss'] for record in records(tmp_path / 'run')
            if 'val_loss' in record}
-    assert set(checkpoints.steps(tmp_path / 'run')) == {10, 12, min(val, key=val.get)}
+    assert set(steps.all_steps(tmp_path / 'run')) == {10, 12, min(val, key=val.get)}
     train.main(config(max_iters=8, eval_interval=2, always_save_checkpoint=False,
                       out_dir=str(tmp_path / 'b')))
-    assert len(checkpoints.steps(tmp_path / 'b')) <= 2 and 8 in checkpoints.steps(tmp_path / 'b')
+    assert len(steps.all_steps(tmp_path / 'b')) <= 2 and 8 in steps.all_steps(tmp_path / 'b')
 
 
 @pytest.mark.slow
@@ -117,12 +117,12 @@ def test_patience_ends_a_run_and_its_best_step_is_the_model(config, tmp_path, ca
     assert f'ended at step {last}, no lower loss in 3 validations' in text
     assert f'best val_loss {min(val):.4f} at step {best}' in text
     assert f'sample.py --model={tmp_path}/run` samples from it' in text
-    assert set(checkpoints.steps(tmp_path / 'run')) == {best, last}
+    assert set(steps.all_steps(tmp_path / 'run')) == {best, last}
     assert checkpoints.find(tmp_path / 'run').name == f'step_{best:07d}'
     train.main(cfg)
     assert 2 * (len(losses(tmp_path / 'run', 'val_loss')) - 2) == last
     train.main(replace(cfg, patience=0, max_iters=last + 2))
-    assert last + 2 in checkpoints.steps(tmp_path / 'run')
+    assert last + 2 in steps.all_steps(tmp_path / 'run')
     shutil.rmtree(tmp_path / f'run/step_{best:07d}')                # then the newest is used
     assert checkpoints.find(tmp_path / 'run').name == f'step_{last + 2:07d}'
 
@@ -311,7 +311,7 @@ def test_a_damaged_checkpoint_is_skipped_and_the_end_is_the_same(
     log.write_bytes(log.read_bytes()[:-20])                         # and a torn line
     train.main(config())
     assert ('skipping' in capsys.readouterr().out) == (damage != 'half written')
-    assert curve(tmp_path / 'run') == expected and not checkpoints.problem(newest)
+    assert curve(tmp_path / 'run') == expected and not steps.problem(newest)
     assert not list((tmp_path / 'run').glob('.*.partial'))
     assert len(list((tmp_path / 'run').glob('*.damaged'))) == (damage != 'half written')
 
@@ -322,9 +322,9 @@ def test_damaged_checkpoints_are_never_counted_as_kept(config, tmp_path):
     for step in (8, 12):
         (tmp_path / f'run/step_{step:07d}/training.pt').write_bytes(b'')
     train.main(config(keep=1, max_iters=5, lr_decay_iters=12, eval_interval=100))
-    assert list(checkpoints.steps(tmp_path / 'run'))[-1] == 5
+    assert list(steps.all_steps(tmp_path / 'run'))[-1] == 5
     assert (tmp_path / 'run/step_0000012.damaged').exists()
-    assert not any(map(checkpoints.problem, checkpoints.steps(tmp_path / 'run').values()))
+    assert not any(map(steps.problem, steps.all_steps(tmp_path / 'run').values()))
 
 
 def test_fine_tuning_starts_from_the_weights_and_resumes_itself(config, tmp_path, capsys):
@@ -358,15 +358,15 @@ def test_diverging_ends_with_status_3_and_keeps_what_was_good(config, tmp_path, 
     lines = (tmp_path / 'run/log.jsonl').read_text().splitlines()
     strict = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
     assert strict[-1]['loss'] is None or strict[-1]['grad_norm'] is None
-    assert (list(checkpoints.steps(tmp_path / 'run')) == [4]
-            and not checkpoints.problem(tmp_path / 'run/step_0000004'))
+    assert (list(steps.all_steps(tmp_path / 'run')) == [4]
+            and not steps.problem(tmp_path / 'run/step_0000004'))
 
 
 def test_nothing_is_called_the_best_that_is_not_saved(config, tmp_path, capsys):
     """Step 0 is validated; then the run diverges before its first checkpoint."""
     assert train.main(config(learning_rate=1e20, decay_lr=False, grad_clip=0.0, max_skipped=3,
                              max_iters=100, eval_interval=1000)) == 3
-    assert not (tmp_path / 'run/best.json').exists() and not checkpoints.steps(tmp_path / 'run')
+    assert not (tmp_path / 'run/best.json').exists() and not steps.all_steps(tmp_path / 'run')
     text = capsys.readouterr().out
     assert 'There is no checkpoint from before' in text and 'best val_loss' not in text
 
