@@ -108,7 +108,7 @@ def test_a_step_between_two_lines_of_the_log_can_be_published(published, tmp_pat
 
 def test_the_committed_checkpoint_is_intact_small_and_speaks(capsys, monkeypatch, tmp_path):
     """On a fresh clone, where there is no run under out/."""
-    folder = checkpoints.ROOT / 'checkpoint'
+    folder = steps.ROOT / 'checkpoint'
     assert steps.problem(folder) == ''
     assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
     monkeypatch.chdir(tmp_path)
