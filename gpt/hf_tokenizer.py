@@ -179,6 +179,10 @@ def without(data: dict[str, Any], name: str) -> str:
         model['vocab'] = [[rename.get(token, token), score] for token, score in model['vocab']]
     if model.get('unk_token') == name:
         model['unk_token'] = unseen
+    if 'merges' in model:                               # none leads to it, or on from it
+        pairs = [(pair, pair.split(' ') if isinstance(pair, str) else pair)
+                 for pair in model['merges']]
+        model['merges'] = [pair for pair, parts in pairs if name not in (*parts, ''.join(parts))]
     added = [{**token, 'content': rename.get(token['content'], token['content'])}
              for token in data['added_tokens']]
     return json.dumps({**data, 'model': model, 'added_tokens': added})
@@ -214,6 +218,21 @@ def check_ids(data: dict[str, Any]) -> None:
     check_vocab_size(1 + max(ids.values()))
     if len(set(ids.values())) < len(ids):
         raise ValueError('two of its tokens have the same id')
+    unknown = set(template_ids(data)) - set(ids.values())
+    if unknown:
+        raise ValueError(f'its template has the id {min(unknown)}, which no token has')
+
+
+def template_ids(data: dict[str, Any]) -> list[int]:
+    """The ids that the post_processor of a tokenizer.json puts around a text."""
+    found, parts = [], [data.get('post_processor')]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            found += [i for i in part if type(i) is int]
+        if isinstance(part, list | dict):
+            parts += part.values() if isinstance(part, dict) else part
+    return found
 
 
 def check_same_id(name: str, written: int, found: int | None) -> None:
@@ -236,11 +255,16 @@ def read_folder(path: Path) -> tuple[str, dict[str, str]]:
     config = read_object(path.with_name('tokenizer_config.json'))
     if 'added_tokens_decoder' not in config:
         config |= read_object(path.with_name('special_tokens_map.json'))
-    if path.name == 'vocab.json':
+    is_pair = path.name == 'vocab.json'
+    for key in ('split_special_tokens', *(('add_bos_token', 'add_eos_token') if is_pair else ())):
+        if config.get(key):
+            raise ValueError(f'tokenizer_config.json has {key}, which is not supported; save the '
+                             f'tokenizer without it, with transformers as a tokenizer.json')
+    if is_pair:
         text = from_pair(path, config)
         config = {'bos_token': EOT, 'eos_token': EOT, 'unk_token': EOT} | config
     else:
-        text = path.read_text(encoding='utf-8')
+        text = path.read_text(encoding='utf-8-sig')
         check_shape(json.loads(text))
         text = with_prefix_space(text, config)
     text = with_added_tokens(text, config, read_object(path.with_name('added_tokens.json')))
@@ -272,7 +296,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding='utf-8'))
+        found = json.loads(path.read_text(encoding='utf-8-sig'))
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{path.name} is not JSON: {error}') from None
     if not isinstance(found, dict):
@@ -316,7 +340,9 @@ def with_added_tokens(text: str, config: dict[str, Any], older: dict[str, int]) 
     listed = {int(i): token for i, token in config.get('added_tokens_decoder', {}).items()}
     listed = listed or {i: {'content': name, 'normalized': name not in special,
                             'special': name in special} for name, i in older.items()}
-    known = {token['content'] for token in json.loads(text)['added_tokens']}
+    known = {token['content']: token for token in json.loads(text)['added_tokens']}
+    for token in listed.values():
+        check_flags(token, known.get(content_of(token)))
     wanted = {}
     for token in [*(listed[i] for i in sorted(listed)), *roles, *extra]:
         if content_of(token) not in known:
@@ -328,6 +354,16 @@ def with_added_tokens(text: str, config: dict[str, Any], older: dict[str, int]) 
     for i, token in listed.items():
         check_same_id(content_of(token), i, made.token_to_id(content_of(token)))
     return made.to_str(pretty=True)
+
+
+def check_flags(listed: str | dict[str, Any], own: dict[str, Any] | None) -> None:
+    """Refuse an added token that tokenizer_config.json matches otherwise than tokenizer.json does:
+    transformers follows the one, this program the other."""
+    for key in ('lstrip', 'rstrip', 'single_word') if own and isinstance(listed, dict) else ():
+        if key in listed and bool(listed[key]) != bool(own.get(key)):
+            raise ValueError(f'the added token {own["content"]!r} has {key}={listed[key]} in '
+                             f'tokenizer_config.json, {own.get(key)} in tokenizer.json; save the '
+                             f'tokenizer again with transformers')
 
 
 def added_token(token: str | dict[str, Any], special: set[str]) -> AddedToken:

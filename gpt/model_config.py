@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.files import read_json
+from gpt.shapes import in_words
 from gpt.weights import NANOGPT, file_in, load_pickle
 from model import GPTConfig
 
@@ -109,10 +110,12 @@ def check_key(key: str, value: Any, config: dict[str, Any]) -> None:
         check_own(value)
     elif key in allowed:
         if value not in allowed[key]:
-            raise ValueError(f'{key} is {value!r}, expected {allowed[key][-1]!r}')
+            usual = allowed[key] if key == 'activation_function' else allowed[key][-1:]
+            raise ValueError(f'{key} is {in_words(value)}, expected '
+                             f"{' or '.join(map(repr, usual))}")
     elif key not in HARMLESS_KEYS and key not in HUGGING_FACE_KEYS.values():
-        raise ValueError(f'config.json has {key!r} ({value!r}), which may change what the model '
-                         f'computes; if it does not, delete that key')
+        raise ValueError(f'config.json has {in_words(key)} ({in_words(value)}), which may change '
+                         f'what the model computes; if it does not, delete that key')
 
 
 def check_own(own: Any) -> None:
@@ -149,7 +152,7 @@ def read_nanogpt_config(folder: str | Path) -> GPTConfig:
         raise ValueError(f"{file}: not a checkpoint of nanoGPT: it has no 'model_args'")
     try:
         for name in args.keys() - set(NANOGPT_ARGS):
-            raise ValueError(f'model_args has {name}={args[name]!r}, which nanoGPT does not have')
+            raise ValueError(f'model_args has {in_words(name)}, which nanoGPT does not have')
         for name in set(NANOGPT_ARGS[:5]) - args.keys():
             raise ValueError(f'model_args has no {name}')
         return checked_config({**args, 'dropout': 0.0, 'activation': 'gelu'})

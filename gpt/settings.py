@@ -97,8 +97,8 @@ def expanded(key: str, value: Any, default: Any) -> Any:
         return value
     if type(value) is tuple:
         return tuple(expanded(key, part, '') for part in value)
-    if '\0' in value:
-        raise ValueError(f'{key}: given {value!r}, expected a path')
+    if '\0' in value or not is_text(value):
+        raise ValueError(f'{key}: given {shortened(repr(value))}, expected a path in UTF-8')
     return os.path.expanduser(value)
 
 

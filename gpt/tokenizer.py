@@ -28,7 +28,7 @@ from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, pre_toke
 
 from gpt.hf_tokenizer import (EOT, MAX_VOCAB_SIZE, HFTokenizer, byte_characters, check_ids,
                               check_shape, check_vocab_size, read_folder, read_object,
-                              tokenizer_files)
+                              template_ids, tokenizer_files)
 
 Encoding = tiktoken.Encoding | HFTokenizer
 GPT2_PATTERN = (    # OpenAI's, with the possessive quantifiers of tiktoken, which match the same
@@ -56,7 +56,7 @@ def build(name: str, texts: Callable[[], Iterable[str]]) -> Encoding:
         return byte_pairs('bytes', [])
     if name == 'chars':
         return characters(sorted(set().union(*map(set, texts()))))
-    if kind == 'bpe' and size.isdigit():
+    if kind == 'bpe' and size.isascii() and size.isdigit():
         return train_byte_pairs(texts(), int(size))
     file = stored(name)
     if file:
@@ -425,6 +425,8 @@ def limited(encoding: Encoding, rows: int) -> tuple[Encoding, list[str]]:
         vocab = data['model']['vocab']
         if isinstance(vocab, dict):
             data['model']['vocab'] = {name: i for name, i in vocab.items() if name not in names}
+        if any(i >= rows for i in template_ids(data)):
+            data['post_processor'] = None               # what it puts around a text has no row
         roles = {role: name for role, name in special_names(encoding).items() if name not in names}
         encoding = from_json(json.dumps(data, ensure_ascii=False, indent=2), roles)
     if encoding.n_vocab > rows:

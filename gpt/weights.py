@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from gpt.files import read_json
 from gpt.hub import INDEX, PICKLED, PICKLED_INDEX, WEIGHTS
-from gpt.shapes import FileName
+from gpt.shapes import FileName, in_words
 from model import GPT, GPTConfig
 
 NANOGPT, ADAPTER = 'ckpt.pt', 'adapter_config.json'
@@ -154,7 +155,8 @@ def read_header(file: Path) -> dict[str, Stored]:
                     raise ValueError(f'{file}: truncated; download it again')
             return tensor
         return Stored(kind, tuple(shape), read)
-    return {name: stored(**entry) for name, entry in header.items()}
+    keys = 'dtype', 'shape', 'data_offsets'
+    return {name: stored(*(entry[key] for key in keys)) for name, entry in header.items()}
 
 
 def load_pickle(file: Path) -> dict:
@@ -162,6 +164,10 @@ def load_pickle(file: Path) -> dict:
     be read is refused."""
     try:
         found = torch.load(file, map_location='cpu', mmap=True, weights_only=True)
+        with zipfile.ZipFile(file) as parts:            # torch compares no checksums
+            damaged = parts.testzip()
+        if damaged:
+            raise ValueError(f'the checksum of {damaged} is another')
     except Exception as error:                          # torch has a class for each failure
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f'{file}: cannot be read: damaged, of torch before 1.6, or not of tensors '
@@ -174,7 +180,8 @@ def load_pickle(file: Path) -> dict:
 def in_memory(tensors: Any, file: str | Path = '') -> dict[str, Stored]:
     """{name: Stored} of a state dict."""
     if not isinstance(tensors, dict) or not all(
-            isinstance(name, str) and isinstance(p, torch.Tensor) for name, p in tensors.items()):
+            isinstance(name, str) and isinstance(p, torch.Tensor) and not p.is_nested
+            for name, p in tensors.items()):
         raise ValueError(f'{file}: expected weights, {{name: tensor}}, and nothing else')
 
     def stored(p: torch.Tensor) -> Stored:
@@ -248,7 +255,8 @@ def check_tensors(expected: dict[str, tuple[int, ...]], weights: Weights) -> Non
     unknown = [name for name in tensors if name not in expected and name != HEAD
                and not any(re.fullmatch(pattern, name) for pattern in HARMLESS)]
     if unknown:
-        raise ValueError(f"it holds weights that are not GPT-2's: {', '.join(unknown[:4])} "
+        names = ', '.join(map(in_words, unknown[:4]))
+        raise ValueError(f"it holds weights that are not GPT-2's: {names} "
                          f'({len(unknown)} in all); adapters must be merged, and a model with '
                          f'another head is another model')
     for name, stored in tensors.items():
@@ -274,7 +282,7 @@ def check_head(tensors: dict[str, Stored]) -> None:
         return
     for first, last in chunks(tied):
         a, b = tied.read(first, last), head.read(first, last)
-        if not torch.equal(a.nan_to_num(), b.to(a.dtype).nan_to_num()):
+        if not torch.equal(a.double().nan_to_num(), b.double().nan_to_num()):
             raise ValueError(f'{HEAD} differs from {TIED}: its head is not tied, which model.py '
                              f'has no setting for')
 

@@ -159,7 +159,7 @@ REFUSED = {
         ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon is 1e-06'),
         ({'n_inner': 64}, 'n_inner is 64'),
         ({'activation_function': 'relu'}, "activation_function is 'relu'"),
-        ({'activation_function': None}, 'activation_function is None'),
+        ({'activation_function': None}, 'activation_function is null'),
         ({'activation_function': ['gelu']}, 'activation_function is'),
         ({'pruned_heads': {'0': [1]}}, 'pruned_heads'),
         ({'is_encoder_decoder': True}, 'is_encoder_decoder'),
@@ -383,7 +383,7 @@ def test_links_of_the_cache_of_the_hub_are_read(folder, tmp_path):
 
 
 @pytest.mark.parametrize('pattern, words', [('h.0.crossattention.x{}', ''),
-                                            ('x{}', r'x0, x1, x2, x3 \(300000 in all\)')])
+                                            ('x{}', r"'x0', 'x1', 'x2', 'x3' \(300000 in all\)")])
 def test_a_file_of_many_tensors_is_opened_once(folder, pattern, words):
     place = folder()
     file = place / 'model.safetensors'
@@ -604,7 +604,7 @@ def test_a_run_starts_from_nanogpt_and_is_sampled(tmp_path, stories, capsys):
 
 
 @pytest.mark.parametrize('args, words', [
-    ({'rotary': True}, 'model_args has rotary=True'), ({'n_layer': 1}, 'h.1, layer 2'),
+    ({'rotary': True}, "model_args has 'rotary'"), ({'n_layer': 1}, 'h.1, layer 2'),
     ({'n_layer': 10 ** 9}, 'n_layer is 1000000000, expected 1 to'),
     ({'vocab_size': None}, 'vocab_size is None'), ({'bias': 0}, 'bias is 0, expected bool'),
     ({'n_head': 5}, 'n_embd is 32, expected a multiple of n_head=5')])
@@ -660,3 +660,43 @@ def test_ctranslate2_converts_our_model_and_writes_the_same_text(ours, tmp_path)
     found = ctranslate2.Generator(made, device='cpu').generate_batch(
         [start], max_length=len(start) - 1 + 12, sampling_topk=1)
     assert own.decode(found[0].sequences_ids[0]) == greedy(ours)
+
+
+def test_a_finer_head_is_not_the_embedding(folder):
+    """Rounded to the dtype of the embedding it would be equal; transformers computes with it."""
+    place = folder(tensors=lambda found: found.update({
+        'lm_head.weight': found['transformer.wte.weight'].clone(),
+        'transformer.wte.weight': found['transformer.wte.weight'].bfloat16()}))
+    with pytest.raises(ValueError, match='lm_head.weight differs from wte.weight'):
+        checkpoints.load_model(place)
+
+
+def test_a_flipped_byte_in_a_pickle_is_found(tmp_path):
+    nanogpt(tmp_path)
+    (tmp_path / 'tokenizer.json').write_text(tokenizer.to_json(BYTES))
+    raw = bytearray((tmp_path / 'ckpt.pt').read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / 'ckpt.pt').write_bytes(raw)
+    with pytest.raises(ValueError, match='checksum of .* is another'):
+        checkpoints.load_model(tmp_path)
+
+
+def test_a_header_with_more_fields_is_read_and_nested_tensors_are_refused(folder):
+    place = folder()
+    file = place / 'model.safetensors'
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], 'little')
+    header = json.loads(raw[8:8 + size])
+    for entry in header.values():
+        if 'dtype' in entry:
+            entry['comment'] = 'x'
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, 'little') + text + raw[8 + size:])
+    before = logits_of_transformers(place)[0]
+    torch.testing.assert_close(checkpoints.load_model(place).model(IDS), before, rtol=1e-5,
+                               atol=1e-5)
+    file.unlink()
+    torch.save({'x': torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+               place / 'pytorch_model.bin')
+    with pytest.raises(ValueError, match='expected weights'):
+        checkpoints.load_model(place)

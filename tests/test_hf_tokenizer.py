@@ -416,3 +416,53 @@ def test_a_converted_model_writes_the_same_text_in_ctranslate2(tmp_path):
         [theirs.convert_ids_to_tokens(prompt)], max_length=12, sampling_topk=1)[0].sequences_ids[0]
     expected = model.generate(torch.tensor([prompt]), 12, temperature=0)[0].tolist()
     assert found == expected[:len(found)] and len(found) > len(prompt)
+
+
+def test_what_transformers_would_match_otherwise_is_refused(tmp_path):
+    """One file says so and the other not: no ids are right."""
+    token = {**USER, 'rstrip': True}
+    both = {'tokenizer.json': {**OURS, 'added_tokens': [*OURS['added_tokens'], USER]}}
+    for number, (files, config, words) in enumerate((
+            (both, {'added_tokens_decoder': {str(SIZE): token}}, 'rstrip=True in tokenizer_config'),
+            (both, {'split_special_tokens': True}, 'split_special_tokens, which is not'),
+            (PAIR, {**GPT2_CLASS, 'add_bos_token': True}, 'add_bos_token, which is not'))):
+        folder = saved(tmp_path / str(number), {**files, 'tokenizer_config.json': config})
+        with pytest.raises(ValueError, match=words):
+            load(next(folder.glob('[tv]o[kc]*r.json'), folder / 'vocab.json'))
+
+
+def template(name, i):
+    return {'type': 'TemplateProcessing', 'single': [
+        {'SpecialToken': {'id': name, 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}],
+        'pair': [{'Sequence': {'id': 'A', 'type_id': 0}}, {'Sequence': {'id': 'B', 'type_id': 0}}],
+        'special_tokens': {name: {'id': name, 'ids': [i], 'tokens': [name]}}}
+
+
+def test_a_template_without_a_row_or_a_token(tmp_path):
+    """A token that is left out leaves the template too."""
+    data = {**OURS, 'added_tokens': [*OURS['added_tokens'], added(SIZE, '<bos>', special=True)]}
+    folder = saved(tmp_path / 'a', {
+        'tokenizer.json': {**data, 'post_processor': template('<bos>', SIZE)}})
+    full = load(folder / 'tokenizer.json')
+    assert tokenizer.prompt_ids(full, 'my lord')[0] == SIZE
+    shorter, names = tokenizer.limited(full, SIZE)
+    assert names == ['<bos>'] and max(tokenizer.prompt_ids(shorter, 'my lord')) < SIZE
+    folder = saved(tmp_path / 'b', {
+        'tokenizer.json': {**data, 'post_processor': template('<bos>', 9999)}})
+    with pytest.raises(ValueError, match='its template has the id 9999, which no token has'):
+        load(folder / 'tokenizer.json')
+
+
+def test_a_byte_order_mark_and_merges_to_the_end_of_text(tmp_path):
+    """As Windows writes JSON; and a vocabulary trained on text that held the token's letters."""
+    model = OURS['model']
+    extra = dict(zip(('</', '</s', '</s>'), range(SIZE, SIZE + 3)))
+    data = {**OURS, 'model': {**model, 'vocab': {**model['vocab'], **extra}, 'merges': [
+        *model['merges'], ['<', '/'], ['</', 's'], ['</s', '>']]},
+        'added_tokens': [added(SIZE + 2, '</s>', special=True)]}
+    folder = saved(tmp_path / 'a', {'tokenizer.json': '\ufeff' + json.dumps(data),
+                                    'tokenizer_config.json': '\ufeff{"eos_token": "</s>"}'})
+    found = load(folder / 'tokenizer.json')
+    assert eot_id(found) == SIZE + 2
+    ids = encode(found, 'a</s>b').tolist()
+    assert SIZE + 2 not in ids and found.decode(ids) == 'a</s>b'

@@ -212,3 +212,9 @@ def test_an_error_of_a_library_is_a_bug_and_one_of_ours_is_not():
         done = subprocess.run([sys.executable, '-c', f'{code}settings.run(lambda cfg: {call}, C)'],
                               cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == status and ('Traceback' in done.stderr) == (status == 1)
+
+
+def test_a_path_that_is_not_utf8_is_refused():
+    """As it comes from a command line; config.py and the manifest could not name it."""
+    with pytest.raises(ValueError, match='data_dir: given .*udcff.*, expected a path in UTF-8'):
+        make('--data_dir=a\udcff')

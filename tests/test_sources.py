@@ -274,3 +274,9 @@ def test_pydocs_is_read_without_importing(tmp_path):
     topics = [file for file in files
               if file.parent.name == 'pydoc_data' and file.name == 'topics.py']
     assert topics and len(list(documents.python_documents(topics[0]))) > 50
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_the_work(tmp_path):
+    (tmp_path / os.fsdecode(b'\xff.txt')).write_text('The fox ran.')
+    with pytest.raises(ValueError, match=r'udcff.txt.: its name is not UTF-8; rename it'):
+        sources.files_in(str(tmp_path))

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from gpt.data.documents import EXPECTED, SUFFIXES
 from gpt.files import download, plain_file, sha256
+from gpt.shapes import is_text
 
 READY = {       # shards of GPT-2's tokens in our own format: the hub's repository
     'fineweb-10B': 'kjj0/fineweb10B-gpt2',              # 103 shards of 100M tokens
@@ -161,6 +162,8 @@ def files_in(folder: str) -> list[str]:
             if name.startswith('.') or not os.path.isfile(path):
                 continue
             if name.lower().endswith(SUFFIXES):
+                if not is_text(path):               # the manifest could not name it
+                    raise ValueError(f'{path!r}: its name is not UTF-8; rename it')
                 texts.append(path)
             else:
                 others[os.path.splitext(name)[1] or name] += 1
