@@ -128,6 +128,7 @@ def test_a_compiler_that_fails_leaves_an_eager_run_and_one_line(
 COMPILED = """
 import json
 import math
+import os
 import sys
 import time
 
@@ -190,6 +191,8 @@ graphs.append(counters['stats']['unique_graphs'])
 if world.is_main:
     print(json.dumps([losses, graphs, blocks, 'loss' in vars(trainer.model), val]))
 world.leave()
+sys.stdout.flush()
+os._exit(0)                 # as scripts do: gloo may abort while the interpreter shuts down
 """
 
 
@@ -216,6 +219,8 @@ def test_two_processes_compile_blocks_and_loss_and_evaluate_without(tmp_path, pa
 OVERLAP = """
 import json
 import math
+import os
+import sys
 
 import torch
 
@@ -237,6 +242,8 @@ while pending:
         pending += [next_node for next_node, _ in node.next_functions]
 world.print(json.dumps(['CompiledFunction' in node.name() for node in done].count(True)))
 world.leave()
+sys.stdout.flush()
+os._exit(0)                 # as scripts do: gloo may abort while the interpreter shuts down
 """
 
 
