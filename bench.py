@@ -22,18 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from data import prepare
-from gpt import cpu, scoring, tokenizer
-from gpt.data import sources
-from gpt.data.shards import read_manifest
-from gpt.log import machine
-from gpt.optim import OptimizerConfig
 from gpt.settings import run, settings
-from gpt.trainer import Trainer, TrainerConfig
-from gpt.world import World, measure_peak, pick_dtype
-from model import GPT, SIZES, GPTConfig
 
 # -----------------------------------------------------------------------------
 parts = ()              # train, generate, evaluate, prepare, as plain arguments; none: all
@@ -47,6 +36,18 @@ dtype = 'auto'          # of training; 'float32', 'bfloat16'
 compile = 'auto'        # of training; auto: as train.py would for a long run
 # -----------------------------------------------------------------------------
 Config = settings(globals())
+
+import torch
+
+from data import prepare
+from gpt import cpu, scoring, tokenizer
+from gpt.data import sources
+from gpt.data.shards import read_manifest
+from gpt.log import machine
+from gpt.optim import OptimizerConfig
+from gpt.trainer import Trainer, TrainerConfig
+from gpt.world import World, measure_peak, pick_dtype
+from model import GPT, SIZES, GPTConfig
 
 COLLECT = 'parts'       # takes the arguments without a flag
 SMALL = GPTConfig(block_size=256, vocab_size=4096, n_layer=6, n_head=6, n_embd=384)     # 12M

@@ -21,8 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt import checkpoints, results, scoring, tokenizer
-from gpt.data import benchmarks
 from gpt.settings import run, settings
 
 # -----------------------------------------------------------------------------
@@ -46,6 +44,9 @@ dump = ''               # FILE for a line of JSON on each question
 compare = ()            # two results, --compare=a.json,b.json: is the second better?
 # -----------------------------------------------------------------------------
 Config = settings(globals())
+
+from gpt import checkpoints, results, scoring, tokenizer
+from gpt.data import benchmarks
 
 
 class Preset(NamedTuple):

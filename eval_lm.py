@@ -23,11 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
-from gpt import checkpoints, files, results, scoring, steps, tokenizer
-from gpt.data import benchmarks
 from gpt.settings import check_bounds, run, settings
 
 # -----------------------------------------------------------------------------
@@ -50,6 +45,12 @@ table3 = False          # print the results of --model under out/results as the 
 compare = ()            # two results, --compare=a.json,b.json: is the second better?
 # -----------------------------------------------------------------------------
 Config = settings(globals())
+
+import numpy as np
+import torch
+
+from gpt import checkpoints, files, results, scoring, steps, tokenizer
+from gpt.data import benchmarks
 
 
 class Task(NamedTuple):

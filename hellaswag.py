@@ -16,8 +16,6 @@ lm-eval     the activity before the context, brackets removed (lm-evaluation-har
 import re
 from collections import defaultdict
 
-from gpt import checkpoints, results, scoring, tokenizer
-from gpt.data import benchmarks
 from gpt.settings import run, settings
 
 # -----------------------------------------------------------------------------
@@ -36,6 +34,9 @@ dump = ''               # FILE for a line of JSON on each question
 compare = ()            # two results, --compare=a.json,b.json: is the second better?
 # -----------------------------------------------------------------------------
 Config = settings(globals())
+
+from gpt import checkpoints, results, scoring, tokenizer
+from gpt.data import benchmarks
 
 SHORT = {'-m': 'model', '-d': 'device'}
 PROTOCOLS = {               # what decides: acc_norm, the one that is quoted, and acc

@@ -12,8 +12,6 @@ import io
 import re
 from pathlib import Path
 
-from gpt.curves import compared, limits, points, read_log, settings_of, smoothed, summary, thinned
-from gpt.files import atomic_write, check_output, picture_path, write_picture
 from gpt.settings import run, settings
 
 # -----------------------------------------------------------------------------
@@ -28,6 +26,9 @@ compare = False     # True: instead of a picture a table of final losses and spe
 target = 0.0        # of --compare: a validation loss; 0: the lowest that all of them reached
 # -----------------------------------------------------------------------------
 Config = settings(globals())
+
+from gpt.curves import compared, limits, points, read_log, settings_of, smoothed, summary, thinned
+from gpt.files import atomic_write, check_output, picture_path, write_picture
 
 COLLECT = 'runs'    # takes the plain arguments
 

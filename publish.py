@@ -10,15 +10,7 @@ import math
 import platform
 from pathlib import Path
 
-import torch
-
-from gpt import checkpoints, tokenizer
-from gpt.curves import read_log, seconds_to
-from gpt.data.order import load_sets
-from gpt.log import duration
 from gpt.settings import run, settings
-from gpt.validation import ValidationConfig, validate
-from gpt.world import World, pick_dtype
 
 # -----------------------------------------------------------------------------
 model = ''          # the folder of a run, whose best step is published, or of one of its steps
@@ -33,6 +25,15 @@ license = ''        # the same, such as mit
 data_dir = ''       # folder of prepared data; '': data/ beside this script
 # -----------------------------------------------------------------------------
 Config = settings(globals())
+
+import torch
+
+from gpt import checkpoints, tokenizer
+from gpt.curves import read_log, seconds_to
+from gpt.data.order import load_sets
+from gpt.log import duration
+from gpt.validation import ValidationConfig, validate
+from gpt.world import World, pick_dtype
 
 SEED = 1337
 FROM_THE_RUN = 'config.py', 'log.jsonl', 'samples.jsonl', 'starts.jsonl'

@@ -17,15 +17,7 @@ from dataclasses import replace
 from json import dumps
 from random import randrange
 
-import torch
-
-from gpt import checkpoints, steps, tokenizer
-from gpt.cpu import pack
-from gpt.files import decode, read_text
-from gpt.generate import slide, stream
 from gpt.settings import check_bounds, run, settings
-from gpt.world import pick_device, pick_dtype
-from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 prompt = ''             # also -p; FILE:name.txt reads a file, - standard input, both without the
@@ -49,6 +41,15 @@ dtype = 'auto'          # 'float32': a sample is the same alone and in a batch; 
                         # 'float16'; auto: bfloat16 where native, but float32 for --explain
 # -----------------------------------------------------------------------------
 Config = settings(globals())
+
+import torch
+
+from gpt import checkpoints, steps, tokenizer
+from gpt.cpu import pack
+from gpt.files import decode, read_text
+from gpt.generate import slide, stream
+from gpt.world import pick_device, pick_dtype
+from model import GPT, GPTConfig
 
 SHORT = {'-p': 'prompt', '-m': 'max_new_tokens', '-i': 'interactive',
          '--start': 'prompt', '--out_dir': 'model'}     # nanoGPT's names

@@ -13,20 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from gpt import budget, tokenizer
-from gpt.budget import BatchConfig, BatchPlan
-from gpt.data.order import Data, draw
-from gpt.log import Stopwatch
-from gpt.optim import OptimizerConfig, Schedule
-from gpt.preflight import Preflight
-from gpt.progress import PendingMetrics, Progress
-from gpt.run import Run
 from gpt.settings import check_bounds, run as run_script, section, settings
-from gpt.trainer import Trainer, TrainerConfig
-from gpt.validation import ValidationConfig, validate
-from gpt.world import World, is_out_of_memory, pick_dtype
 
 # -----------------------------------------------------------------------------
 # The defaults train a small GPT on the offline corpus in minutes, on a laptop.
@@ -101,6 +88,20 @@ checkpoint_activations = False      # True: recompute activations in the backwar
 timeout_minutes = 10.0      # processes wait this long for each other, then give up
 # -----------------------------------------------------------------------------
 Config = settings(globals())
+
+import torch
+
+from gpt import budget, tokenizer
+from gpt.budget import BatchConfig, BatchPlan
+from gpt.data.order import Data, draw
+from gpt.log import Stopwatch
+from gpt.optim import OptimizerConfig, Schedule
+from gpt.preflight import Preflight
+from gpt.progress import PendingMetrics, Progress
+from gpt.run import Run
+from gpt.trainer import Trainer, TrainerConfig
+from gpt.validation import ValidationConfig, validate
+from gpt.world import World, is_out_of_memory, pick_dtype
 
 BOUNDS = (                  # what is expected, whether a value fits, of which settings
     ('1 or more', lambda value: value >= 1,

@@ -4,6 +4,8 @@ The header of a script becomes a typed, frozen Config; config files and --key=va
     batch_size = 16         # sequences per micro-batch
     Config = settings(globals())
 
+    import torch            # what takes long comes after it: --help and Ctrl-C do not wait
+
     def main(cfg): ...
 
     if __name__ == '__main__':
@@ -18,6 +20,7 @@ import difflib
 import math
 import operator
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -47,8 +50,14 @@ def settings(script: dict[str, Any]) -> type:
     """Move the lower-case constants of `script`, its globals() so far, into a frozen Config class.
 
     They are removed from the script, so that code which forgets `cfg.` raises a NameError instead
-    of reading a default; `train.Config().batch_size` gives a default.
+    of reading a default; `train.Config().batch_size` gives a default. In the script that was
+    started, --help ends here, and Ctrl-C during the imports that follow is quiet.
     """
+    if script['__name__'] == '__main__':
+        if {'-h', '--help'} & set(sys.argv[1:]):
+            finish(lambda: print_help(script))
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     names = [key for key, value in script.items()
              if key.islower() and not key.startswith('_') and type(value) in TYPES]
     taken = [(key, type(script[key]), script.pop(key)) for key in names]
@@ -294,12 +303,16 @@ def run(main: Callable, Config: type, short: dict[str, str] | None = None,
     MemoryError, or a ValueError that our own code raised); otherwise what main returned. It exits
     by os._exit after flushing: a process that used gloo may abort in a normal shutdown.
     """
+    if callable(signal.getsignal(signal.SIGINT)):       # not ignored, as it is under nohup
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    finish(lambda: main(configure(Config, sys.argv[1:], short, collect)))
+
+
+def finish(task: Callable) -> None:
+    """Run `task` and exit, see run()."""
     open_standard_streams()
     try:
-        if {'-h', '--help'} & set(sys.argv[1:]):
-            status = print_help(sys.modules[Config.__module__]) or 0
-        else:
-            status = main(configure(Config, sys.argv[1:], short, collect)) or 0
+        status = task() or 0
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
@@ -348,8 +361,8 @@ def raised_here(error: BaseException) -> bool:
     return Path(frame.filename).resolve().parent in folders and not os.environ.get('TRACEBACK')
 
 
-def print_help(script: Any) -> None:
+def print_help(script: dict[str, Any]) -> None:
     """Print the docstring of a script and its header, which is the manual."""
-    lines = Path(script.__file__).read_text(encoding='utf-8').splitlines()
+    lines = Path(script['__file__']).read_text(encoding='utf-8').splitlines()
     rules = [i for i, line in enumerate(lines) if line.startswith('# ----')]
-    print((script.__doc__ or '').strip(), *lines[rules[0]:rules[1] + 1], sep='\n')
+    print((script['__doc__'] or '').strip(), *lines[rules[0]:rules[1] + 1], sep='\n')

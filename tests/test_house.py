@@ -62,6 +62,18 @@ def parameters(function):
 
 # Floors.
 
+@pytest.mark.parametrize('name', sorted({*SCRIPTS} - {'data.prepare', 'data.explore'}))
+def test_scripts_import_what_takes_long_after_their_settings(name):
+    """So that --help and Ctrl-C do not wait for it."""
+    body = TREES[name].body
+    end = next(i for i, node in enumerate(body) if ast.unparse(node).startswith('Config ='))
+    modules = {node.module for node in body[:end] if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in body[:end] if isinstance(node, ast.Import)
+                for alias in node.names}
+    assert {module for module in modules if module.partition('.')[0] not in
+            sys.stdlib_module_names} == {'gpt.settings'}
+
+
 def test_every_program_file_is_in_the_house():
     paths = (path for folder in ('', 'gpt', 'gpt/data', 'data')
              for path in (ROOT / folder).glob('*.py'))

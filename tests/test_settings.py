@@ -1,9 +1,12 @@
 """Settings from header, files and flags; and that nothing in a config file is ever executed."""
 
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, script
@@ -153,7 +156,7 @@ def test_a_config_may_use_settings_made_before(tmp_path):
     assert found == {'learning_rate': 5e-4}
 
 
-@pytest.mark.parametrize('name', ['plot.py', 'data/prepare.py'])
+@pytest.mark.parametrize('name', ['train.py', 'plot.py', 'data/prepare.py'])
 def test_help_prints_the_header(name):
     done = script(name, '--help')
     source = (ROOT / name).read_text()
@@ -186,7 +189,28 @@ def test_the_defaults_of_a_header_are_read_without_importing_it():
     assert header_defaults(ROOT / 'train.py') == asdict(train.Config())
 
 
-# The end of every script.
+# The beginning and the end of every script.
+
+@pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='needs /proc')
+@pytest.mark.parametrize('seconds', [0, 0.3])
+def test_ctrl_c_during_the_imports_is_quiet(seconds):
+    process = subprocess.Popen([sys.executable, 'train.py', '--device=cpu'], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while '/torch/lib' not in Path(f'/proc/{process.pid}/maps').read_text():
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == b'' and process.returncode == 130
+
+
+def test_an_ignored_ctrl_c_stays_ignored_during_the_imports():
+    process = subprocess.Popen([sys.executable, 'train.py', '--max_iters=-1'], cwd=ROOT,
+                               stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert b'max_iters: given -1' in process.communicate(timeout=60)[1] and process.returncode == 2
+
 
 @pytest.mark.parametrize('flags, message', [
     (['--max_itres=3'], "did you mean 'max_iters'"),
