@@ -260,7 +260,7 @@ def train(cfg, data, run, trainer, p, questions):
                 continue
             run.validated(p, validation)
             finished |= p.out_of_patience(cfg.patience * cfg.eval_interval)
-        run.prune(p)
+        run.settle(p)
         if (hellaswag_due or (questions and finished)) and not run.stop_requested:
             run.write_scores(p, score_hellaswag(trainer, data.encoding, questions))
         if p.due(cfg.sample_interval) and not run.stop_requested:
@@ -294,7 +294,7 @@ def train(cfg, data, run, trainer, p, questions):
             if p.diverged:
                 break
 
-    world.print(run.summary(p))
+    run.finish(p)
     return 3 if p.diverged else 0
 
 

@@ -12,6 +12,7 @@ Folders of others, which model_config.py and weights.py judge, open too if they 
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,12 +22,10 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from gpt import hub, steps, tokenizer
 from gpt.cpu import pack
@@ -38,6 +37,9 @@ from gpt.weights import (NANOGPT, file_in, fill, fit, load_pickle, open_weights,
                          weight_files)
 from gpt.world import World, pick_dtype
 from model import GPT, SIZES
+
+SAFETENSORS_DTYPES = {torch.float64: 'F64', torch.float32: 'F32', torch.bfloat16: 'BF16',
+                      torch.float16: 'F16'}
 
 
 class Loaded(NamedTuple):
@@ -232,7 +234,7 @@ def save(out_dir: str | Path, step: int, model: GPT, encoding: tokenizer.Encodin
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write(partial, model, encoding, training)
-    except (OSError, SafetensorError, RuntimeError) as error:   # a full disk has several names
+    except (OSError, RuntimeError) as error:            # a full disk has several names
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f'{final}: {error}') from None
     shutil.rmtree(final, ignore_errors=True)                    # it exists only if it is damaged
@@ -247,8 +249,8 @@ def publish(target: Path, model: GPT, encoding: tokenizer.Encoding, texts: dict[
     partial = target.with_name(f'.{target.name}.partial')
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        write_model(partial, model, encoding)
-        write_manifest(partial)                         # of the model: texts may be edited later
+        hashes = write_model(partial, model, encoding)
+        write_manifest(partial, hashes)                 # of the model: texts may be edited later
         for name, text in texts.items():
             (partial / name).write_text(text, encoding='utf-8')
         target.mkdir(parents=True, exist_ok=True)
@@ -264,13 +266,30 @@ def publish(target: Path, model: GPT, encoding: tokenizer.Encoding, texts: dict[
 
 def write(partial: Path, model: GPT, encoding: tokenizer.Encoding, training: dict) -> None:
     """All files of a checkpoint, synced to the disk."""
-    write_model(partial, model, encoding)
-    with open(partial / TRAINING, 'wb') as file:
+    hashes = write_model(partial, model, encoding)
+    with HashedFile(partial / TRAINING) as file:
         torch.save(training, file)
-    write_manifest(partial)
+    write_manifest(partial, {**hashes, TRAINING: file.digest.hexdigest()})
 
 
-def write_model(partial: Path, model: GPT, encoding: tokenizer.Encoding) -> None:
+class HashedFile(io.FileIO):
+    """A new file that is hashed while it is written."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, 'wb')
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        rest = memoryview(data).cast('B')
+        size = len(rest)
+        self.digest.update(rest)
+        while rest:                                     # a large write may end early
+            rest = rest[super().write(rest):]
+        return size
+
+
+def write_model(partial: Path, model: GPT, encoding: tokenizer.Encoding) -> dict[str, str]:
+    """The files of a model; returns {name: sha256} of the large one."""
     partial.mkdir(parents=True)
     eot = tokenizer.eot_id(encoding)
     write_json(partial / 'config.json', {**config_json(model.config, eot),
@@ -279,15 +298,32 @@ def write_model(partial: Path, model: GPT, encoding: tokenizer.Encoding) -> None
     write_json(partial / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size,
         'clean_up_tokenization_spaces': False, **tokenizer.special_names(encoding)})
-    save_file(to_hugging_face(model), partial / WEIGHTS, metadata={'format': 'pt'})
-    mode = (partial / 'config.json').stat().st_mode         # safetensors makes its file private
-    (partial / WEIGHTS).chmod(mode & 0o777)
+    with HashedFile(partial / WEIGHTS) as file:
+        write_safetensors(file, to_hugging_face(model))
+    return {WEIGHTS: file.digest.hexdigest()}
 
 
-def write_manifest(partial: Path) -> None:
-    """Sizes and sha256 of the files; then everything is synced to the disk."""
+def write_safetensors(file: IO[bytes], tensors: dict[str, torch.Tensor]) -> None:
+    """The bytes of safetensors' save_file, which cannot be hashed while they are written: the
+    length of the header, the header as JSON, the tensors."""
+    header, offset = {'__metadata__': {'format': 'pt'}}, 0
+    for name, tensor in sorted(tensors.items()):
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {'dtype': SAFETENSORS_DTYPES[tensor.dtype], 'shape': list(tensor.shape),
+                        'data_offsets': [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, 'little') + text)
+    for _, tensor in sorted(tensors.items()):
+        file.write(tensor.cpu().view(torch.uint8).numpy().data)
+
+
+def write_manifest(partial: Path, hashes: dict[str, str]) -> None:
+    """Sizes and sha256 of the files, where they are not in `hashes`; then everything is synced to
+    the disk."""
     write_json(partial / MANIFEST, {
-        file.name: {'bytes': file.stat().st_size, 'sha256': sha256(file)}
+        file.name: {'bytes': file.stat().st_size, 'sha256': hashes.get(file.name) or sha256(file)}
         for file in sorted(partial.iterdir())})
     for path in [*partial.iterdir(), partial]:
         sync(path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpt.sharding import gather_full, shard_like
+from gpt.sharding import full_copy, shard_like
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Muon's quintic (Jordan)
 MAX_ELEMENTS = 2 ** 25                  # of the matrices that are orthogonalized together
@@ -112,9 +112,9 @@ class Optimizer:
             part.state.clear()
 
     def state_dict(self, keep: bool = True) -> dict[str, dict[str, torch.Tensor]]:
-        """{parameter name: {key: tensor}}: step counts and moments, no learning rates. Of a
-        sharded model a collective; those that do not `keep` it get None for the tensors."""
-        return {self.names[p]: {key: gather_full(value, keep) for key, value in state.items()}
+        """{parameter name: {key: tensor}}: step counts and moments, no learning rates. Copies
+        on the CPU; of a sharded model a collective, see full_copy()."""
+        return {self.names[p]: {key: full_copy(value, keep) for key, value in state.items()}
                 for part in self.parts for p, state in part.state.items()}
 
     def load_state_dict(self, saved: dict[str, dict[str, torch.Tensor]]) -> None:

@@ -89,7 +89,7 @@ class Progress:
         """For a checkpoint: plain types."""
         names = [f.name for f in fields(self) if f.name not in self.NOT_SAVED]
         return {'progress': {name: getattr(self, name) for name in names},
-                'watch': self.detector.state}
+                'watch': dict(self.detector.state)}
 
     @classmethod
     def restore(cls, saved: dict) -> 'Progress':
@@ -116,12 +116,9 @@ class Progress:
         self.step += 1
         self.position += sequences
 
-    def count_validation(self, val_loss: float, is_best: bool) -> None:
-        """Count a validation at this step; is_best: of the saved steps."""
+    def count_validation(self, val_loss: float) -> None:
         if val_loss < self.lowest_val_loss:
             self.lowest_val_loss, self.lowest_step = val_loss, self.step
-        if is_best:
-            self.best_val_loss, self.best_step = val_loss, self.step
 
     def forget_validations(self) -> None:
         """Losses on another text do not compare."""

@@ -2,10 +2,12 @@
 Run: the folder of a run, what it starts from, and all that is written there.
 """
 
+import math
 import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -24,6 +26,8 @@ from gpt.validation import Validation
 from gpt.world import World
 from model import GPT, GPTConfig
 
+TORCHRUN_SECONDS = 25       # it kills 30 after SIGTERM
+
 
 class Start(NamedTuple):
     """Where a run starts."""
@@ -41,7 +45,10 @@ class Run:
         self.cfg, self.world = cfg, world
         self.read_only = cfg.eval_only or cfg.plan
         self.lock_file = self.log = self.stop = None
+        self.writer, self.writing = ThreadPoolExecutor(1), None     # of rank 0: one save at a time
         self.saved_at, self.saved_time, self.save_error = -1, time.monotonic(), None
+        self.validation = None                      # (step, loss) of one whose save is not settled
+        self.is_warned = False
         self.stop_requested = self.save_requested = False       # by any rank, as all ranks know
 
     def __enter__(self) -> 'Run':
@@ -53,6 +60,7 @@ class Run:
         self.world.output.close()
         if self.stop:
             self.stop.restore()
+        self.writer.shutdown(wait=kind is not KeyboardInterrupt)
         if self.log and kind is not KeyboardInterrupt:          # a second Ctrl-C ends at once
             self.log.close(failed=error is not None)
         if self.lock_file:
@@ -222,41 +230,62 @@ class Run:
             f'left {duration(tokens_left / speed.tokens_per_second)}')
 
     def save(self, p: Progress, trainer: Trainer) -> None:
-        """A checkpoint of this step, unless there is one. A failure is an event and not the end:
-        there may be room for the next one."""
+        """A checkpoint of this step, unless there is one: copied to memory, and written while the
+        training goes on; settle() takes note of it."""
         self.save_requested = False
         if self.saved_at == p.step or p.diverged:
             return
-        training = {**p.state_dict(), **trainer.state_dict(), 'settings': asdict(self.cfg),
-                    'shards': self.data.shards}
-        model = trainer.full_model(keep=self.world.is_main)
-        try:
-            self.world.on_main(checkpoints.save, self.cfg.out_dir, p.step, model,
-                               self.data.encoding, training)
-            self.saved_at, self.save_error = p.step, None
-        except OSError as error:
-            self.save_error = error
-            self.log.event(p.step, 'save failed', f'cannot save: {error}; continuing')
-        self.saved_time = time.monotonic()
+        self.world.on_main(self.settle, p, True)
+        model, state = trainer.copied()
+        if self.world.is_main:
+            training = {**p.state_dict(), **state, 'settings': asdict(self.cfg),
+                        'shards': self.data.shards}
+            self.writing = self.writer.submit(checkpoints.save, self.cfg.out_dir, p.step, model,
+                                              self.data.encoding, training)
+        self.saved_at, self.saved_time = p.step, time.monotonic()
 
     def validated(self, p: Progress, validation: Validation) -> None:
-        """Log a validation, and note in best.json if no saved step has a lower loss."""
-        is_best = self.saved_at == p.step and validation.loss < p.best_val_loss
-        if is_best and p.step:                          # step 0 is not saved, but counts
-            try:
-                self.world.on_main(steps.mark_best, self.cfg.out_dir, p.step, validation.loss)
-            except OSError as error:
-                is_best = False
-                self.log.event(p.step, 'save failed', f'cannot write best.json: {error}; '
-                                                      f'continuing')
-        p.count_validation(validation.loss, is_best)
+        p.count_validation(validation.loss)
+        self.validation = p.step, validation.loss
         self.write(p, val_loss=validation.loss, **validation.others)
         self.world.print(f'step {p.step}: {validation}')
 
-    def prune(self, p: Progress) -> None:
-        """Delete checkpoints beyond those to keep, if the newest is of this good step."""
-        if self.saved_at == p.step and p.is_healthy and self.world.is_main:
+    def settle(self, p: Progress, wait: bool = False) -> None:
+        """Take note of the last save on rank 0, once it has ended or after a `wait` for it: mark
+        the step if it is the best, and delete checkpoints beyond those to keep. A failure is an
+        event and not the end: there may be room for the next one."""
+        if self.writing and (wait or self.writing.done()):
+            self.save_error = self.writing.exception()
+            if self.save_error and not isinstance(self.save_error, OSError):
+                raise self.save_error
+            if self.save_error:
+                self.log.event(self.saved_at, 'save failed',
+                               f'cannot save: {self.save_error}; continuing')
+            self.warn_of_slow_saves(time.monotonic() - self.saved_time)
+        elif self.writing or not self.validation or not self.world.is_main:
+            return
+        (step, loss), self.writing = self.validation or (-1, math.inf), None
+        self.validation = None
+        if self.save_error:
+            return
+        if step == self.saved_at and loss < p.best_val_loss:
+            self.mark_best(p, step, loss)
+        if p.is_healthy:
             steps.prune(self.cfg.out_dir, newest_kept(self.cfg), p.best_step)
+
+    def mark_best(self, p: Progress, step: int, val_loss: float) -> None:
+        try:
+            if step:                                    # step 0 is not saved, but counts
+                steps.mark_best(self.cfg.out_dir, step, val_loss)
+            p.best_step, p.best_val_loss = step, val_loss
+        except OSError as error:
+            self.log.event(step, 'save failed', f'cannot write best.json: {error}; continuing')
+
+    def warn_of_slow_saves(self, seconds: float) -> None:
+        if self.world.under_torchrun and seconds > TORCHRUN_SECONDS and not self.is_warned:
+            self.is_warned = True
+            self.world.print(f'writing a checkpoint took {seconds:.0f} s: torchrun kills 30 s '
+                             f'after it is stopped, unless --shutdown_timeout allows more')
 
     def recover(self, p: Progress, trainer: Trainer) -> Progress:
         """After max_skipped bad updates in a row: the progress to continue from. That of the last
@@ -276,6 +305,7 @@ class Run:
     def roll_back(self, p: Progress, trainer: Trainer) -> Progress | None:
         """Load the last checkpoint from before the bad updates; the data since then is left out.
         None if there is no such checkpoint."""
+        self.world.on_main(self.settle, p, True)
         folder = self.world.on_main(steps.roll_back, self.cfg.out_dir, p.good_until)
         if not folder:
             return None
@@ -289,6 +319,12 @@ class Run:
                        left_out=left_out)
         self.saved_at, self.stop_requested, self.save_requested = back.step, False, False
         return back
+
+    def finish(self, p: Progress) -> None:
+        """Wait for the last save, and print the summary."""
+        self.world.on_main(self.settle, p, True)
+        self.save_error = self.world.broadcast(self.save_error)
+        self.world.print(self.summary(p))
 
     def summary(self, p: Progress) -> str:
         """The last line of a run."""

@@ -33,13 +33,13 @@ def is_sharded(thing: object) -> bool:
     return hasattr(thing, 'reshard') or hasattr(thing, 'full_tensor')
 
 
-def gather_full(tensor: torch.Tensor, keep: bool = True) -> torch.Tensor | None:
-    """All of a sharded tensor, on the CPU; other tensors are returned as they are. A collective:
-    every process must call it; those that do not `keep` it get None."""
-    if not is_sharded(tensor):
-        return tensor
-    full = tensor.full_tensor()
-    return full.cpu() if keep else None
+def full_copy(tensor: torch.Tensor, keep: bool = True) -> torch.Tensor | None:
+    """A copy on the CPU of all of a tensor. Of a sharded one a collective: every process must call
+    it. Those that do not `keep` it get None."""
+    if is_sharded(tensor):
+        tensor = tensor.full_tensor()                   # newly made, wherever it is
+        return tensor.cpu() if keep else None
+    return tensor.detach().to('cpu', copy=True) if keep else None
 
 
 def shard_like(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -51,15 +51,13 @@ def shard_like(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def unsharded(model, keep: bool = True) -> torch.nn.Module | None:
-    """`model` itself, or a full copy on the CPU if it is sharded, for those that `keep` it (else
-    None). A collective, as gather_full()."""
-    if not is_sharded(model):
-        return model
-    model.reshard()                             # a forward pass leaves some parameters gathered
+def full_model_copy(model, keep: bool = True) -> torch.nn.Module | None:
+    """full_copy() of a model."""
+    if is_sharded(model):
+        model.reshard()                         # a forward pass leaves some parameters gathered
     with torch.device('meta'):
         gpt = type(model)(model.config)
-    weights = {name: gather_full(p.detach(), keep) for name, p in model.named_parameters()}
+    weights = {name: full_copy(p.detach(), keep) for name, p in model.named_parameters()}
     if keep:
         gpt.load_state_dict(weights, assign=True)
     return gpt if keep else None

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from gpt.optim import Optimizer, OptimizerConfig
-from gpt.sharding import is_sharded, shard, shard_like, unsharded
+from gpt.sharding import full_model_copy, is_sharded, shard, shard_like
 from gpt.world import World, is_out_of_memory, measure_peak
 
 MIN_SECONDS_TO_COMPILE = {'half': 60, 'float32': 180}   # of a run on a CPU: compiling takes about
@@ -138,12 +138,17 @@ class Trainer:
             self.model.train()
 
     def full_model(self, keep: bool = True) -> torch.nn.Module | None:
-        """The model, or a full copy on the CPU if it is sharded; see sharding.unsharded()."""
-        return unsharded(self.model, keep)
+        """The model, or of a sharded one a copy, see sharding.full_copy()."""
+        return full_model_copy(self.model, keep) if is_sharded(self.model) else self.model
+
+    def copied(self) -> tuple[torch.nn.Module | None, dict]:
+        """(model, state_dict()), copied to the memory of the CPU, on rank 0; None and no tensors
+        elsewhere. A collective if the model is sharded."""
+        return full_model_copy(self.model, self.world.is_main), self.state_dict()
 
     def state_dict(self) -> dict:
-        """Optimizer, scaler and how it computes, on rank 0; a collective if the model is sharded.
-        The weights are saved apart, as a model that others read too."""
+        """Optimizer, scaler and how it computes; the weights are saved apart, as a model that
+        others read too."""
         computes = {'device': self.world.device.type, 'dtype': str(self.world.dtype)[6:],
                     'compile': self.is_compiled}
         return {'optimizer': self.optimizer.state_dict(self.world.is_main),

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 
 import train
 from gpt import checkpoints, model_config, steps, tokenizer, weights
@@ -202,6 +203,15 @@ def test_an_intact_step_is_left_as_it_is_and_a_damaged_one_replaced(tmp_path):
     (folder / 'training.pt').write_bytes(b'')
     save(tmp_path)
     assert not steps.problem(folder) and checkpoints.load_training(folder) == {'step': 1}
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_are_written_as_safetensors_writes_them(tmp_path, dtype):
+    model, folder = save(tmp_path)[0].to(dtype), tmp_path / 'published'
+    checkpoints.publish(folder, model, BYTES, {'README.md': ''})
+    save_file(weights.to_hugging_face(model), tmp_path / 'expected', metadata={'format': 'pt'})
+    assert (folder / 'model.safetensors').read_bytes() == (tmp_path / 'expected').read_bytes()
+    assert not steps.problem(folder)                    # the sha256 that writing found is right
 
 
 def test_a_save_that_fails_leaves_no_checkpoint(tmp_path, monkeypatch):

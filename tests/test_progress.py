@@ -68,24 +68,23 @@ def test_what_is_due():
 
 def test_patience_counts_from_the_lowest_validation_saved_or_not():
     p = Progress(step=4)
-    p.count_validation(4.0, is_best=True)
+    p.count_validation(4.0)
     p.step = 8
-    p.count_validation(3.0, is_best=False)                          # its save failed
-    assert (p.best_step, p.best_val_loss) == (4, 4.0)
-    assert (p.lowest_step, p.lowest_val_loss) == (8, 3.0)
+    p.count_validation(3.0)
+    assert (p.lowest_step, p.lowest_val_loss, p.best_step) == (8, 3.0, -1)
     p.step = 12
-    p.count_validation(3.5, is_best=True)
-    assert p.best_step == 12 and p.lowest_step == 8
+    p.count_validation(3.5)
+    assert p.lowest_step == 8
     assert not p.out_of_patience(8) and p.out_of_patience(4) and not p.out_of_patience(0)
     p.forget_validations()
-    p.count_validation(9.0, is_best=True)
-    assert p.best_step == p.lowest_step == 12
+    p.count_validation(9.0)
+    assert p.lowest_step == 12
 
 
 def test_a_state_dict_holds_all_that_a_resume_needs():
     p = healthy()
     feed(p, math.nan, 9.0)
-    p.count_validation(2.0, is_best=True)
+    p.count_validation(2.0)
     p.diverged = True                                               # such a step is never saved
     saved = p.state_dict()
     plain = {int, float, str, bool, tuple, dict}
@@ -102,7 +101,8 @@ def test_a_rollback_keeps_the_counts_and_the_position_of_the_run():
     p = healthy()
     saved = p.state_dict()
     feed(p, 9.0, math.nan, 9.0)
-    p.count_validation(2.0, is_best=True)
+    p.count_validation(2.0)
+    p.best_step = p.step
     back = p.roll_back(saved)
     assert (back.step, back.position) == (30, 33 * 4)
     assert (back.skipped, back.spikes, back.rollbacks) == (1, 1, 1)

@@ -14,7 +14,7 @@ from conftest import losses
 
 import train
 from gpt import checkpoints, files, log, steps
-from gpt.run import StopSignal
+from gpt.run import Run, StopSignal
 from gpt.validation import Validation
 from gpt.world import World
 
@@ -177,6 +177,42 @@ def test_a_last_save_that_fails_ends_with_an_error(config, monkeypatch, capsys):
     with pytest.raises(OSError, match='could not be saved .*the one before is intact'):
         train.main(config())
     assert 'finished 12 updates' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('changes', [{}, {'optimizer': 'muon', 'bias': False}], ids=str)
+def test_a_checkpoint_is_written_behind_the_training(config, tmp_path, monkeypatch, changes):
+    """The save of step 8 is written after step 10 was logged, and is that of step 8; the next
+    save waits for it."""
+    changes |= {'max_iters': 16, 'log_interval': 1, 'keep': 5}
+    train.main(config(**changes, out_dir=str(tmp_path / 'at once')))
+    log_file, real = tmp_path / 'run/log.jsonl', checkpoints.save
+
+    def slow(out_dir, step, *rest):
+        while step == 8 and '"step": 10,' not in log_file.read_text():
+            time.sleep(0.01)
+        return real(out_dir, step, *rest)
+    monkeypatch.setattr(checkpoints, 'save', slow)
+    train.main(config(**changes))
+    for step in (4, 8, 12, 16):
+        expected, folder = (tmp_path / name / f'step_{step:07d}' for name in ('at once', 'run'))
+        name = 'model.safetensors'
+        assert files.sha256(folder / name) == files.sha256(expected / name)
+        a, b = (checkpoints.load_training(path) for path in (folder, expected))
+        assert all(torch.equal(value, b['optimizer'][key][name])
+                   for key, state in a['optimizer'].items() for name, value in state.items())
+        assert a['progress'] == b['progress'] and a['watch'] == b['watch']
+    best = (tmp_path / 'run/best.json').read_bytes()
+    assert best == (tmp_path / 'at once/best.json').read_bytes()
+
+
+def test_a_slow_save_under_torchrun_is_said_once(capsys):
+    run = Run(SimpleNamespace(eval_only=False, plan=False), SimpleNamespace(
+        under_torchrun=True, print=print, output=None))
+    for seconds in (24, 40, 50):
+        run.warn_of_slow_saves(seconds)
+    text = capsys.readouterr().out
+    assert text.count('writing a checkpoint took 40 s: torchrun kills 30 s after') == 1
+    assert text.count('took') == 1
 
 
 # Signals.

@@ -30,7 +30,7 @@ def sums(model):
 before = sums(model.eval())
 sharding.shard(model, world.device)
 after = sums(model)
-gathered = sharding.unsharded(model, keep=True)
+gathered = sharding.full_model_copy(model, keep=True)
 equal = all(torch.equal(full[name], p) for name, p in gathered.named_parameters())
 parts = [tuple(p.to_local().shape) != tuple(full[name].shape)
          for name, p in model.named_parameters() if p.dim() == 2]
