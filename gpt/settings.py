@@ -41,7 +41,7 @@ OPERATORS = {
 }
 LARGEST = 2 ** 63 - 1       # a whole number beyond it fits no counter
 LONGEST_POWER = 64
-SWITCHES = ('compile', 'detok')     # 'auto', True or False; what else is 'auto' takes a text
+SWITCHES = ('compile', 'detok', 'half_residual')    # 'auto', True or False; other 'auto's: a text
 PATHS = frozenset('compare contamination data data_dir dataset dump file hellaswag_data init_from '
                   'input model out out_dir runs to tokenizer'.split())      # ~ is the home folder
 
