@@ -177,8 +177,8 @@ def captured_generation():
     """a captured step against the eager one, greedy and sampled, over the end of the block"""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision('highest')
-    model, ids, before = GPT(SHAPE).cuda().eval(), torch.arange(24, device='cuda'), generate.captures
-    same, rates = [], []
+    model, ids = GPT(SHAPE).cuda().eval(), torch.arange(24, device='cuda')
+    same, rates, before = [], [], generate.captures
     try:
         for options in ({'temperature': 0.0}, {'temperature': 1.0, 'top_k': 50, 'seed': 5}):
             texts = []
