@@ -109,7 +109,10 @@ def read_data(cfg):
                 'sha256': '-'.join(one['sha256'] for one in facts),
                 'official': all(one['official'] for one in facts),
                 'skipped': sum(one['skipped'] for one in facts)}
-    return results.Data((subsets, books), together, first, '\n'.join(one['path'] for one in facts))
+    return results.Data((subsets, books), together, first, 'questions of each subset',
+                        "Children's Book Test",
+                        '-'.join(['cbt', cfg.preset, cfg.split, cfg.text, *cfg.subset]),
+                        f'{cfg.preset}, {cfg.split}, {cfg.text}')
 
 
 def outcome(cfg, model, encoding, data, options):
@@ -118,7 +121,7 @@ def outcome(cfg, model, encoding, data, options):
     as_published = (data.is_official and not data.facts['skipped']
                     and (cfg.split, cfg.text) == (preset.split, preset.text))
     size = checkpoints.official_name(cfg.model)
-    measures, tokens, notes, cuts, rows = {}, 0, [], [], []
+    measures, notes, cuts, rows = {}, [], [], []
     for name, questions in subsets.items():
         items = [render(question, encoding, cfg.text, preset.gap, preset.eot)
                  for question in questions]
@@ -130,16 +133,11 @@ def outcome(cfg, model, encoding, data, options):
         baseline = results.format_measure(results.accuracy(by_frequency))
         notes.append(f'{name}: the candidate that the text has most often: {baseline}')
         notes += by_book(name, questions, right, books)
-        n_tokens, cut = scoring.reading(items, model.config.block_size, cfg.share)
-        tokens += n_tokens
-        cuts += [f'{name}: {note}' for note in cut]
+        cuts += [f'{name}: {note}' for note in scoring.cut_note(items, model.config.block_size)]
         rows += [dump_row(name, *one) for one in zip(questions, right, scores)]
     if data.facts['skipped']:
         cuts.append(f"{data.facts['skipped']} malformed questions were skipped")
-    return results.Outcome(
-        "Children's Book Test", '-'.join(['cbt', cfg.preset, cfg.split, cfg.text, *cfg.subset]),
-        f'{cfg.preset}, {cfg.split}, {cfg.text}', measures, [*notes, *cuts, 'chance: 10 %'],
-        tokens, rows)
+    return results.Outcome(measures, [*notes, *cuts, 'chance: 10 %'], rows)
 
 
 def by_book(name, questions, right, books):

@@ -61,9 +61,9 @@ def main(cfg):
 
 def read_data(cfg):
     questions, facts = benchmarks.hellaswag(cfg.data)
-    summary = f"{facts['path']}: {len(questions):,} questions"
     questions, first = results.limited(questions, cfg.limit)
-    return results.Data(questions, facts, first, summary)
+    return results.Data(questions, facts, first, 'questions', 'HellaSwag',
+                        f'hellaswag-{cfg.protocol}', cfg.protocol)
 
 
 def outcome(cfg, model, encoding, data, options):
@@ -81,21 +81,19 @@ def outcome(cfg, model, encoding, data, options):
              'right': answers['acc_norm'][i], 'right_by_sum': answers['acc'][i],
              'sums': [score.sum for score in four], 'counts': [score.count for score in four]}
             for i, (question, four) in enumerate(zip(questions, answers['scores']))]
-    return results.Outcome('HellaSwag', f'hellaswag-{cfg.protocol}', cfg.protocol, measures, notes,
-                           answers['tokens'], rows)
+    return results.Outcome(measures, notes, rows)
 
 
 def evaluate(model, encoding, questions, protocol='completion', share=True, **options):
     """For questions of benchmarks.hellaswag(): {'acc_norm': [bool], 'acc': [bool], 'scores':
-    [[Score]], 'tokens': read, 'notes': [str]}.
+    [[Score]], 'notes': [str]}.
 
     options: those of gpt.scoring.ScoringOptions. train.py calls this too.
     """
     items = [render(question, encoding, protocol) for question in questions]
     scores = scoring.ending_loglikelihoods(model, items, share=share, **options)
-    tokens, notes = scoring.reading(items, model.config.block_size, share)
-    return {**grade(questions, scores, protocol), 'scores': scores, 'tokens': tokens,
-            'notes': notes}
+    return {**grade(questions, scores, protocol), 'scores': scores,
+            'notes': scoring.cut_note(items, model.config.block_size)}
 
 
 def render(question, encoding, protocol):
