@@ -21,10 +21,10 @@ import torch
 
 from gpt import checkpoints, steps, tokenizer
 from gpt.cpu import pack
-from gpt.files import decode, read_text
+from gpt.files import decode, given_text
 from gpt.generate import slide, stream
 from gpt.settings import check_bounds, run, settings
-from gpt.world import pick_device, pick_dtype
+from gpt.world import World, pick_device, pick_dtype
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -52,7 +52,7 @@ Config = settings(globals())
 
 SHORT = {'-p': 'prompt', '-m': 'max_new_tokens', '-i': 'interactive',
          '--start': 'prompt', '--out_dir': 'model'}     # nanoGPT's names
-TOP = 'likeliest'       # in JSON, the key of the three most likely tokens
+TOP = 'most_likely'     # in JSON, the key of the three most likely tokens
 
 
 def main(cfg):
@@ -89,8 +89,9 @@ def load(name, device, dtype):
     """(model, encoding, where they come from)."""
     name = name or steps.newest_run()
     if name:
-        folder = checkpoints.find(name)
-        return *checkpoints.load_folder(folder, device, dtype=dtype), folder
+        return steps.look_again(
+            World(), lambda: checkpoints.find(name),
+            lambda folder: (*checkpoints.load_folder(folder, device, dtype=dtype), folder))
     torch.manual_seed(0)
     encoding = tokenizer.byte_pairs('bytes', [])
     config = GPTConfig(block_size=256, vocab_size=encoding.n_vocab, n_layer=2, n_head=2, n_embd=64)
@@ -103,14 +104,8 @@ def read_prompt(prompt):
     """The text of --prompt, which may name a file or be '-'."""
     if prompt == '-':
         return decode(sys.stdin.buffer.read(), 'standard input').removesuffix('\n')
-    if prompt.startswith('FILE:'):
-        return read_text(prompt[5:]).removesuffix('\n')
-    return as_utf8(prompt, 'prompt')
-
-
-def as_utf8(text, where):
-    """A text from the command line or a terminal, whose invalid bytes are surrogates."""
-    return decode(text.encode('utf-8', 'surrogateescape'), where)
+    text = given_text(prompt, 'prompt')
+    return text.removesuffix('\n') if prompt.startswith('FILE:') else text
 
 
 def converse(cfg, model, encoding, text):
@@ -122,7 +117,8 @@ def converse(cfg, model, encoding, text):
     ids, is_terminal = tokenizer.prompt_ids(encoding, text), sys.stdin.isatty()
     while True:
         try:
-            line = as_utf8(input('> ' if is_terminal else ''), 'standard input')
+            raw = input('> ' if is_terminal else '').encode('utf-8', 'surrogateescape')
+            line = decode(raw, 'standard input')        # its invalid bytes were surrogates
             if line:
                 text, ids = line, tokenizer.prompt_ids(encoding, line)
             text, ids = write(cfg, model, encoding, text, ids)

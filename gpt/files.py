@@ -53,6 +53,14 @@ def read_text(path: str | Path) -> str:
     return decode(read_bytes(path), path)
 
 
+def given_text(text: str, setting: str) -> str:
+    """The text of a setting, or of the file it names as FILE:name, see decode(). Invalid bytes of a
+    command line are surrogates."""
+    if text.startswith('FILE:'):
+        return read_text(text[5:])
+    return decode(text.encode('utf-8', 'surrogateescape'), setting)
+
+
 def read_json(path: str | Path, shape: Any) -> Any:
     """The JSON in a plain file, which has this shape (see gpt/shapes.py); ValueError if not."""
     return parse_json(read_text(path), path, shape)

@@ -78,7 +78,7 @@ def test_json_holds_what_is_printed_and_explain_what_the_model_gave_each_token(t
         order = probs.argsort(descending=True).tolist()
         assert fact['probability'] == pytest.approx(probs[ids[n]].item(), rel=1e-3)
         assert order[fact['rank'] - 1] == ids[n] == fact['id']
-        assert [p for _, p in fact['likeliest']] == pytest.approx(
+        assert [p for _, p in fact['most_likely']] == pytest.approx(
             probs[order[:3]].tolist(), rel=1e-3)
     table = say(capsys, *flags, '--explain').removeprefix(text).splitlines()
     assert len(table) == 2 + len(ids) - 1 and sum(row.startswith('new') for row in table) == 6
