@@ -7,6 +7,7 @@ The checkpoints of a run: which there are, which of them are intact, the newest,
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -95,12 +96,13 @@ def best(out_dir: str | Path) -> Path | None:
 def newest_run() -> Path | None:
     """The run under out/ that saved a checkpoint last, else checkpoint/, else None."""
     times = {}
-    for manifest in Path('out').rglob(f'step_*/{MANIFEST}'):
-        with suppress(OSError):                         # deleted meanwhile: the run has a newer one
-            times[manifest] = manifest.stat().st_mtime
+    for place, _, names in os.walk('out'):              # passes over what is deleted meanwhile
+        if MANIFEST in names and os.path.basename(place).startswith('step_'):
+            with suppress(OSError):
+                times[Path(place).parent] = os.stat(Path(place, MANIFEST)).st_mtime
     shipped = ROOT / 'checkpoint'
     if times:
-        return max(times, key=times.get).parent.parent
+        return max(times, key=times.get)
     return shipped if (shipped / 'config.json').exists() else None
 
 
@@ -112,7 +114,7 @@ def look_again(world: World, find: Callable[[], Path | str | None], load: Callab
         folder = find()
         try:
             loaded, error = load(folder), None
-        except (OSError, ValueError) as caught:
+        except (OSError, ValueError, RuntimeError) as caught:   # the last is of safetensors
             loaded, error = None, caught
         place = Path(folder or '')
         is_gone = (error is not None and folder != before and place.name.startswith('step_')
