@@ -118,7 +118,7 @@ def converse(cfg, model, encoding, text):
     while True:
         try:
             raw = input('> ' if is_terminal else '').encode('utf-8', 'surrogateescape')
-            line = decode(raw, 'standard input')        # its invalid bytes were surrogates
+            line = decode(raw, 'standard input').removesuffix('\n')            # a \r at its end
             if line:
                 text, ids = line, tokenizer.prompt_ids(encoding, line)
             text, ids = write(cfg, model, encoding, text, ids)

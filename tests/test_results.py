@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -227,6 +228,25 @@ def test_an_interrupt_says_that_the_work_is_kept(kinds, tmp_path):
     assert 'and the same command continues' in err and 'Traceback' not in err
     partial, = tmp_path.rglob('*.partial')
     assert str(partial.relative_to(tmp_path)) in err
+
+
+def test_numbers_are_printed_before_they_are_written(kinds, tmp_path):
+    """As on a full disk: files beyond a hundred bytes are refused, while it is measured too."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    name, *flags = kinds('hellaswag')
+    done = script(ROOT / name, *flags, cwd=tmp_path, check=False, preexec_fn=limit)
+    assert done.returncode == 2 and 'acc_norm' in done.stdout and 'File too large' in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.rglob('*.json'))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(kinds, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hellaswag, 'evaluate', None)
+    (tmp_path / 'out').write_text('a file')
+    for flag in ('--out=/proc/x.json', '--dump=/proc/x', '--limit=9'):      # the last: out/results
+        with pytest.raises(ValueError, match='cannot be written'):
+            command(hellaswag, *kinds('hellaswag')[1:], flag)
 
 
 def test_damage_to_what_is_kept_is_noticed(tmp_path):
