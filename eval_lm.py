@@ -90,8 +90,6 @@ STOP_WORDS = frozenset('''
 
 
 def main(cfg):
-    if cfg.compare:
-        return print(results.compare(cfg.compare))
     if cfg.table3:
         return print(table(cfg.model))
     results.run_evaluation(resolved(cfg), read_data, outcome)
@@ -144,23 +142,22 @@ def read_data(cfg):
 
 
 def called(cfg, facts):
-    """(title, name of the result, protocol); the bare name is for the protocol's own settings."""
+    """(title, name of the result, protocol, published figures); the bare name is for the protocol's
+    own settings."""
     changes = [f'stride{cfg.stride}'] if cfg.stride else []
     changes += [f'detok{cfg.detok}'] if cfg.detok != 'auto' else []
     own = results.file_id(facts) if cfg.task == 'file' else cfg.protocol
-    return (TASKS[cfg.task].title or Path(cfg.file).name, '-'.join([cfg.task, own, *changes]),
-            ', '.join([cfg.protocol, *(['-'.join(changes)] if changes else [])]))
+    name, size = '-'.join([cfg.task, own, *changes]), checkpoints.official_name(cfg.model)
+    return (TASKS[cfg.task].title or Path(cfg.file).name, name,
+            f'{cfg.protocol}, {"-".join(changes)}' if changes else cfg.protocol,
+            {key: figure for (result, key, of), figure in PUBLISHED.items()
+             if (result, of) == (name, size)})
 
 
 def outcome(cfg, model, encoding, data, options):
-    """The Outcome of the task, with the published figures of the same measurement."""
+    """The Outcome of the task."""
     score = lambada if cfg.task == 'lambada' else rolling
-    measures, notes = score(cfg, model, encoding, data.items, options)
-    for key, one in measures.items():
-        figure = PUBLISHED.get((data.name, key, checkpoints.official_name(cfg.model)))
-        if figure and data.is_official:
-            one['published'].append(figure)
-    return results.Outcome(measures, notes)
+    return results.Outcome(*score(cfg, model, encoding, data.items, options))
 
 
 # LAMBADA: the last word of a passage.

@@ -52,7 +52,6 @@ Config = settings(globals())
 
 SHORT = {'-p': 'prompt', '-m': 'max_new_tokens', '-i': 'interactive',
          '--start': 'prompt', '--out_dir': 'model'}     # nanoGPT's names
-TOP = 'most_likely'     # in JSON, the key of the three most likely tokens
 
 
 def main(cfg):
@@ -282,7 +281,7 @@ def explain_tokens(model, encoding, given, new):
             tokens.append({'token': token_text(encoding, i), 'id': i,
                            'new': first + n >= len(given), 'probability': chosen[n].item(),
                            'rank': ranks[n].item(),
-                           TOP: [[token_text(encoding, j), p] for j, p in alternatives]})
+                           'most_likely': [[token_text(encoding, j), p] for j, p in alternatives]})
     return tokens
 
 
@@ -294,7 +293,7 @@ def print_table(tokens):
     if tokens:
         print('\n        token            probability    rank   the most likely')
     for token in tokens:
-        alternatives = '  '.join(f'{text!r} {p:.1%}' for text, p in token[TOP])
+        alternatives = '  '.join(f'{text!r} {p:.1%}' for text, p in token['most_likely'])
         print(f"{'new' if token['new'] else 'given':6}  {token['token']!r:16} "
               f"{token['probability']:11.2%} {token['rank']:7,}   {alternatives}")
 

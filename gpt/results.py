@@ -12,6 +12,7 @@ import platform
 import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -106,11 +107,7 @@ class Data(NamedTuple):
     task: str               # the title
     name: str               # of the file in which the result is kept
     protocol: str
-
-    @property
-    def is_official(self) -> bool:
-        """Whether it is exactly what published figures were measured on."""
-        return self.facts['official'] and not self.first
+    published: dict         # {measure: (value, source)} of the same on all of the official data
 
 
 class Outcome(NamedTuple):
@@ -128,6 +125,8 @@ def run_evaluation(cfg: Any, read_data: Callable[..., Data],
     options are those of gpt.scoring.ScoringOptions, as a dict. The same command after a kill
     continues, and after the end prints the result again.
     """
+    if cfg.compare:
+        return print(compare(cfg.compare))
     check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'limit batch_tokens')])
     check_outputs(cfg)
     world = World.join(cfg.device, timeout_minutes=120)             # rank 0 may have to download
@@ -151,10 +150,13 @@ def run_evaluation(cfg: Any, read_data: Callable[..., Data],
     try:
         found = outcome(cfg, model, encoding, data, options)
     except KeyboardInterrupt:
-        if kept.path.exists():
+        if world.is_main and kept.path.exists():
             print(f'stopped; what is measured so far is in {kept.path}, and the same command '
                   f'continues', file=sys.stderr)
         raise
+    for key in found.measures.keys() & data.published.keys():
+        if data.facts['official'] and not data.first:
+            found.measures[key]['published'] = [data.published[key]]
     if world.is_main:
         finish(cfg, path, found.rows, {
             **about, 'measures': found.measures, 'notes': found.notes, 'tokens': kept.tokens,
@@ -214,15 +216,22 @@ def limited(items: Sequence, limit: int) -> tuple[Sequence, int]:
 
 # Measures.
 
-def accuracy(correct: Sequence[bool], about: str = '', published: Sequence[tuple] = ()) -> Measure:
-    """The measure of right and wrong answers, with Wilson's interval.
-
-    published: (value in per cent, source) of the same protocol and model.
-    """
+def accuracy(correct: Sequence[bool], about: str = '') -> Measure:
+    """The measure of right and wrong answers, with Wilson's interval."""
     n, k = len(correct), sum(correct)
     low, high = wilson(k, n)
     return {'value': k / n, 'low': low, 'high': high, 'correct': k, 'count': n, 'about': about,
-            'published': list(published), 'items': ''.join('01'[right] for right in correct)}
+            'published': [], 'items': ''.join('01'[right] for right in correct)}
+
+
+def by_group(pairs: Iterable[tuple[str | None, bool]]) -> list[str]:
+    """A note on the accuracy of each group, from pairs of (group, whether an answer is right)."""
+    groups = defaultdict(list)
+    for group, is_right in pairs:
+        groups[group].append(is_right)
+    parts = [f'{group}: {sum(part) / len(part):.2%} of {len(part)}'
+             for group, part in groups.items() if group]
+    return [', '.join(parts)] if parts else []
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:
