@@ -222,13 +222,6 @@ def captures(model, tokens: int) -> bool:
     return model.wte.weight.device.type == 'cuda' and tokens >= MIN_TOKENS_TO_CAPTURE
 
 
-def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids (B, T), lengths (B,)) of B lists of ids, for stream(): zeros before the shorter ones."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    rows = [[0] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts]
-    return torch.tensor(rows), lengths
-
-
 def slide(start: torch.Tensor, end: int, block_size: int) -> torch.Tensor:
     """Where windows that begin at `start` (B,) begin once they reach to `end` and fit the block:
     moved on by the fewest quarters of it."""

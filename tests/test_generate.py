@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from gpt import generate
-from gpt.generate import Cache, left_pad, next_logits, sample
+from gpt.generate import Cache, next_logits, sample
 from model import GPT
 from test_model import TINY, pair, random_ids
+
+
+def left_pad(prompts):
+    """(ids (B, T), lengths (B,)) of B lists of ids: zeros before the shorter ones."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    rows = [[0] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts]
+    return torch.tensor(rows), lengths
 
 
 def uncached(net, prompt, n, temperature=0.0, seed=0, **cuts):
