@@ -406,7 +406,8 @@ def write_splits(results, writers, progress, n_files):
 def check_written(files, splits):
     """Raise ValueError if a file has changed since it was listed, or a split is too small."""
     for file in files:
-        if file.mtime and file.path.stat().st_mtime_ns != file.mtime:
+        touched = file.mtime and file.path.stat().st_mtime_ns != file.mtime
+        if touched and sha256(file.path) != file.hash:
             raise ValueError(f'{file.name}: changed while it was read; run the same command again')
     for split, facts in splits.items():
         if facts['tokens'] < 2:

@@ -670,10 +670,14 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch
         yield from tokenize(*arguments)
         source.write_text(source.read_text() + '{"text": "more"}')
 
+    def touched(*arguments):
+        yield from tokenize(*arguments)
+        os.utime(source, ns=(1, 1))
+
     monkeypatch.setattr(prepare, 'tokenized', changed)
     with pytest.raises(ValueError, match='a.jsonl: changed while it was read'):
         run(tmp_path, source)
-    monkeypatch.setattr(prepare, 'tokenized', tokenize)
+    monkeypatch.setattr(prepare, 'tokenized', touched)
     run(tmp_path, source)
 
 
