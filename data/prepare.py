@@ -78,6 +78,7 @@ SAMPLE_CHARACTERS = 2 ** 28         # of the training text, from which a tokeniz
 LARGE_BYTES = 2 ** 25       # a larger corpus is tokenized by one process per core
 SAVE_SECONDS = 2            # between writes of progress.json
 READER = 2                  # in plan.json: how text is read; 1 kept carriage returns
+COARSE = 2                  # a split this many times larger or smaller than asked is announced
 SEARCHED_TOKENS = 2 ** 28   # of a split, for these
 BOUNDS = (
     ("'strict', 'replace' or 'skip'", ('strict', 'replace', 'skip').__contains__, 'errors'),
@@ -522,9 +523,12 @@ def print_summary(folder, manifest):
         print('of the documents' + describe(manifest['remarks']))
     if documents.HAS_EOT in manifest['remarks'] and not manifest['settings'].get('separator'):
         print("if <|endoftext|> separates documents there, give --separator='<|endoftext|>'")
-    if val['bytes'] > train['bytes']:
-        print('more to validate than to train on: with few documents their hashes decide; try '
-              'another --seed, --separator to divide files, or one file, which is cut in two')
+    asked = manifest['settings'].get('val_fraction')                # not of ready shards
+    found = val['tokens'] / (train['tokens'] + val['tokens'])
+    if asked and not asked / COARSE <= found <= asked * COARSE:
+        print(f'validation has {found:.1%} of the tokens, val_fraction is {asked:.1%}: with few '
+              f'documents, or very long ones, their hashes decide; try another --seed, --separator '
+              f'to divide files, or one file, which is cut in two')
 
 
 def report(name, root):
