@@ -287,6 +287,25 @@ def test_junk_is_refused_in_one_line(junk, tmp_path):
         load(tmp_path / 'tokenizer.json')
 
 
+@pytest.mark.parametrize('part', [
+    {'normalizer': {'type': 'Precompiled', 'precompiled_charsmap': ''}},
+    {'normalizer': {'type': 'Replace', 'pattern': {'String': ''}, 'content': 'x'}},
+    {'pre_tokenizer': {'type': 'FixedLength', 'length': 0}},
+    {'post_processor': {'type': 'TemplateProcessing', 'pair': [], 'special_tokens': {}, 'single': [
+        {'Sequence': {'id': 'A', 'type_id': 0}}, {'SpecialToken': {'id': 'x', 'type_id': 0}}]}},
+    {'decoder': {'type': 'Strip', 'content': ' ', 'start': 100, 'stop': 100}},
+    {'model': {'type': 'BPE', 'vocab': {'a': 0, 'b': 1, 'ab': 2}, 'merges': [['a', 'b']],
+               'continuing_subword_prefix': 'bbb'}, 'added_tokens': []}])
+def test_a_panic_of_the_library_is_a_line_of_ours_and_no_other(part, capfd):
+    """It has written lines of its own to standard error by then."""
+    with pytest.raises(ValueError, match='refuses it|cannot (en|de)code'):
+        encoding = from_json(json.dumps({**OURS, **part}))
+        prompt = tokenizer.prompt_ids(encoding, 'a \xe9 text')
+        tokenizer.token_bytes(encoding)
+        encoding.decode(prompt)
+    assert capfd.readouterr().err == ''
+
+
 def test_text_without_tokens_is_refused_by_name():
     encoding = from_json(json.dumps(FOLDERS['characters from 5']['tokenizer.json']))
     with pytest.raises(ValueError, match='cannot encode this text'):
