@@ -293,7 +293,8 @@ def test_junk_is_refused_in_one_line(junk, tmp_path):
     {'pre_tokenizer': {'type': 'FixedLength', 'length': 0}},
     {'post_processor': {'type': 'TemplateProcessing', 'pair': [], 'special_tokens': {}, 'single': [
         {'Sequence': {'id': 'A', 'type_id': 0}}, {'SpecialToken': {'id': 'x', 'type_id': 0}}]}},
-    {'decoder': {'type': 'Strip', 'content': ' ', 'start': 100, 'stop': 100}},
+    {'decoder': {'type': 'Strip', 'content': ' ', 'start': 9, 'stop': 9}, 'added_tokens': [],
+     'model': {'type': 'Unigram', 'unk_id': 0, 'vocab': [['', 0.0], ['a', 1]]}},
     {'model': {'type': 'BPE', 'vocab': {'a': 0, 'b': 1, 'ab': 2}, 'merges': [['a', 'b']],
                'continuing_subword_prefix': 'bbb'}, 'added_tokens': []}])
 def test_a_panic_of_the_library_is_a_line_of_ours_and_no_other(part, capfd):
