@@ -383,6 +383,16 @@ def test_gpt2_is_not_assumed_beside_another_tokenizer(name, tmp_path):
         checkpoints.load_encoding(tmp_path, 50257)
 
 
+def test_names_left_out_are_said_in_a_short_line(tmp_path, capsys):
+    extra = [added(SIZE + i, f'<name {i}>') for i in range(60_000)]
+    (tmp_path / 'tokenizer.json').write_text(
+        json.dumps({**OURS, 'added_tokens': [*OURS['added_tokens'], *extra]}))
+    assert checkpoints.load_encoding(tmp_path, SIZE).n_vocab == SIZE
+    said = capsys.readouterr().err
+    assert len(said) < 1020 and f'{tmp_path}: the model has {SIZE} rows, none for <name 0>' in said
+    assert said.endswith('<name 59999>; left out\n')
+
+
 def test_gpt2_is_assumed_without_any_and_that_is_said(gpt2, tmp_path, capsys):
     assert checkpoints.load_encoding(tmp_path, 50257).name == 'gpt2'
     assert "GPT-2's is assumed" in capsys.readouterr().err
