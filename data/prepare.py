@@ -36,6 +36,7 @@ from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, leaked, load_f
 from gpt.data.shards import verify as find_problems
 from gpt.files import atomic_write, lock, plain_text, read_json, sha256
 from gpt.settings import check_bounds, run, settings
+from gpt.shapes import is_text
 from gpt.tokenizer import (HFTokenizer, build, eot_id, fingerprint, gpt2, load, special_names,
                            stored, to_json, token_bytes)
 
@@ -85,6 +86,7 @@ BOUNDS = (
     ('more than 0, at most 1e6', lambda value: 0 < value <= 1e6, 'max_document_mb'),
     ('0 (default) or more, and less than 1', lambda value: 0 <= value < 1, 'val_fraction'),
     ('1 to 2,147,483,647', lambda value: 0 < value < 2 ** 31, 'shard_tokens'),  # an int32 on disk
+    ('a text in UTF-8', is_text, 'separator text_key split tokenizer'),
     ('0 or more', lambda value: value >= 0, 'shards'),
     ('0 (default) to 1,024', lambda value: 0 <= value <= 1024, 'workers'),
 )

@@ -1,8 +1,9 @@
 """
 A tokenizer of another program, read by the `tokenizers` library as transformers reads it.
 
-tokenizer.json is the truth: normalizer, added tokens, prefix space, ids of any order. One
-difference is ours: the end-of-text token is text where a text contains its characters.
+tokenizer.json is the truth: normalizer, added tokens, prefix space, ids of any order. Two
+differences are ours: the end-of-text token is text where a text contains its characters, and an
+added token is decoded as it is written, where the library takes its é or Ġ for GPT-2's bytes.
 """
 
 import json
@@ -118,9 +119,12 @@ class HFTokenizer:
         found = [b''] * self.n_vocab
         to_byte = {char: byte for byte, char in byte_characters().items()}
         has_bytes = '"ByteFallback"' in json.dumps(self.data.get('decoder'))
+        normalized = {token['id'] for token in self.data['added_tokens'] if token.get('normalized')}
         with library_errors('the tokenizer cannot decode its tokens'):
             for name, i in self.whole.get_vocab().items():
                 if self.is_byte_level:
+                    if i in normalized and self.whole.normalizer:       # as the library writes it
+                        name = self.whole.normalizer.normalize_str(name)
                     in_bytes = i not in self.added and all(char in to_byte for char in name)
                     found[i] = bytes(map(to_byte.get, name)) if in_bytes else name.encode()
                 elif has_bytes and re.fullmatch('<0x[0-9A-F]{2}>', name):

@@ -82,6 +82,9 @@ FOLDERS = {
         *OURS['added_tokens'], {**USER, 'lstrip': True, 'rstrip': True}]}},
     'whole words': {'tokenizer.json': {**OURS, 'added_tokens': [
         *OURS['added_tokens'], added(SIZE, 'art', single_word=True), added(SIZE + 1, 'lord,')]}},
+    'lower case and added': {'tokenizer.json': {
+        **OURS, 'normalizer': {'type': 'Lowercase'}, 'added_tokens': [
+            *OURS['added_tokens'], added(SIZE, 'Thou Art', normalized=True), added(SIZE + 1, 'Lord')]}},
     'named in tokenizer_config': {'tokenizer.json': OURS, 'tokenizer_config.json': {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'pad_token': '[PAD]'}},
     # vocab.json with merges.txt

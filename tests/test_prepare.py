@@ -558,6 +558,13 @@ def test_bad_settings_are_refused(tmp_path, options, words):
         run(tmp_path, write_jsonl(tmp_path / 'a.jsonl'), **options)
 
 
+def test_settings_that_are_not_utf_8_are_named(tmp_path):
+    for key in ('separator', 'text_key'):
+        done = script('data/prepare.py', f'--data_dir={tmp_path}', f'--{key}=\udcff', check=False)
+        assert done.returncode == 2
+        assert done.stderr == f"prepare.py: {key}: given '\\udcff', expected a text in UTF-8\n"
+
+
 def test_missing_inputs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="given 'shakespear', did you mean 'shakespeare'"):
         run(tmp_path, dataset='shakespear')
