@@ -84,7 +84,7 @@ FOLDERS = {
         *OURS['added_tokens'], added(SIZE, 'art', single_word=True), added(SIZE + 1, 'lord,')]}},
     'lower case and added': {'tokenizer.json': {
         **OURS, 'normalizer': {'type': 'Lowercase'}, 'added_tokens': [
-            *OURS['added_tokens'], added(SIZE, 'Thou Art', normalized=True), added(SIZE + 1, 'Lord')]}},
+            *OURS['added_tokens'], added(SIZE, 'Thou Art', normalized=True)]}},
     'named in tokenizer_config': {'tokenizer.json': OURS, 'tokenizer_config.json': {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'pad_token': '[PAD]'}},
     # vocab.json with merges.txt
