@@ -32,6 +32,7 @@ from gpt.cpu import pack
 from gpt.files import sha256
 from gpt.hub import WEIGHTS
 from gpt.model_config import config_json, read_config
+from gpt.shapes import bounded
 from gpt.steps import MANIFEST, ONLY_FOR_RESUME, TRAINING
 from gpt.weights import (NANOGPT, file_in, fill, fit, load_pickle, open_weights, to_hugging_face,
                          weight_files)
@@ -156,7 +157,7 @@ def load_encoding(folder: str | Path, vocab_size: int) -> tokenizer.Encoding:
 def note(line: str) -> None:
     """Print a line on stderr, once, by one process."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(line, file=sys.stderr)
+        print(bounded(line), file=sys.stderr)
 
 
 def official_name(name: str) -> str:

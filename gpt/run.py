@@ -19,6 +19,7 @@ from gpt import checkpoints, files, steps, tokenizer
 from gpt.budget import fitted, newest_kept
 from gpt.data.order import Data
 from gpt.log import Log, Speed, duration
+from gpt.model_config import check_size
 from gpt.progress import MAX_ROLLBACKS, Event, Metrics, Progress
 from gpt.settings import as_config_file, section
 from gpt.trainer import Trainer
@@ -104,7 +105,9 @@ class Run:
             return self.resume(folder, encoding)
         if is_fine_tune(cfg):
             return self.fine_tune(encoding)
-        model = GPT(section(cfg, GPTConfig, vocab_size=encoding.n_vocab))
+        config = section(cfg, GPTConfig, vocab_size=encoding.n_vocab)
+        check_size(config)
+        model = GPT(config)
         self.announce(f'new run in {cfg.out_dir}')
         return Start(cfg, model, {})
 
