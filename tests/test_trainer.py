@@ -130,7 +130,6 @@ import json
 import math
 import os
 import sys
-import time
 
 import torch
 from torch._dynamo.utils import counters
@@ -186,7 +185,7 @@ for step in range(6):
     train.draw_sample(trainer, tokenizer.byte_pairs('bytes', []), seed=1)
     graphs.append(counters['stats']['unique_graphs'])
 cfg = train.Config(batch_size=4, block_size=16, total_batch_size=4 * 4 * 16)
-train.measure_cost(cfg, Data(), trainer, Progress(), time.monotonic())
+train.measure_cost(Data(), trainer, Progress(), train.Forecast(cfg, train.batch_plan(cfg, world)))
 graphs.append(counters['stats']['unique_graphs'])
 if world.is_main:
     print(json.dumps([losses, graphs, blocks, 'loss' in vars(trainer.model), val]))
