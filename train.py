@@ -270,7 +270,8 @@ def computes(cfg, world, saved):
         dtype, reason = getattr(torch, before['dtype']), 'as before'
     else:
         dtype, reason = world.on_main(pick_dtype, cfg.dtype, world.device, True)
-    world.print(f'device {world.device}; {str(dtype)[6:]}: {reason}')
+    if same or not cfg.plan:                            # which has said it
+        world.print(f'device {world.device}; {str(dtype)[6:]}: {reason}')
     compiling = before['compile'] if same and cfg.compile == 'auto' else cfg.compile
     return replace(world, dtype=dtype), compiling
 

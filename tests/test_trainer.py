@@ -1,6 +1,7 @@
 """Updates of a Trainer: in pieces, undone, compiled, in one process and in two."""
 
 import json
+import math
 import os
 
 import pytest
@@ -96,6 +97,38 @@ def test_evaluating_is_in_eval_mode_and_training_after_it():
     with trainer.evaluating() as model:
         assert model is trainer.model and not model.training
     assert trainer.model.training and trainer.full_model() is trainer.model
+
+
+def test_no_mfu_above_1(monkeypatch, capsys):
+    """A peak that was measured while the machine was busy is measured again; None if training is
+    still faster."""
+    trainer, peaks = make(), iter([200.0, 50.0])
+    per_token = trainer.model.flops_per_token()
+    monkeypatch.setattr(trainer_module, 'measure_peak', lambda *_: per_token * next(peaks))
+    trainer.peak = 100.0 * per_token
+    assert trainer.mfu(50.0) == 0.5 and trainer.mfu(150.0) == 0.75
+    assert trainer.mfu(250.0) is None and trainer.mfu(1.0) is None
+    assert 'mfu: left out, training does ' in capsys.readouterr().out
+
+
+def test_the_passes_of_a_micro_batch_are_timed_where_that_decides():
+    batch = IDS[:, :-1], IDS[:, 1:]
+    trainer = make()
+    assert trainer.eager_seconds(batch) == math.inf
+    trainer.config = TrainerConfig(compile='auto')
+    assert 0 < trainer.eager_seconds(batch) < 10
+    assert all(p.grad is None for p in trainer.model.parameters())
+    plain = make()
+    assert all(map(torch.equal, update(trainer), update(plain)))
+
+
+def test_a_plan_does_not_compile_on_a_cpu(monkeypatch, capsys):
+    trainer = make()
+    trainer.config = TrainerConfig(compile=True, plan=True)
+    trainer.prepare((IDS[:, :-1], IDS[:, 1:]), math.inf)
+    assert not trainer.is_compiled
+    assert 'compile: off (in the plan, to save time; the run compiles: as set' in (
+        capsys.readouterr().out)
 
 
 def test_compiling_is_decided_by_the_length_of_the_run(monkeypatch):
