@@ -300,19 +300,14 @@ class Forecast:
         """The schedule's settings, scaled so that a new run ends in time."""
         cfg, visit, now = self.cfg, self.took['eval_interval'], time.monotonic()
         each, room = self.updates_left(0) / cfg.max_iters, self.ends - now - self.save
-        visits = int(min(cfg.max_iters // cfg.eval_interval, VISITS * room / max(visit, 1e-9)))
-        visits = max(1, visits)
-        seconds = room - (1 + visits) * visit
-        if seconds < each:
+        visits = max(1, int(min(cfg.max_iters // cfg.eval_interval, VISITS * room / visit)))
+        updates = int((room - (1 + visits) * visit) / each)
+        if updates < 1:
             spent, ends = 60 * cfg.minutes - (self.ends - now), 2 * visit + self.save
             raise ValueError(f'minutes: given {cfg.minutes}; starting and measuring ({spent:.0f} '
                              f's), two validations ({ends:.0f} s) and one update ({each:.1f} s) '
                              f'take {(spent + ends + each) / 60:.2f}')
-        updates = int(seconds / each)
-        fit = {key: round(getattr(cfg, key) * updates / cfg.max_iters) for key in FITTED}
-        if cfg.batch_warmup_iters:                      # 0 would be another shape of micro-batches
-            fit['batch_warmup_iters'] = max(1, fit['batch_warmup_iters'])
-        return {**fit, 'max_iters': updates, 'eval_interval': -(-updates // visits)}
+        return {**self.stretched(0, updates), 'eval_interval': -(-updates // visits)}
 
     def is_due(self, step: int) -> bool:
         """Whether to look if the run will end in time."""
@@ -320,17 +315,20 @@ class Forecast:
                 and step % max(1, self.cfg.max_iters // FITS) == 0)
 
     def refit(self, step: int) -> dict[str, int]:
-        """The settings whose part of the schedule after `step` is stretched or shortened, so that
-        it ends in time; {} if it will anyway."""
-        cfg, left = self.cfg, self.updates_left(step)
-        room = self.ends - time.monotonic() - self.pauses_left(step)
-        updates = max(1, round(room / left * (cfg.max_iters - step)))
-        if abs(room - left) < TOLERANCE * 60 * cfg.minutes or step + updates == cfg.max_iters:
-            return {}
-        factor = updates / (cfg.max_iters - step)
+        """The settings with which what is left ends in time; {} if it does as it is."""
+        left, planned = self.updates_left(step), self.cfg.max_iters - step
+        room = self.ends - time.monotonic() - self.pauses_left(step + 1)
+        updates = max(1, round(room / left * planned))
+        near = abs(room - left) < TOLERANCE * 60 * self.cfg.minutes
+        return {} if near or updates == planned else self.stretched(step, updates)
+
+    def stretched(self, step: int, updates: int) -> dict[str, int]:
+        """The settings of the schedule if so many updates follow `step`: what lies ahead of it is
+        longer or shorter, what was reached stays."""
+        cfg, factor = self.cfg, updates / (self.cfg.max_iters - step)
         ahead = {key: getattr(cfg, key) - step for key in FITTED if key.endswith('_iters')}
-        fit = {key: step + round(factor * left) for key, left in ahead.items() if left > 0}
-        if 'batch_warmup_iters' in fit:                 # a batch that has grown stays as large
+        fit = {key: step + max(1, round(factor * left)) for key, left in ahead.items() if left > 0}
+        if step and 'batch_warmup_iters' in fit:        # a batch that has grown stays as large
             fit['batch_warmup_iters'] = min(fit['batch_warmup_iters'],
                                             max(cfg.batch_warmup_iters, 2 * step))
         return {**fit, 'cooldown_iters': round(factor * cfg.cooldown_iters)}
