@@ -8,7 +8,9 @@ Train a GPT, on one process or many.
 The same command again resumes where the run stopped, whatever stopped it.
 """
 
+import math
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ eval_tokens = 1_000_000     # validation tokens: the first of the split, or all 
 eval_iters = 0              # nanoGPT's spelling: eval_tokens = eval_iters * batch_size * block_size
 eval_only = False           # validate once and exit; writes nothing
 plan = False                # check everything, measure 20 updates, report the cost and exit
-minutes = 0.0               # scale max_iters and the schedule to this time; 0: as given
+minutes = 0.0               # scale max_iters, schedule and eval_interval to end then; 0: as given
 log_interval = 10           # updates between lines in the log
 sample_interval = 0         # updates between samples in samples.jsonl; 0: none
 hellaswag_interval = 0      # updates between HellaSwag scores, each after a checkpoint; 0: none
@@ -90,11 +92,13 @@ checkpoint_activations = False      # True: recompute activations in the backwar
 timeout_minutes = 10.0      # processes wait this long for each other, then give up
 # -----------------------------------------------------------------------------
 Config = settings(globals())
+STARTED = time.monotonic()
 
 import torch
 
 from gpt import budget, tokenizer
-from gpt.budget import BatchConfig, BatchPlan
+from gpt.budget import BatchConfig, BatchPlan, Forecast
+from gpt.curves import read_log
 from gpt.data.order import Data, draw
 from gpt.log import Stopwatch
 from gpt.optim import OptimizerConfig, Schedule
@@ -125,8 +129,9 @@ BOUNDS = (                  # what is expected, whether a value fits, of which s
     ('the name of a folder', lambda value: value and not Path(value).is_file(), 'out_dir'))
 
 
-def main(cfg):
-    started = time.monotonic()
+def main(cfg, started=None):
+    """started: time.monotonic() of the command, if it was not now."""
+    started = started or time.monotonic()
     check(cfg)
     if cfg.plan and not Preflight(cfg).run():
         return 2
@@ -159,10 +164,31 @@ def check(cfg):
                          f'its schedule')
 
 
+def doubtful(cfg):
+    """What the settings say that can be meant, but hardly is: lines."""
+    end, warmup, cooldown = cfg.max_iters, cfg.warmup_iters, cfg.cooldown_iters
+    stop = cfg.lr_decay_iters or end
+    cases = [
+        (cfg.decay_lr and warmup >= min(end, stop),
+         f'warmup_iters={warmup}: the learning rate does not reach its maximum'),
+        (cfg.decay_lr and cfg.schedule == 'wsd' and warmup < stop < warmup + cooldown,
+         f'warmup_iters={warmup}, cooldown_iters={cooldown}: the cooldown follows the warmup, in '
+         f'{stop - warmup} updates'),
+        (cfg.batch_warmup_iters >= end,
+         f'batch_warmup_iters={cfg.batch_warmup_iters}: the batch never is the full one'),
+        (cfg.patience * cfg.eval_interval > end,
+         f'patience={cfg.patience}, eval_interval={cfg.eval_interval}: it ends before patience can'),
+        (cfg.eval_interval > end and not cfg.save_minutes,
+         f'eval_interval={cfg.eval_interval}, save_minutes=0: no checkpoint before the end')]
+    return [f'note: max_iters={end}, {text}' for applies, text in cases if end and applies]
+
+
 def start(cfg, world, run, started):
     """All that comes before the first update, what fails fast first; then train(). Or validate, or
     report the cost, if only that was asked for. started: time.monotonic() of the command."""
     batches = batch_plan(cfg, world)
+    for line in doubtful(cfg):
+        world.print(line)
     if world.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')      # TF32, where float32 is multiplied
     data = Data(cfg.dataset, cfg.data_dir)
@@ -171,10 +197,13 @@ def start(cfg, world, run, started):
     run.lock()
     cfg, model, saved = run.start(data.encoding)
     run.check_data(saved, data)
+    p = Progress.restore(saved)
+    if saved and not cfg.eval_only and (ended := world.on_main(how_it_ended, cfg, p, saved)):
+        world.print(ended)
+        return 0
     world, config = computes(cfg, world, saved)
     run.world = world
     trainer = Trainer(model, world, config, section(cfg, OptimizerConfig))
-    p = Progress.restore(saved)
     if saved and saved['settings']['dataset'] != cfg.dataset:
         p.forget_validations()                          # of another text
     if cfg.eval_only:
@@ -185,23 +214,52 @@ def start(cfg, world, run, started):
     world.on_main(budget.check_disk, cfg, model)
     if saved:
         trainer.load_state_dict(saved)
-    world.print(f'{model.num_parameters():,} parameters; an update is {batches.describe()}; '
+    batches = batch_plan(cfg, world, p.one_shape)
+    update = '' if cfg.plan else f'an update is {batches.describe()}; '
+    world.print(f'{model.num_parameters():,} parameters; {update}'
                 f'{data.describe_epochs(cfg.block_size, batches.full.sequences)}')
 
-    tokens_left = batches.tokens_per_update * max(0, cfg.max_iters - p.step)
     batch = [part.to(world.device) for part in data.order.read(p.position,
                                                                batches.full.micro_batch)]
-    trainer.prepare(batch, 60 * cfg.minutes or trainer.least_seconds(tokens_left))
+    micro_batches = batches.full_updates(cfg.max_iters, p.step) * batches.full.micro_steps
+    trainer.prepare(batch, 60 * cfg.minutes or micro_batches and
+                    micro_batches * trainer.eager_seconds(batch))
+    forecast = Forecast(cfg, batches, budget.save_seconds(trainer))
     if cfg.plan or (cfg.minutes and not saved):
-        cfg = measure_cost(cfg, data, trainer, p, started)
+        measure_cost(data, trainer, p, forecast)
+        if cfg.minutes and not saved:
+            forecast.ends = started + 60 * cfg.minutes
+            cfg = forecast.use(world.on_main(forecast.fit))
+        world.print(world.broadcast(forecast.describe_length(p.step)))
     if cfg.plan:
         return 0
     run.begin(cfg, p, data, is_new=not saved)
-    return train(cfg, data, run, trainer, p, questions)
+    return train(data, run, trainer, p, questions, forecast)
 
 
-def batch_plan(cfg, world):
-    return BatchPlan(section(cfg, BatchConfig), world.size)
+def how_it_ended(cfg, p, saved):
+    """A line, if the run has ended before and nothing is left to do; else ''. One that was killed
+    after its last save has the last validation to do."""
+    wanted = {'val_loss', 'hellaswag'} if cfg.hellaswag_interval else {'val_loss'}
+    try:
+        last = read_log(Path(cfg.out_dir) / 'log.jsonl')[-1]
+    except (OSError, ValueError):
+        return ''
+    if (last['step'] != p.step or not wanted <= set(last)
+            or saved['settings']['dataset'] != cfg.dataset):
+        return ''
+    if p.step >= cfg.max_iters:
+        return (f'finished {p.step} updates before, nothing is left to do; '
+                f'--max_iters={2 * p.step} trains longer')
+    if p.out_of_patience(cfg.patience * cfg.eval_interval) and (
+            last['val_loss'] or math.inf) >= p.lowest_val_loss:
+        return (f'ended at step {p.step} before, no lower loss in {cfg.patience} validations; '
+                f'--patience=0 trains longer')
+    return ''
+
+
+def batch_plan(cfg, world, one_shape=True):
+    return BatchPlan(section(cfg, BatchConfig), world.size, one_shape)
 
 
 def computes(cfg, world, saved):
@@ -214,38 +272,33 @@ def computes(cfg, world, saved):
         dtype, reason = getattr(torch, before['dtype']), 'as before'
     else:
         dtype, reason = world.on_main(pick_dtype, cfg.dtype, world.device, True)
-    world.print(f'device {world.device}; {str(dtype)[6:]}: {reason}')
+    if same or not cfg.plan:                            # which has said it
+        world.print(f'device {world.device}; {str(dtype)[6:]}: {reason}')
     as_before = {key: before[key] for key in ('compile', 'half_residual', 'logits_per_slice')
                  if same and getattr(cfg, key, 'auto') == 'auto'}
     return replace(world, dtype=dtype), section(cfg, TrainerConfig, **as_before)
 
 
-def measure_cost(cfg, data, trainer, p, started):
-    """Print what the run takes; the settings, with the schedule of a new run scaled to --minutes.
-    """
-    world, batches = trainer.world, batch_plan(cfg, trainer.world)
+def measure_cost(data, trainer, p, forecast):
+    """Measure what an update and a validation take, and print it."""
+    cfg, world, batches = forecast.cfg, trainer.world, forecast.plan
     passes = partial(forward_backward, cfg.seed, data, trainer, p)
-    times = budget.measure(trainer, passes, batches, cfg.minutes)
+    forecast.cost = budget.measure(trainer, passes, batches, cfg.minutes)
     available = sum(len(part.val) for part in data.sets)
     with trainer.evaluating() as model:
         evaluate = partial(validate, model, data.sets, world=world)
-        visit = budget.time_validation_and_save(evaluate, section(cfg, ValidationConfig),
-                                                available, trainer)
-    cost, spent = budget.Cost(*times, visit), world.broadcast(time.monotonic() - started)
-    world.print(budget.describe_cost(trainer, cost, batches.tokens_per_update))
-    if cfg.minutes and p.step == 0:
-        cfg = replace(cfg, **budget.fit(cfg, batches, cost, spent))
-        batches = batch_plan(cfg, world)
-    world.print(budget.describe_length(cfg, batches, cost, p.step))
-    return cfg
+        forecast.took['eval_interval'] = budget.time_validation(
+            evaluate, section(cfg, ValidationConfig), available, world)
+    world.print(budget.describe_cost(trainer, forecast.cost, batches.tokens_per_update))
 
 
-def train(cfg, data, run, trainer, p, questions):
+def train(data, run, trainer, p, questions, forecast):
     """The loop; returns the exit status: 0, or 3 if the run diverged."""
-    world, batches = trainer.world, batch_plan(cfg, trainer.world)
-    schedule, metrics = section(cfg, Schedule), PendingMetrics(world.device)
-    stopwatch = Stopwatch(trainer.model.flops_per_token(), trainer.peak)
+    cfg, batches, world = forecast.cfg, forecast.plan, trainer.world
+    schedule, metrics, stopwatch = section(cfg, Schedule), PendingMetrics(world.device), Stopwatch()
     intervals = cfg.eval_interval, cfg.hellaswag_interval, cfg.sample_interval
+    evaluate = partial(validate, trainer.model, data.sets, section(cfg, ValidationConfig), world,
+                       lambda: run.stop.requested)
     while True:
         # once in a while: save first, so that nothing below can lose work
         finished = p.step >= cfg.max_iters
@@ -255,9 +308,8 @@ def train(cfg, data, run, trainer, p, questions):
         if finished or run.stop_requested or (save_due and p.is_healthy):
             run.save(p, trainer)
         if validation_due and not run.stop_requested:
-            with trainer.evaluating() as model:
-                validation = validate(model, data.sets, section(cfg, ValidationConfig), world,
-                                      lambda: run.stop.requested)
+            with trainer.evaluating(), forecast.pause('eval_interval'):
+                validation = evaluate()
             if validation is None:              # stopped in the middle of it: a resume repeats it
                 run.stop_requested = True
                 continue
@@ -265,11 +317,17 @@ def train(cfg, data, run, trainer, p, questions):
             finished |= p.out_of_patience(cfg.patience * cfg.eval_interval)
         run.settle(p)
         if (hellaswag_due or (questions and finished)) and not run.stop_requested:
-            run.write_scores(p, score_hellaswag(trainer, data.encoding, questions))
+            with forecast.pause('hellaswag_interval'):
+                run.write_scores(p, score_hellaswag(trainer, data.encoding, questions))
         if p.due(cfg.sample_interval) and not run.stop_requested:
-            run.log.sample(p.step, draw_sample(trainer, data.encoding, cfg.seed))
+            with forecast.pause('sample_interval'):
+                run.log.sample(p.step, draw_sample(trainer, data.encoding, cfg.seed))
         if finished or run.stop_requested:
             break
+
+        if forecast.is_due(p.step):
+            cfg = refit(run, p, forecast)
+            batches, schedule = forecast.plan, section(cfg, Schedule)
 
         # one update: forward and backward for each micro-batch, one reduction, one step
         stopwatch.start()
@@ -287,10 +345,11 @@ def train(cfg, data, run, trainer, p, questions):
         for m in metrics.read(everything=log_due or any(map(p.due, intervals))):
             run.heed(m)
             run.event(m.step, p.judge(m, cfg.spike_z))
-        stopwatch.stop(batch.sequences * cfg.block_size)
+        forecast.updated(batch, stopwatch.stop(batch.sequences * cfg.block_size))
         if log_due or run.stop_requested:
-            tokens_left = batches.tokens_left(cfg.max_iters, p.step)
-            run.log_update(p, m, learning_rate, stopwatch.read(), tokens_left)
+            speed = stopwatch.read()
+            run.log_update(p, m, learning_rate, speed, trainer.mfu(speed.tokens_per_second),
+                           forecast.describe(p.step))
         if p.bad >= cfg.max_skipped:
             metrics.clear()
             p = run.recover(p, trainer)
@@ -299,6 +358,19 @@ def train(cfg, data, run, trainer, p, questions):
 
     run.finish(p)
     return 3 if p.diverged else 0
+
+
+def refit(run, p, forecast):
+    """Make the rest of the schedule longer or shorter, if the run would not end in time; the
+    settings. A resume takes them from the checkpoint."""
+    before, fit = forecast.cfg.max_iters, run.world.on_main(forecast.refit, p.step)
+    if fit:
+        run.cfg = forecast.use(fit)
+        with suppress(OSError):                         # a full disk does not end a run
+            run.world.on_main(run.write_config)
+        run.log.event(p.step, 'fit', f"max_iters {before} -> {fit['max_iters']}, to end in time",
+                      **fit)
+    return forecast.cfg
 
 
 def forward_backward(seed, data, trainer, p, batch):
@@ -351,4 +423,4 @@ def draw_sample(trainer, encoding, seed):
 
 
 if __name__ == '__main__':
-    run_script(main, Config)
+    run_script(partial(main, started=STARTED), Config)

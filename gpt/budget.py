@@ -2,11 +2,12 @@
 What a run needs and takes: how its batch is divided, its disk, its memory, its time.
 """
 
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -16,15 +17,21 @@ import torch
 
 from gpt import steps
 from gpt.data.order import Batch
+from gpt.log import duration
 from gpt.settings import section
 from gpt.trainer import Trainer
 from gpt.validation import Validation, ValidationConfig
-from gpt.world import peak_memory
+from gpt.world import World, peak_memory
 
 MEASURED_UPDATES = 20
 MEASURED_SECONDS = 60       # at most; of --minutes a tenth
 DISK_BYTES_PER_SECOND = 300e6       # of an ordinary disk
-FITTED = 'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'batch_warmup_iters'
+VISITS = 0.1                # of --minutes, at most, for the validations on the way
+FITS = 10                   # how often a run with --minutes looks whether it will end in time,
+TOLERANCE = 0.03            # and how much of them it may be off
+MEMORY = 50                 # recent updates that tell how fast the next ones will be
+FITTED = ('max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'batch_warmup_iters',
+          'eval_interval')
 
 
 # The batch.
@@ -40,11 +47,14 @@ class BatchConfig:
 
 
 class BatchPlan:
-    """The batch of every update. While it grows it is a quarter, then a half of the full one."""
+    """The batch of every update. While it grows it is a quarter, then a half of the full one, in
+    micro-batches of one shape: another one would be compiled again, in the middle of the run."""
 
-    def __init__(self, config: BatchConfig, world_size: int):
-        """Raises ValueError, with the nearest size that works, if it cannot be divided evenly."""
-        self.config, self.world_size = config, world_size
+    def __init__(self, config: BatchConfig, world_size: int, one_shape: bool = True):
+        """one_shape=False: micro-batches grow too, as in runs that began that way.
+
+        Raises ValueError, with the nearest size that works, if it cannot be divided evenly."""
+        self.config, self.world_size, self.one_shape = config, world_size, one_shape
         if config.total_batch_size and config.gradient_accumulation_steps:
             raise ValueError(f'given total_batch_size={config.total_batch_size} and '
                              f'gradient_accumulation_steps={config.gradient_accumulation_steps}, '
@@ -70,7 +80,8 @@ class BatchPlan:
         """The Batch of tokens / divisor; None if it cannot be divided evenly."""
         c, n = self.config, self.world_size
         sequences = tokens // divisor // c.block_size
-        micro_batch = min(c.batch_size, max(1, sequences // n))
+        least = tokens // max(self.divisors) // c.block_size if self.one_shape else sequences
+        micro_batch = min(c.batch_size, max(1, least // n))
         if tokens % (micro_batch * n * c.block_size * divisor):
             return None
         return Batch(sequences, micro_batch, sequences // (micro_batch * n))
@@ -95,9 +106,6 @@ class BatchPlan:
         quarter, half = min(max_iters, -(-warmup // 2)), min(max_iters, warmup)
         return (max(0, quarter - step) / 4 + max(0, half - max(step, quarter)) / 2 +
                 max(0, max_iters - max(step, half)))
-
-    def tokens_left(self, max_iters: int, step: int) -> float:
-        return self.tokens_per_update * self.full_updates(max_iters, step)
 
     def describe(self) -> str:
         _, micro_batch, micro_steps = self.full
@@ -174,20 +182,15 @@ def amount(size: float) -> str:
 # The time.
 
 class Cost(NamedTuple):
-    """Seconds."""
-    passes: float           # forward and backward passes of a full update
+    """Seconds of a full update."""
+    passes: float           # forward and backward passes
     step: float             # the rest of it
-    visit: float            # a validation and a save
-
-    @property
-    def update(self) -> float:
-        return self.passes + self.step
 
 
 def measure(trainer: Trainer, passes: Callable[[Batch], torch.Tensor], plan: BatchPlan,
-            minutes: float) -> tuple[float, float]:
-    """Seconds of (the passes, the step) of a full update: medians of MEASURED_UPDATES, of at most
-    two micro-batches each, scaled up. The trainer is left as it was.
+            minutes: float) -> Cost:
+    """Medians of MEASURED_UPDATES, of at most two micro-batches each, scaled up. The trainer is
+    left as it was.
 
     passes(batch): the forward and backward passes of an update, for the loss.
     """
@@ -211,38 +214,124 @@ def measure(trainer: Trainer, passes: Callable[[Batch], torch.Tensor], plan: Bat
                 left = min(MEASURED_UPDATES, max(3, int(limit / sum(times[0]))))
             left = world.broadcast(left - 1)
     in_passes, in_step = (sorted(part)[len(times) // 2] for part in zip(*times))
-    return world.broadcast((in_passes * micro_steps / few, in_step))
+    return Cost(*world.broadcast((in_passes * micro_steps / few, in_step)))
 
 
-def time_validation_and_save(validate: Callable[[ValidationConfig], Validation],
-                             config: ValidationConfig, available: int, trainer: Trainer) -> float:
-    """Seconds of both, from a validation of four batches of each process; `available` tokens are
-    in the split."""
-    start, world = time.perf_counter(), trainer.world
-    tokens = 4 * world.size * config.batch_size * config.block_size
+def save_seconds(trainer: Trainer) -> float:
+    """Of writing a checkpoint to an ordinary disk."""
+    optimizer = trainer.optimizer.config.optimizer
+    return checkpoint_bytes(trainer.model, optimizer) / DISK_BYTES_PER_SECOND
+
+
+def time_validation(validate: Callable[[ValidationConfig], Validation], config: ValidationConfig,
+                    available: int, world: World) -> float:
+    """Its seconds, from four batches of each process; `available` tokens are in the split."""
+    start, tokens = time.perf_counter(), 4 * world.size * config.batch_size * config.block_size
     counted = validate(replace(config, eval_iters=0, eval_tokens=tokens)).tokens
     seconds = (time.perf_counter() - start) * max(1, min(config.tokens, available) / counted)
-    size = checkpoint_bytes(trainer.model, trainer.optimizer.config.optimizer)
-    return world.broadcast(seconds + size / DISK_BYTES_PER_SECOND)
+    return world.broadcast(seconds)
 
 
-def update_seconds(cfg: Any, plan: BatchPlan, cost: Cost, step: int = 0) -> float:
-    """Seconds of a mean update after `step`, with its part of the validations and saves."""
-    mean_batch = plan.full_updates(cfg.max_iters, step) / max(1, cfg.max_iters - step)
-    return cost.passes * mean_batch + cost.step + cost.visit / cfg.eval_interval
+class Forecast:
+    """How long the rest of a run takes, from how long its parts took so far; with --minutes also
+    the schedule that ends in time. A resumed run keeps the schedule it has."""
 
+    def __init__(self, cfg: Any, plan: BatchPlan, save: float = 0.0):
+        """save: seconds of writing a checkpoint."""
+        self.cfg, self.plan, self.save = cfg, plan, save
+        self.cost = Cost(1.0, 0.0)              # only its proportions matter, once there are
+        self.seconds = self.expected = 0.0      # of recent updates: as measured, as by the cost
+        self.took = {}                          # {'eval_interval': seconds of the last one, …}
+        self.ends = math.inf                    # of rank 0: time.monotonic() of the end
 
-def fit(cfg: Any, plan: BatchPlan, cost: Cost, spent: float) -> dict[str, int]:
-    """The schedule's settings, scaled so that the run ends cfg.minutes after its start, `spent`
-    seconds ago."""
-    ends, each = 2 * cost.visit, update_seconds(cfg, plan, cost)
-    room = 60 * cfg.minutes - spent - ends
-    if room < each:
-        raise ValueError(f'minutes: given {cfg.minutes}; starting and measuring ({spent:.0f} s), '
-                         f'two validations ({ends:.0f} s) and one update ({each:.1f} s) take '
-                         f'{(spent + ends + each) / 60:.2f}')
-    factor = int(room / each) / cfg.max_iters
-    return {key: round(getattr(cfg, key) * factor) for key in FITTED}
+    def updated(self, batch: Batch, seconds: float) -> None:
+        """Count an update that took so long."""
+        keep, part = 1 - 1 / MEMORY, batch.sequences / self.plan.full.sequences
+        self.seconds = keep * self.seconds + seconds
+        self.expected = keep * self.expected + self.cost.passes * part + self.cost.step
+
+    @contextmanager
+    def pause(self, interval: str) -> Iterator[None]:
+        """Time what happens at this interval, the name of a setting."""
+        start = time.perf_counter()
+        yield
+        self.took[interval] = time.perf_counter() - start
+
+    def updates_left(self, step: int) -> float:
+        """Seconds of all updates after `step`."""
+        left = max(0, self.cfg.max_iters - step)
+        expected = (self.cost.passes * self.plan.full_updates(self.cfg.max_iters, step)
+                    + self.cost.step * left)
+        return expected * (self.seconds / self.expected if self.expected else 1)
+
+    def pauses_left(self, step: int) -> float:
+        """Seconds of the validations, scores and samples from this step on, and of the last save.
+        """
+        end, left = self.cfg.max_iters, self.save
+        for name, seconds in self.took.items():
+            interval = getattr(self.cfg, name)
+            at_the_end = name != 'sample_interval' and end % interval > 0
+            left += seconds * (end // interval - (step - 1) // interval + at_the_end)
+        return left
+
+    def describe(self, step: int) -> str:
+        """For a line of the log: what is left, and the size of a batch that grows."""
+        batch = self.plan.at(max(0, step - 1)).sequences * self.cfg.block_size
+        growing = f'batch {batch:,}  ' if self.cfg.batch_warmup_iters else ''
+        return f'{growing}left {duration(self.updates_left(step) + self.pauses_left(step))}'
+
+    def describe_length(self, step: int) -> str:
+        """What is left after `step` updates."""
+        cfg, hours = self.cfg, (self.updates_left(step) + self.pauses_left(step)) / 3600
+        takes = f'{hours:.1f} hours' if hours > 1 else f'{60 * hours:.1f} minutes'
+        tokens = self.plan.tokens_per_update * self.plan.full_updates(cfg.max_iters, step)
+        validations = f', a validation every {cfg.eval_interval:,}' if cfg.minutes else ''
+        return (f'{max(0, cfg.max_iters - step):,} updates, {tokens / 1e6:,.1f}M tokens: {takes}'
+                f'{validations}')
+
+    def use(self, fit: dict[str, int]) -> Any:
+        """The settings with those of a fit."""
+        self.cfg = replace(self.cfg, **fit)
+        self.plan = BatchPlan(section(self.cfg, BatchConfig), self.plan.world_size,
+                              self.plan.one_shape)
+        return self.cfg
+
+    def fit(self) -> dict[str, int]:
+        """The schedule's settings, scaled so that a new run ends in time."""
+        cfg, visit, now = self.cfg, self.took['eval_interval'], time.monotonic()
+        each, room = self.updates_left(0) / cfg.max_iters, self.ends - now - self.save
+        visits = max(1, int(min(cfg.max_iters // cfg.eval_interval, VISITS * room / visit)))
+        updates = int((room - (1 + visits) * visit) / each)
+        if updates < 1:
+            spent, ends = 60 * cfg.minutes - (self.ends - now), 2 * visit + self.save
+            raise ValueError(f'minutes: given {cfg.minutes}; starting and measuring ({spent:.0f} '
+                             f's), two validations ({ends:.0f} s) and one update ({each:.1f} s) '
+                             f'take {(spent + ends + each) / 60:.2f}')
+        return {**self.stretched(0, updates), 'eval_interval': -(-updates // visits)}
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look if the run will end in time."""
+        return (math.isfinite(self.ends) and step > 0
+                and step % max(1, self.cfg.max_iters // FITS) == 0)
+
+    def refit(self, step: int) -> dict[str, int]:
+        """The settings with which what is left ends in time; {} if it does as it is."""
+        left, planned = self.updates_left(step), self.cfg.max_iters - step
+        room = self.ends - time.monotonic() - self.pauses_left(step + 1)
+        updates = max(1, round(room / left * planned))
+        near = abs(room - left) < TOLERANCE * 60 * self.cfg.minutes
+        return {} if near or updates == planned else self.stretched(step, updates)
+
+    def stretched(self, step: int, updates: int) -> dict[str, int]:
+        """The settings of the schedule if so many updates follow `step`: what lies ahead of it is
+        longer or shorter, what was reached stays."""
+        cfg, factor = self.cfg, updates / (self.cfg.max_iters - step)
+        ahead = {key: getattr(cfg, key) - step for key in FITTED if key.endswith('_iters')}
+        fit = {key: step + max(1, round(factor * left)) for key, left in ahead.items() if left > 0}
+        if step and 'batch_warmup_iters' in fit:        # a batch that has grown stays as large
+            fit['batch_warmup_iters'] = min(fit['batch_warmup_iters'],
+                                            max(cfg.batch_warmup_iters, 2 * step))
+        return {**fit, 'cooldown_iters': round(factor * cfg.cooldown_iters)}
 
 
 def fitted(cfg: Any, saved: dict) -> dict[str, int]:
@@ -257,16 +346,8 @@ def fitted(cfg: Any, saved: dict) -> dict[str, int]:
 
 def describe_cost(trainer: Trainer, cost: Cost, tokens: int) -> str:
     """Time, speed and memory of a full update of `tokens`."""
-    rate, used = tokens / cost.update, peak_memory(trainer.world.device)
-    flops = trainer.model.flops_per_token() * rate
-    mfu = f', mfu {flops / trainer.peak:.0%}' if trainer.peak else ''
+    rate, used = tokens / sum(cost), peak_memory(trainer.world.device)
+    mfu = trainer.mfu(rate)
+    reached = '' if mfu is None else f', mfu {mfu:.0%}'
     memory = f'; peak memory of this process: {amount(used)}' if used else ''
-    return f'a full update takes {cost.update:.3g} s: {rate:,.0f} tokens/s{mfu}{memory}'
-
-
-def describe_length(cfg: Any, plan: BatchPlan, cost: Cost, step: int) -> str:
-    """What is left after `step` updates."""
-    left, tokens = max(0, cfg.max_iters - step), plan.tokens_left(cfg.max_iters, step)
-    hours = (left * update_seconds(cfg, plan, cost, step) + 2 * cost.visit) / 3600
-    takes = f'{hours:.1f} hours' if hours > 1 else f'{60 * hours:.1f} minutes'
-    return f'{left:,} updates, {tokens / 1e6:,.1f}M tokens: {takes}'
+    return f'a full update takes {sum(cost):.3g} s: {rate:,.0f} tokens/s{reached}{memory}'

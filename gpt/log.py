@@ -146,28 +146,26 @@ class BackgroundWorker(threading.Thread):
 class Speed(NamedTuple):
     step_seconds: float         # mean of an update
     tokens_per_second: float
-    mfu: float | None           # share of the peak rate of operations; None if that is unknown
 
 
 class Stopwatch:
     """Time and tokens of the updates since it was last read."""
 
-    def __init__(self, flops_per_token: float, peak: float | None):
-        """peak: operations per second of all processes together, None if unknown."""
-        self.flops_per_token, self.peak = flops_per_token, peak
+    def __init__(self):
         self.seconds, self.steps, self.tokens = 0.0, 0, 0
 
     def start(self) -> None:
         self.started = time.perf_counter()
 
-    def stop(self, tokens: int) -> None:
-        self.seconds += time.perf_counter() - self.started
+    def stop(self, tokens: int) -> float:
+        """Count an update; its seconds."""
+        seconds = time.perf_counter() - self.started
+        self.seconds += seconds
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        return seconds
 
     def read(self) -> Speed:
-        rate = self.tokens / self.seconds
-        speed = Speed(self.seconds / self.steps, rate,
-                      self.peak and self.flops_per_token * rate / self.peak)
+        speed = Speed(self.seconds / self.steps, self.tokens / self.seconds)
         self.seconds, self.steps, self.tokens = 0.0, 0, 0
         return speed
 

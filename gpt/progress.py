@@ -80,6 +80,7 @@ class Progress:
     detector: SpikeDetector = field(default_factory=SpikeDetector)
     z_scores: tuple = (None, None)      # of the loss and gradient norm of the last update
     last_loss: float = math.nan
+    one_shape: bool = True              # see BatchPlan; False: it began when there were several
     rolled_back_to: int = -1            # this step was evaluated before: not again
     diverged: bool = False
 
@@ -95,9 +96,10 @@ class Progress:
     def restore(cls, saved: dict) -> 'Progress':
         """From the dict of a checkpoint that holds a state_dict(), or {} for a new run."""
         counters = saved.get('progress', {})
-        lowest = {'lowest_val_loss': counters.get('best_val_loss', math.inf),
-                  'lowest_step': counters.get('best_step', -1)}     # of checkpoints without them
-        return cls(**{**lowest, **counters}, detector=SpikeDetector(saved.get('watch')))
+        older = {'lowest_val_loss': counters.get('best_val_loss', math.inf),
+                 'lowest_step': counters.get('best_step', -1),      # of checkpoints without them
+                 'one_shape': not counters}
+        return cls(**{**older, **counters}, detector=SpikeDetector(saved.get('watch')))
 
     @property
     def is_healthy(self) -> bool:

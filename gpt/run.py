@@ -18,7 +18,7 @@ import torch
 from gpt import checkpoints, files, steps, tokenizer
 from gpt.budget import fitted, newest_kept
 from gpt.data.order import Data
-from gpt.log import Log, Speed, duration
+from gpt.log import Log, Speed
 from gpt.model_config import check_size
 from gpt.progress import MAX_ROLLBACKS, Event, Metrics, Progress
 from gpt.settings import as_config_file, section
@@ -225,17 +225,16 @@ class Run:
         self.world.print(f"step {p.step}: hellaswag {scores['hellaswag']:.2%}")
 
     def log_update(self, p: Progress, m: Metrics, learning_rate: float, speed: Speed,
-                   tokens_left: float) -> None:
+                   mfu: float | None, ahead: str) -> None:
         loss_z, norm_z = p.z_scores
         self.write(p, loss=m.loss, lr=learning_rate, grad_norm=m.norm, loss_z=loss_z,
                    grad_norm_z=norm_z, step_ms=1000 * speed.step_seconds,
-                   tokens_per_second=speed.tokens_per_second, mfu=speed.mfu)
-        mfu = f'mfu {speed.mfu:.0%}  ' if speed.mfu and speed.mfu >= 0.005 else ''
+                   tokens_per_second=speed.tokens_per_second, mfu=mfu)
+        reached = f'mfu {mfu:.0%}  ' if mfu and mfu >= 0.005 else ''
         self.world.print(
             f'step {p.step}/{self.cfg.max_iters}  loss {m.loss:.4f}  lr {learning_rate:.2e}  '
             f'norm {m.norm:.2f}  {1000 * speed.step_seconds:.0f} ms  '
-            f'{speed.tokens_per_second:,.0f} tok/s  {mfu}'
-            f'left {duration(tokens_left / speed.tokens_per_second)}')
+            f'{speed.tokens_per_second:,.0f} tok/s  {reached}{ahead}')
 
     def save(self, p: Progress, trainer: Trainer) -> None:
         """A checkpoint of this step, unless there is one: copied to memory, and written while the

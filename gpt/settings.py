@@ -54,6 +54,8 @@ def settings(script: dict[str, Any]) -> type:
     started, --help ends here, and Ctrl-C during the imports that follow is quiet.
     """
     if script['__name__'] == '__main__':
+        # OpenMP's threads wait in a loop for each other: long, on a processor that others need too
+        os.environ.setdefault('GOMP_SPINCOUNT', '20000')
         if {'-h', '--help'} & set(sys.argv[1:]):
             finish(lambda: print_help(script))
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:

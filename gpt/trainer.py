@@ -18,8 +18,8 @@ from gpt.optim import Optimizer, OptimizerConfig
 from gpt.sharding import full_model_copy, is_sharded, shard, shard_like
 from gpt.world import World, is_out_of_memory, measure_peak
 
-MIN_SECONDS_TO_COMPILE = {'half': 60, 'float32': 180}   # of a run on a CPU: compiling takes about
-                                                        # 25 s, and saves less in float32
+MIN_SECONDS_TO_COMPILE = {'half': 200, 'float32': 600}  # of training on a CPU without: compiling
+                            # takes about 25 s, and saves an eighth of the time, in float32 4 %
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class TrainerConfig:
     parallel: str = 'ddp'
     checkpoint_activations: bool = False
     half_residual: bool | str = 'auto'
+    plan: bool = False
     logits_per_slice: int = 0           # no setting; 0: see logits_per_slice()
 
 
@@ -51,12 +52,33 @@ class Trainer:
         peak = measure_peak(world.device, world.dtype)
         self.peak = peak and peak * world.size      # operations per second, None if unknown
 
-    def least_seconds(self, tokens: int) -> float:
-        """Seconds of training on `tokens` at the peak rate."""
-        return self.model.flops_per_token() * tokens / self.peak if self.peak else math.inf
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """The part of the peak rate that training reaches; None if that is unknown. A peak below it
+        was measured while the machine was busy, and is measured again."""
+        rate, world = self.model.flops_per_token() * tokens_per_second, self.world
+        if self.peak and rate > self.peak:
+            self.peak = world.size * (measure_peak(world.device, world.dtype) or 0)
+        if self.peak and rate > self.peak:
+            world.print(f'mfu: left out, training does {rate / 1e12:.2f} TFLOP/s, and a matrix '
+                        f'product alone {self.peak / 1e12:.2f}')
+            self.peak = None
+        return rate / self.peak if self.peak else None
+
+    def eager_seconds(self, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+        """Seconds of the passes of a micro-batch without compiling, where that decides whether to
+        compile; else infinite."""
+        if self.config.compile != 'auto' or self.world.device.type != 'cpu':
+            return math.inf
+        for _ in range(2):                                          # the first one warms up
+            start = time.perf_counter()
+            with self.world.autocast():
+                self.replica(*batch).backward()
+            seconds = time.perf_counter() - start
+        self.optimizer.zero_grad()
+        return seconds
 
     def prepare(self, batch: tuple[torch.Tensor, torch.Tensor], seconds: float) -> None:
-        """Compile, if the run takes long enough (at least `seconds`), and replicate.
+        """Compile, if the run takes long enough (`seconds` without), and replicate.
 
         A backward pass of `batch`, whose gradients are dropped, compiles. It also makes DDP reorder
         its buckets, which happens after the first one: so a resumed run adds in the same order as
@@ -64,6 +86,8 @@ class Trainer:
         """
         world = self.world
         wanted, reason = world.on_main(should_compile, self.config.compile, world, seconds)
+        if wanted and self.config.plan and world.device.type == 'cpu':
+            wanted, reason = False, f'in the plan, to save time; the run compiles: {reason}'
         world.print(f'compile: {"on" if wanted else "off"} ({reason})')
         if wanted:
             self.compile(batch)
@@ -196,7 +220,7 @@ def logits_that_fit(memory: int) -> int:
 
 
 def should_compile(wanted: bool | str, world: World, seconds: float) -> tuple[bool, str]:
-    """(whether to compile, reason) for a run that takes `seconds` or more."""
+    """(whether to compile, reason) for a run that takes `seconds` without."""
     if isinstance(wanted, bool):
         return wanted, 'as set'
     if world.device.type == 'cuda':
@@ -208,5 +232,5 @@ def should_compile(wanted: bool | str, world: World, seconds: float) -> tuple[bo
     if math.isinf(seconds):
         return True, f'found {compiler}'
     least = MIN_SECONDS_TO_COMPILE['float32' if world.dtype == torch.float32 else 'half']
-    return seconds > least, (f'at least {seconds:.0f} s left, compiling pays off above {least} s; '
+    return seconds > least, (f'about {seconds:.0f} s left, compiling pays off above {least} s; '
                              f'found {compiler}')

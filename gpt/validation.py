@@ -3,6 +3,7 @@ The loss on the validation splits, and what it is in bits per byte.
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from gpt.data.order import DataSet
 from gpt.data.shards import Tokens
 from gpt.sharding import is_sharded
 from gpt.world import World
+
+SECONDS_TO_A_LINE = 30      # of a validation, that says how far it is
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,12 @@ def evaluate(model, tokens: Tokens, config: ValidationConfig, world: World, frac
     if sharded and len(mine) < -(-len(spans) // world.size):
         mine.append((0, 0, min(size, count)))           # takes part and does not count
     sums = torch.zeros(2, dtype=torch.float64)          # nats, and whether to stop
-    for start, n, length in mine:
+    begun = said = time.monotonic()
+    for number, (start, n, length) in enumerate(mine):
+        if number and time.monotonic() - said > SECONDS_TO_A_LINE:
+            said = time.monotonic()
+            left = (said - begun) * (len(mine) / number - 1)
+            world.print(f'validating: {number / len(mine):.0%}, {left:.0f} s left')
         sums[1] = stopped()
         if sharded:                                     # no rank may stop alone
             sums[1] = world.any(sums[1])

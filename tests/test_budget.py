@@ -1,6 +1,9 @@
 """How a batch is divided, and what --minutes and an out-of-memory error make of the settings."""
 
+import json
 import re
+import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,7 +12,7 @@ from conftest import TINY, curve
 
 import train
 from gpt import budget, checkpoints, steps
-from gpt.budget import BatchConfig, BatchPlan, Cost
+from gpt.budget import BatchConfig, BatchPlan, Cost, Forecast
 from gpt.optim import OptimizerConfig
 from gpt.settings import section
 from gpt.trainer import Trainer, TrainerConfig
@@ -36,10 +39,18 @@ def test_the_batch_grows():
     """A quarter of 16 sequences, half of them, all of them."""
     plan = plan_of(train.Config(**TINY, batch_warmup_iters=4))
     assert [plan.at(step).sequences for step in range(6)] == [4, 4, 8, 8, 16, 16]
-    assert plan_of(train.Config(**TINY, batch_warmup_iters=4), 2).at(2) == (8, 4, 1)
-    with pytest.raises(ValueError, match='1/2 of an update of 384 tokens .*=512'):
-        plan_of(train.Config(**{**TINY, 'batch_warmup_iters': 4, 'batch_size': 8,
-                                'total_batch_size': 24 * 16}))
+    assert plan_of(train.Config(**TINY, batch_warmup_iters=4), 2).at(2) == (8, 2, 2)
+    with pytest.raises(ValueError, match='1/4 of an update of 352 tokens .*=256'):
+        plan_of(train.Config(**{**TINY, 'batch_warmup_iters': 4, 'total_batch_size': 22 * 16}))
+
+
+@pytest.mark.parametrize('one_shape, expected', [(True, {4}), (False, {4, 8, 16})])
+def test_a_batch_grows_by_micro_batches_of_one_shape(one_shape, expected):
+    """Another shape would be compiled again. Runs that began with several keep them."""
+    cfg = train.Config(**{**TINY, 'batch_warmup_iters': 4, 'batch_size': 16})
+    plan = BatchPlan(section(cfg, BatchConfig), 1, one_shape)
+    assert {plan.at(step).micro_batch for step in range(6)} == expected
+    assert [plan.at(step).sequences for step in range(6)] == [4, 4, 8, 8, 16, 16]
 
 
 def test_a_batch_that_cannot_be_divided_names_the_nearest_that_can():
@@ -92,10 +103,11 @@ def test_measuring_leaves_no_trace(capsys):
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_measuring_changes_nothing(config, tmp_path, optimizer):
+def test_measuring_changes_nothing(config, tmp_path, monkeypatch, optimizer):
     """The run after the measurement is the run without it."""
     options = dict(optimizer=optimizer, max_iters=8, cooldown_iters=3, schedule='wsd')
     cfg = config(minutes=0.05, **options)
+    monkeypatch.setattr(Forecast, 'refit', lambda *_: {})
     train.main(cfg)
     saved = steps.newest(tmp_path / 'run')[0]
     fitted = checkpoints.load_training(saved)['settings']
@@ -105,8 +117,10 @@ def test_measuring_changes_nothing(config, tmp_path, optimizer):
     assert curve(tmp_path / 'plain') == curve(tmp_path / 'run')
 
 
-def test_minutes_stretch_the_schedule_and_a_resume_keeps_it(config, tmp_path, capsys):
+def test_minutes_stretch_the_schedule_and_a_resume_keeps_it(config, tmp_path, monkeypatch,
+                                                            capsys):
     options = dict(max_iters=40, warmup_iters=4, cooldown_iters=20, schedule='wsd')
+    monkeypatch.setattr(Forecast, 'refit', lambda *_: {})
     train.main(config(minutes=0.05, **options))
     text = (tmp_path / 'run/config.py').read_text()
     found = {key: int(re.search(rf'^{key} = (\d+)', text, re.M).group(1))
@@ -116,7 +130,7 @@ def test_minutes_stretch_the_schedule_and_a_resume_keeps_it(config, tmp_path, ca
     assert found['warmup_iters'] == pytest.approx(found['max_iters'] / 10, abs=1)
     assert f"finished {found['max_iters']} updates" in capsys.readouterr().out
     train.main(config(minutes=0.05, **options))
-    assert f"finished {found['max_iters']} updates" in capsys.readouterr().out
+    assert f"finished {found['max_iters']} updates before" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r'given 0.1, but the run in .* began with 0.05'):
         train.main(config(minutes=0.1, **options))
 
@@ -127,20 +141,98 @@ def test_minutes_too_few_for_one_update(config):
         train.main(config(minutes=0.0001))
 
 
-def test_the_arithmetic_of_a_fit():
-    """Updates of 1 s, a visit of 2 s after every 10 of them, two more visits, 6 s spent before:
-    (120 - 6 - 4) / 1.2 = 91 updates."""
-    cfg = train.Config(minutes=2.0, max_iters=1000, eval_interval=10, warmup_iters=100,
-                       cooldown_iters=500)
-    fitted = budget.fit(cfg, plan_of(cfg), Cost(0.9, 0.1, 2.0), 6.0)
-    assert set(fitted) == set(budget.FITTED)
-    assert [fitted[key] for key in ('max_iters', 'warmup_iters', 'cooldown_iters')] == [91, 9, 46]
-    growing = replace(cfg, batch_warmup_iters=1000, batch_size=1, block_size=10,
-                      total_batch_size=1000)            # passes of 3/8 on average, full steps
-    plan, cost = plan_of(growing), Cost(0.8, 0.0625, 0.0)
-    assert budget.fit(growing, plan, cost, 0.0)['max_iters'] == 331
-    text = budget.describe_length(growing, plan, cost, 200)
-    assert text == '800 updates, 0.3M tokens: 5.2 minutes'     # 325 passes of 0.8, 800 steps
+@pytest.fixture
+def forecast(monkeypatch):
+    """A function to the Forecast of a run of 1,000 updates in 2 minutes, 6 s of them gone, whose
+    updates take 1 s and validations 2."""
+    monkeypatch.setattr(budget.time, 'monotonic', lambda: 6.0)
+
+    def make(cost=Cost(0.9, 0.1), visit=2.0, **changes):
+        cfg = train.Config(**{**dict(minutes=2.0, max_iters=1000, eval_interval=100,
+                                     warmup_iters=100, cooldown_iters=500), **changes})
+        made = Forecast(cfg, plan_of(cfg))
+        made.cost, made.took, made.ends = cost, {'eval_interval': visit}, 120.0
+        return made
+    return make
+
+
+def test_the_arithmetic_of_a_fit(forecast):
+    """114 s are left, a tenth of them for 5 validations besides that of step 0: 102 updates."""
+    fitted = forecast().fit()
+    assert {**fitted, 'lr_decay_iters': 0, 'batch_warmup_iters': 0}.keys() == {*budget.FITTED}
+    assert [fitted[key] for key in ('max_iters', 'warmup_iters', 'cooldown_iters',
+                                    'eval_interval')] == [102, 10, 51, 21]
+    few = forecast(visit=0.001).fit()                               # 10 validations, as given
+    assert (few['max_iters'], few['eval_interval']) == (113, 12)
+    growing = forecast(Cost(0.8, 0.0625), 1e-9, batch_warmup_iters=1000, batch_size=1,
+                       block_size=10, total_batch_size=1000)        # passes of 3/8 on average
+    assert growing.fit()['max_iters'] == int(114 / 0.3625)
+    growing.cfg = replace(growing.cfg, eval_interval=500)
+    assert growing.describe_length(200) == (                        # 325 passes of 0.8, 800 steps
+        '800 updates, 0.3M tokens: 5.2 minutes, a validation every 500')
+
+
+def test_what_is_left_counts_the_validations_to_come(forecast):
+    """At the pace of the last updates: half as fast as measured."""
+    made = forecast(max_iters=250, hellaswag_interval=200, sample_interval=100)
+    made.took |= {'hellaswag_interval': 60.0, 'sample_interval': 5.0}
+    made.save = 7.0
+    for _ in range(200):
+        made.updated(made.plan.full, 2.0)
+    assert made.updates_left(100) == pytest.approx(300)
+    assert made.pauses_left(100) == 3 * 2 + 2 * 60 + 2 * 5 + 7      # at 100, 200, 250
+    assert made.pauses_left(250) == 2 + 60 + 7
+    assert made.describe(250) == 'left 1:09'
+
+
+def test_a_batch_that_grows_is_in_the_log(forecast):
+    made = forecast(batch_warmup_iters=8, batch_size=1, block_size=10, total_batch_size=1000)
+    assert [made.describe(step).split('  ')[0] for step in (0, 4, 5, 9)] == [
+        'batch 250', 'batch 250', 'batch 500', 'batch 1,000']
+
+
+def test_a_run_that_would_not_end_in_time_is_fitted_again(forecast):
+    """What lies ahead is stretched, what lies behind stays."""
+    made = forecast(visit=0.0, schedule='wsd', max_iters=100, warmup_iters=10, cooldown_iters=60,
+                    batch_warmup_iters=80)
+    assert [step for step in range(25) if made.is_due(step)] == [10, 20]
+    made.seconds, made.expected = 2.0, 1.0
+    left = made.updates_left(20)                        # at half the speed that was measured
+    made.ends = 6.0 + left / 2
+    fit = made.refit(20)
+    assert fit == {'max_iters': 60, 'batch_warmup_iters': 50, 'cooldown_iters': 30}
+    assert made.use(fit).warmup_iters == 10 and made.updates_left(20) < 0.6 * left
+    made.ends = 6.0 + made.updates_left(20) + 3.0
+    assert made.refit(20) == {}, '3 s of 2 minutes are near enough'
+    made.ends += 1000.0                                 # where it has grown, it stays so
+    assert made.refit(40)['batch_warmup_iters'] == 80
+    made.ends = 0.0
+    assert made.refit(40) == {'max_iters': 41, 'batch_warmup_iters': 41, 'cooldown_iters': 2}
+
+
+def test_a_run_whose_speed_changes_ends_in_time_and_resumes(config, tmp_path, monkeypatch, capsys):
+    """Each update takes 20 ms more than those that were measured."""
+    forward_backward = train.forward_backward
+
+    def slower(seed, data, trainer, p, batch):
+        if p.step:
+            time.sleep(0.02)
+        return forward_backward(seed, data, trainer, p, batch)
+
+    monkeypatch.setattr(train, 'forward_backward', slower)
+    start = time.monotonic()
+    cfg = config(minutes=0.08, max_iters=1000, log_interval=1000)
+    train.main(cfg)
+    assert 0.7 * 4.8 < time.monotonic() - start < 1.3 * 4.8
+    records = [json.loads(line) for line in (tmp_path / 'run/log.jsonl').open()]
+    last = [record['max_iters'] for record in records if record.get('event') == 'fit'][-1]
+    newest, _ = steps.newest(tmp_path / 'run')
+    saved = checkpoints.load_training(newest)['settings']
+    assert saved['max_iters'] == last == records[-1]['step'] and saved['eval_interval'] < last
+    assert f'max_iters = {last}\n' in (tmp_path / 'run/config.py').read_text()
+    shutil.rmtree(newest)
+    train.main(cfg)
+    assert f'finished {last} updates' in capsys.readouterr().out
 
 
 # Memory and disk.

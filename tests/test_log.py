@@ -57,14 +57,14 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 def test_a_stopwatch_gives_means_since_it_was_read(monkeypatch):
     now = iter([0.0, 1.0, 5.0, 8.0, 10.0, 11.0])
     monkeypatch.setattr('gpt.log.time.perf_counter', lambda: next(now))
-    watch = Stopwatch(flops_per_token=10.0, peak=1000.0)
+    watch = Stopwatch()
     for tokens in (100, 300):
         watch.start()
         watch.stop(tokens)
-    assert watch.read() == (2.0, 100.0, 1.0)
+    assert watch.read() == (2.0, 100.0)
     watch.start()
-    watch.stop(50)
-    assert watch.read() == (1.0, 50.0, 0.5)
+    assert watch.stop(50) == 1.0
+    assert watch.read() == (1.0, 50.0)
 
 
 def test_durations():

@@ -13,6 +13,7 @@ def test_a_plan_says_what_the_run_takes_and_writes_nothing(config, tmp_path, cap
     assert re.search(r'a full update takes [\d.e-]+ s: [\d,]+ tokens/s, mfu \d+%; peak memory',
                      text)
     assert re.search(r'5,000 updates, 1.3M tokens: [\d.]+ minutes', text)
+    assert text.count('device ') == text.count('micro-batches x') == 1
     assert not (tmp_path / 'run').exists()
 
 

@@ -333,10 +333,10 @@ def test_dtype_and_compile_that_were_chosen_stay_when_the_run_resumes(
     cfg = config(dtype='auto', compile='auto')
     chosen = iter([torch.float32, torch.bfloat16, torch.bfloat16])
     monkeypatch.setattr(train, 'pick_dtype', lambda *_: (next(chosen), 'measured'))
-    monkeypatch.setattr(train.Trainer, 'least_seconds', lambda self, tokens: 0.0)
+    monkeypatch.setattr(train.Trainer, 'eager_seconds', lambda *_: 0.0)
     train.main(cfg)
     shutil.rmtree(tmp_path / 'run/step_0000012')                        # as if it was killed there
-    monkeypatch.setattr(train.Trainer, 'least_seconds', lambda self, tokens: 1e9)
+    monkeypatch.setattr(train.Trainer, 'eager_seconds', lambda *_: 1e9)
     train.main(cfg)
     text = capsys.readouterr().out
     assert 'float32: measured' in text and 'float32: as before' in text

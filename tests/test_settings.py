@@ -1,5 +1,6 @@
 """Settings from header, files and flags; and that nothing in a config file is ever executed."""
 
+import os
 import re
 import signal
 import subprocess
@@ -30,6 +31,15 @@ def test_settings_leave_the_script_and_become_frozen():
     assert 'batch_size' not in script and script['MAGIC'] == 7
     with pytest.raises(AttributeError):
         cfg.batch_size = 3
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='of libgomp')
+def test_threads_do_not_wait_in_long_loops():
+    """It must be set before torch loads; what a user sets stays."""
+    for given, expected in (({}, '20000'), ({'GOMP_SPINCOUNT': '7'}, '7')):
+        env = {**os.environ, 'OMP_DISPLAY_ENV': 'verbose', **given}
+        done = script('train.py', '--keep=0', check=False, env=env)
+        assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr and done.returncode == 2
 
 
 def test_files_and_flags_apply_from_left_to_right(tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import curve, losses
+from conftest import ROOT, curve, losses
 
 import train
 from gpt import checkpoints, steps, tokenizer
@@ -120,7 +120,9 @@ def test_patience_ends_a_run_and_its_best_step_is_the_model(config, tmp_path, ca
     assert set(steps.all_steps(tmp_path / 'run')) == {best, last}
     assert checkpoints.find(tmp_path / 'run').name == f'step_{best:07d}'
     train.main(cfg)
-    assert 2 * (len(losses(tmp_path / 'run', 'val_loss')) - 2) == last
+    text = capsys.readouterr().out
+    assert f'ended at step {last} before, no lower loss in 3 validations; --patience=0' in text
+    assert losses(tmp_path / 'run', 'val_loss') == val
     train.main(replace(cfg, patience=0, max_iters=last + 2))
     assert last + 2 in steps.all_steps(tmp_path / 'run')
     shutil.rmtree(tmp_path / f'run/step_{best:07d}')                # then the newest is used
@@ -132,6 +134,46 @@ def test_the_batch_grows(config, tmp_path):
     train.main(config(batch_warmup_iters=4, max_iters=6, dropout=0.0))
     assert [tokens // 16 for record in records(tmp_path / 'run') if 'loss' in record
             for tokens in [record['tokens']]] == [4, 8, 16, 24, 40, 56]
+
+
+def test_a_run_that_has_ended_does_nothing_more(config, tmp_path, monkeypatch, capsys):
+    """Unless it was killed before its last validation."""
+    train.main(config())
+    log, calls = tmp_path / 'run/log.jsonl', []
+    text = log.read_text()
+    monkeypatch.setattr(train, 'Trainer', lambda *_: calls.append(1))
+    for max_iters in (12, 8):
+        assert train.main(config(max_iters=max_iters)) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == (
+            'finished 12 updates before, nothing is left to do; --max_iters=24 trains longer')
+    assert log.read_text() == text and not calls
+    with pytest.raises(ValueError, match='has n_layer=2, given n_layer=3'):
+        train.main(config(n_layer=3))
+    monkeypatch.undo()
+    log.write_text(''.join(line for line in text.splitlines(True)
+                           if '"step": 12' not in line or 'val_loss' not in line))
+    train.main(config())
+    assert losses(tmp_path / 'run', 'val_loss')[-1] == json.loads(text.splitlines()[-1])['val_loss']
+
+
+@pytest.mark.parametrize('changes, note', [
+    ({'warmup_iters': 12}, 'warmup_iters=12: the learning rate does not reach its maximum'),
+    ({'schedule': 'wsd', 'cooldown_iters': 10},
+     'warmup_iters=3, cooldown_iters=10: the cooldown follows the warmup, in 9 updates'),
+    ({'batch_warmup_iters': 12}, 'the batch never is the full one'),
+    ({'patience': 4}, 'patience=4, eval_interval=4: it ends before patience can'),
+    ({'eval_interval': 13}, 'save_minutes=0: no checkpoint before the end')])
+def test_settings_that_contradict_each_other_are_named(config, changes, note):
+    assert not train.doubtful(config())
+    line, = train.doubtful(config(**changes))
+    assert line.startswith('note: max_iters=12, ') and line.endswith(note)
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.name)
+def test_no_config_contradicts_itself(path):
+    files = [path] if path.name == 'train_gpt2.py' or 'gpt2_' not in path.name else [
+        ROOT / 'config/train_gpt2.py', path]
+    assert not train.doubtful(configure(train.Config, map(str, files)))
 
 
 def test_a_run_that_is_stopped_logs_its_last_update(config, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Updates of a Trainer: in pieces, undone, compiled, in one process and in two."""
 
 import json
+import math
 import os
 
 import pytest
@@ -115,6 +116,38 @@ def test_how_it_computes_is_in_its_state():
     assert not trainer.model.half_residual and trainer.model.logits_per_slice == 2 ** 26
 
 
+def test_no_mfu_above_1(monkeypatch, capsys):
+    """A peak that was measured while the machine was busy is measured again; None if training is
+    still faster."""
+    trainer, peaks = make(), iter([200.0, 50.0])
+    per_token = trainer.model.flops_per_token()
+    monkeypatch.setattr(trainer_module, 'measure_peak', lambda *_: per_token * next(peaks))
+    trainer.peak = 100.0 * per_token
+    assert trainer.mfu(50.0) == 0.5 and trainer.mfu(150.0) == 0.75
+    assert trainer.mfu(250.0) is None and trainer.mfu(1.0) is None
+    assert 'mfu: left out, training does ' in capsys.readouterr().out
+
+
+def test_the_passes_of_a_micro_batch_are_timed_where_that_decides():
+    batch = IDS[:, :-1], IDS[:, 1:]
+    trainer = make()
+    assert trainer.eager_seconds(batch) == math.inf
+    trainer.config = TrainerConfig(compile='auto')
+    assert 0 < trainer.eager_seconds(batch) < 10
+    assert all(p.grad is None for p in trainer.model.parameters())
+    plain = make()
+    assert all(map(torch.equal, update(trainer), update(plain)))
+
+
+def test_a_plan_does_not_compile_on_a_cpu(monkeypatch, capsys):
+    trainer = make()
+    trainer.config = TrainerConfig(compile=True, plan=True)
+    trainer.prepare((IDS[:, :-1], IDS[:, 1:]), math.inf)
+    assert not trainer.is_compiled
+    assert 'compile: off (in the plan, to save time; the run compiles: as set' in (
+        capsys.readouterr().out)
+
+
 def test_compiling_is_decided_by_the_length_of_the_run(monkeypatch):
     monkeypatch.setattr(trainer_module.shutil, 'which', lambda name: '/usr/bin/g++')
     for dtype, name in ((torch.bfloat16, 'half'), (torch.float32, 'float32')):
@@ -147,7 +180,6 @@ import json
 import math
 import os
 import sys
-import time
 
 import torch
 from torch._dynamo.utils import counters
@@ -203,7 +235,7 @@ for step in range(6):
     train.draw_sample(trainer, tokenizer.byte_pairs('bytes', []), seed=1)
     graphs.append(counters['stats']['unique_graphs'])
 cfg = train.Config(batch_size=4, block_size=16, total_batch_size=4 * 4 * 16)
-train.measure_cost(cfg, Data(), trainer, Progress(), time.monotonic())
+train.measure_cost(Data(), trainer, Progress(), train.Forecast(cfg, train.batch_plan(cfg, world)))
 graphs.append(counters['stats']['unique_graphs'])
 if world.is_main:
     print(json.dumps([losses, graphs, blocks, 'loss' in vars(trainer.model), val]))

@@ -1,10 +1,12 @@
 """The validation loss and bits per byte, against sums by hand."""
 
 import math
+import re
 
 import pytest
 import torch
 
+from gpt import validation
 from gpt.data.order import DataSet
 from gpt.data.shards import Tokens, read_manifest
 from gpt.validation import Validation, ValidationConfig, bits_per_byte, evaluate, validate
@@ -40,6 +42,17 @@ def test_a_stop_ends_a_validation_without_a_result(net, stories):
     assert next(answers, None) is None, 'it was asked before every batch'
     data = DataSet('tiny', 1.0, {}, tokens, tokens)
     assert validate(net, [data], EVERYTHING, World(), lambda: True) is None
+
+
+def test_a_long_validation_says_how_far_it_is(net, stories, monkeypatch, capsys):
+    tokens = Tokens('tiny', 'val', 300, stories)
+    evaluate(net, tokens, EVERYTHING, World())
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(validation, 'SECONDS_TO_A_LINE', 0)
+    evaluate(net, tokens, EVERYTHING, World())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 3 and all(re.fullmatch(r'validating: \d+%, \d+ s left', line)
+                                  for line in lines)
 
 
 def test_a_mixture_counts_each_data_set_by_its_fraction(net, stories):
