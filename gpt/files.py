@@ -109,7 +109,6 @@ def check_output(path: str | Path, *inputs: str | Path) -> Path:
     return path
 
 
-
 def atomic_write(path: str | Path, content: str | bytes) -> None:
     """Write a whole file or nothing: to a temporary file beside it, synced, then renamed.
 
