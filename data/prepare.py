@@ -526,9 +526,9 @@ def print_summary(folder, manifest):
     if documents.HAS_EOT in manifest['remarks'] and not manifest['settings'].get('separator'):
         print("if <|endoftext|> separates documents there, give --separator='<|endoftext|>'")
     asked = manifest['settings'].get('val_fraction')                # not of ready shards
-    found = val['tokens'] / (train['tokens'] + val['tokens'])
+    found = val['bytes'] / (train['bytes'] + val['bytes'])
     if asked and not asked / COARSE <= found <= asked * COARSE:
-        print(f'validation has {found:.1%} of the tokens, val_fraction is {asked:.1%}: with few '
+        print(f'validation has {found:.1%} of the text, val_fraction is {asked:.1%}: with few '
               f'documents, or very long ones, their hashes decide; try another --seed, --separator '
               f'to divide files, or one file, which is cut in two')
 

@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from gpt.files import read_json
+from gpt.shapes import AnyText, parse_json
 
 EOT = '<|endoftext|>'
 SPECIAL = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token',
@@ -26,6 +29,25 @@ MAX_VOCAB_SIZE = 2 ** 16                            # ids are stored as uint16
 NOT_IN_UTF8 = (0xc0, 0xc1, *range(0xf5, 0x100))     # bytes that no text contains
 TOKENIZER_FILES = ('*token*', 'vocab*', 'merges*', '*.model', '*.vocab', '*.tiktoken', '*spiece*',
                    '*bpe*', 'encoder.json', 'dict.txt', 'tekken.json')
+
+
+class Added(TypedDict):
+    id: Any
+    content: AnyText
+
+
+class Model(TypedDict):
+    vocab: dict[str, Any] | list[tuple[Any, Any]]
+
+
+class TokenizerFile(TypedDict):
+    """What this program reads of a tokenizer.json; the library judges the rest."""
+    model: Model
+    added_tokens: list[Added]
+    normalizer: NotRequired[dict[str, Any] | None]
+    pre_tokenizer: NotRequired[dict[str, Any] | None]
+    post_processor: NotRequired[dict[str, Any] | None]
+    decoder: NotRequired[dict[str, Any] | None]
 
 
 class HFTokenizer:
@@ -201,23 +223,6 @@ def without(data: dict[str, Any], name: str) -> str:
     return json.dumps({**data, 'model': model, 'added_tokens': added})
 
 
-def check_shape(data: Any) -> None:
-    """Raise ValueError unless `data` has what this file and gpt/tokenizer.py read of a
-    tokenizer.json; the library judges the rest."""
-    data = data if isinstance(data, dict) else {}
-    model, added = data.get('model'), data.get('added_tokens')
-    vocab = model.get('vocab') if isinstance(model, dict) else None
-    pairs = vocab if isinstance(vocab, list) else []
-    parts = (data.get(key) or {} for key in ('normalizer', 'pre_tokenizer', 'decoder',
-                                             'post_processor'))
-    if not (isinstance(vocab, dict | list) and isinstance(added, list)
-            and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
-            and all(isinstance(token, dict) and isinstance(token.get('content'), str)
-                    and 'id' in token for token in added)
-            and all(isinstance(part, dict) for part in parts)):
-        raise ValueError('not in the format of a tokenizer.json')
-
-
 def check_ids(data: dict[str, Any]) -> None:
     """Raise ValueError unless every token has its own id of 0 to 65,535."""
     vocab = data['model']['vocab']
@@ -278,7 +283,7 @@ def read_folder(path: Path) -> tuple[str, dict[str, str]]:
         config = {'bos_token': EOT, 'eos_token': EOT, 'unk_token': EOT} | config
     else:
         text = path.read_text(encoding='utf-8-sig')
-        check_shape(json.loads(text))
+        parse_json(text, path.name, TokenizerFile)
         text = with_prefix_space(text, config)
     text = with_added_tokens(text, config, read_object(path.with_name('added_tokens.json')))
     added = {token['id']: token['content'] for token in json.loads(text)['added_tokens']}
@@ -306,15 +311,7 @@ def with_prefix_space(text: str, config: dict[str, Any]) -> str:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`, {} without the file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding='utf-8-sig'))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path.name} is not JSON: {error}') from None
-    if not isinstance(found, dict):
-        raise ValueError(f'{path.name}: given {type(found).__name__}, expected an object')
-    return found
+    return read_json(path, dict[str, Any]) if path.is_file() else {}
 
 
 def content_of(token: str | dict[str, Any]) -> str:

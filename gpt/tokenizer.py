@@ -26,9 +26,10 @@ import numpy as np
 import tiktoken
 from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers)
 
-from gpt.hf_tokenizer import (EOT, MAX_VOCAB_SIZE, HFTokenizer, byte_characters, check_ids,
-                              check_shape, check_vocab_size, read_folder, read_object,
-                              template_ids, tokenizer_files)
+from gpt.hf_tokenizer import (EOT, MAX_VOCAB_SIZE, HFTokenizer, TokenizerFile, byte_characters,
+                              check_ids, check_vocab_size, read_folder, read_object, template_ids,
+                              tokenizer_files)
+from gpt.shapes import parse_json
 
 Encoding = tiktoken.Encoding | HFTokenizer
 GPT2_PATTERN = (    # OpenAI's, with the possessive quantifiers of tiktoken, which match the same
@@ -346,8 +347,7 @@ def from_json(text: str, names: dict[str, str] | None = None) -> Encoding:
 
     Raises ValueError for one that cannot be used.
     """
-    data = json.loads(text)
-    check_shape(data)
+    data = parse_json(text, 'tokenizer.json', TokenizerFile)
     check_ids(data)
     return characters_of(data) or byte_pairs_of(data) or HFTokenizer(text, names or {})
 

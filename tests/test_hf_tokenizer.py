@@ -257,12 +257,14 @@ REFUSED = {
         **PAIR, 'tokenizer_config.json': {'tokenizer_class': 'RobertaTokenizer'}},
     'no merges.txt beside it': {'vocab.json': PAIR['vocab.json']},
     'Token `zz` out of vocabulary': {**PAIR, 'merges.txt': 'zz y\n'},
-    'tokenizer_config.json is not JSON': {'tokenizer.json': OURS, 'tokenizer_config.json': '{'},
-    'given list, expected an object': {'tokenizer.json': OURS, 'tokenizer_config.json': '[]'},
+    'tokenizer_config.json: not JSON': {'tokenizer.json': OURS, 'tokenizer_config.json': '{'},
+    'given a list of 0, expected an object': {
+        'tokenizer.json': OURS, 'tokenizer_config.json': '[]'},
     'its dropout gives other ids': {'tokenizer.json': with_model(dropout=0.1)},
-    'not in the format of a tokenizer.json': {'tokenizer.json': '{"model": {"vocab": "x"}}'},
+    "model.vocab: given 'x', expected an object or a list": {
+        'tokenizer.json': '{"model": {"vocab": "x"}}'},
     'line 1 column 1': {'tokenizer.json': ''},
-    'recursion': {'tokenizer.json': '[' * 100_000},
+    'nested too deeply': {'tokenizer.json': '[' * 100_000},
     "tokenizers library refuses it": {'tokenizer.json': {
         **OURS, 'model': {'type': 'Markov', 'vocab': {'a': 0}}}}}
 

@@ -704,7 +704,7 @@ def test_it_says_what_is_skipped_or_lopsided(tmp_path, capsys):
         b'A long book. ' * 1000, seed) < encode.document_hash(b'A short note.', seed))
     run(tmp_path, tmp_path / 'texts', tmp_path / 'texts/b.txt', seed=seed)
     words = capsys.readouterr().out
-    assert 'skipped 1 .csv' in words and 'validation has 99.9% of the tokens, val_f' in words
+    assert 'skipped 1 .csv' in words and 'validation has 99.9% of the text, val_f' in words
     assert sum(map(len, decoded(tmp_path).values())) == 2, 'a file given twice is read once'
 
 
@@ -712,7 +712,7 @@ def test_a_split_far_from_what_was_asked_is_announced(tmp_path, capsys):
     novels = [f'Chapter {i}. ' * 500 for i in range(3)]
     run(tmp_path, write_jsonl(tmp_path / 'novels.jsonl', novels))
     words = capsys.readouterr().out
-    assert re.search(r'validation has 3\d.\d% of the tokens, val_fraction is 5.0%: ', words)
+    assert re.search(r'validation has 3\d.\d% of the text, val_fraction is 5.0%: ', words)
     assert 'try another --seed, --separator' in words
     (tmp_path / 'novel.txt').write_text(novels[0])
     run(tmp_path, tmp_path / 'novel.txt', name='one')
