@@ -74,7 +74,7 @@ class Step(NamedTuple):
     encoding: tokenizer.Encoding
     training: dict
     texts: dict             # {name: text} of the run's files
-    records: list           # of its log
+    run: Path
 
 
 def read_step(folder, device, dtype):
@@ -82,8 +82,7 @@ def read_step(folder, device, dtype):
     model, encoding = checkpoints.load_folder(folder, device, dtype=dtype)
     texts = {name: read_text(folder.parent / name) for name in FROM_THE_RUN
              if (folder.parent / name).exists()}
-    return Step(model.float(), encoding, checkpoints.load_training(folder), texts,
-                read_log(folder.parent / 'log.jsonl'))
+    return Step(model.float(), encoding, checkpoints.load_training(folder), texts, folder.parent)
 
 
 def step_folder(name):
@@ -126,13 +125,14 @@ def properties(cfg, step, dtype, world):
     """[(key, value)] of what the card says of the model, whose file is in `dtype`."""
     progress, run_settings = step.training['progress'], step.training['settings']
     tokens = progress['position'] * run_settings['block_size']
+    seconds = seconds_to(read_log(step.run / 'log.jsonl'), tokens)
     c, n_parameters = step.model.config, step.model.num_parameters()
     return [('parameters', f'{n_parameters:,}, {n_parameters * dtype.itemsize / 1e6:.1f} MB as '
                            f'{str(dtype)[6:]}: {c.n_layer} layers, {c.n_head} heads, '
                            f'{c.n_embd} wide, a block of {c.block_size} tokens'),
             ('tokenizer', f'{step.encoding.name}, {step.encoding.n_vocab:,} tokens'),
             ('trained', f"{progress['step']:,} updates, {tokens:,} tokens, "
-                        f'{duration(seconds_to(step.records, tokens))} of updates'),
+                        f'{duration(seconds)} of updates'),
             ('data set', run_settings['dataset']),
             *validation(cfg, run_settings['dataset'], step.model, world),
             ('published with', f'torch {torch.__version__}, Python {platform.python_version()}')]

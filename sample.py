@@ -89,9 +89,7 @@ def load(name, device, dtype):
     """(model, encoding, where they come from)."""
     name = name or steps.newest_run()
     if name:
-        return steps.look_again(
-            World(), lambda: checkpoints.find(name),
-            lambda folder: (*checkpoints.load_folder(folder, device, dtype=dtype), folder))
+        return checkpoints.load_found(World(), name, device, dtype)
     torch.manual_seed(0)
     encoding = tokenizer.byte_pairs('bytes', [])
     config = GPTConfig(block_size=256, vocab_size=encoding.n_vocab, n_layer=2, n_head=2, n_embd=64)

@@ -53,8 +53,16 @@ class Loaded(NamedTuple):
 def load_model(name: str | Path, device: str | torch.device = 'cpu',
                dtype: torch.dtype = torch.float32) -> Loaded:
     """(model, tokenizer) of the model called `name` (see find), on `device`, in eval mode."""
-    return steps.look_again(World(), lambda: find(name),
-                            lambda folder: load_folder(folder, device, dtype=dtype))
+    model, encoding, _ = load_found(World(), name, device, dtype)
+    return Loaded(model, encoding)
+
+
+def load_found(world: World, name: str | Path, device: str | torch.device,
+               dtype: torch.dtype) -> tuple[GPT, tokenizer.Encoding, Path | str]:
+    """load_model() on every process, and the folder; rank 0 finds, and downloads, for all."""
+    return steps.look_again(
+        world, lambda: world.on_main(find, name),
+        lambda folder: (*load_folder(folder, device, dtype=dtype), folder))
 
 
 def load_folder(folder: str | Path, device: str | torch.device = 'cpu', dropout: float = 0.0,
@@ -89,7 +97,7 @@ def check_output(model: GPT, folder: str | Path) -> None:
 
 def load_for_evaluation(world: World, name: str,
                         dtype: str) -> tuple[GPT, tokenizer.Encoding, dict]:
-    """(model, tokenizer, facts) on every process; rank 0 finds, and downloads, for all.
+    """(model, tokenizer, facts) on every process.
 
     name '' is the newest run. facts, on rank 0 alone, identify the weights as they are used. On a
     GPU float32 products may be of TF32, as those of published numbers were; on a CPU the model is
@@ -97,11 +105,8 @@ def load_for_evaluation(world: World, name: str,
     """
     if world.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
-
-    def load(folder):
-        return *load_folder(folder, world.device, dtype=pick_dtype(dtype, world.device)[0]), folder
-    model, encoding, folder = steps.look_again(
-        world, lambda: world.on_main(find, name or steps.newest_run() or ''), load)
+    model, encoding, folder = load_found(world, name or steps.newest_run() or '', world.device,
+                                         pick_dtype(dtype, world.device)[0])
     facts = {}
     if world.is_main:
         facts = {'name': name or str(folder), 'folder': str(folder), 'sha256': weights_hash(model),

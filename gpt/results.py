@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import re
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,7 @@ import torch
 
 from gpt import checkpoints, scoring
 from gpt.files import atomic_write, check_output, read_json
-from gpt.settings import check_bounds
+from gpt.settings import check_bounds, complain
 from gpt.shapes import Count, Measured
 from gpt.world import World
 
@@ -151,14 +150,14 @@ def run_evaluation(cfg: Any, read_data: Callable[..., Data],
         found = outcome(cfg, model, encoding, data, options)
     except KeyboardInterrupt:
         if world.is_main and kept.path.exists():
-            print(f'stopped; what is measured so far is in {kept.path}, and the same command '
-                  f'continues', file=sys.stderr)
+            complain(f'stopped; what is measured so far is in {kept.path}, and the same command '
+                     f'continues\n')
         raise
     for key in found.measures.keys() & data.published.keys():
         if data.facts['official'] and not data.first:
             found.measures[key]['published'] = [data.published[key]]
     if world.is_main:
-        finish(cfg, path, found.rows, {
+        finish(cfg, world, path, found.rows, {
             **about, 'measures': found.measures, 'notes': found.notes, 'tokens': kept.tokens,
             'tokens_before': kept.tokens_before, 'processes': world.size,
             'seconds': round(time.perf_counter() - started, 2)})
@@ -180,13 +179,13 @@ def measured_before(cfg: Any, about: dict) -> tuple[Path, str, dict | None]:
     return path, key, None
 
 
-def finish(cfg: Any, path: Path, rows: Iterable[dict], result: dict) -> None:
+def finish(cfg: Any, world: World, path: Path, rows: Iterable[dict], result: dict) -> None:
     """Print and write a result, and write the rows of its items if asked to."""
-    print(format_result(result))                # first: nothing that fails below can lose it
+    world.print(format_result(result))          # first: nothing that fails below can lose it
     if getattr(cfg, 'dump', ''):
         atomic_write(cfg.dump, ''.join(json.dumps(row) + '\n' for row in rows))
     write(path, result)
-    print(f'  written to {path}')
+    world.print(f'  written to {path}')
 
 
 def check_outputs(cfg: Any) -> None:
@@ -307,9 +306,6 @@ def write(path: str | Path, result: dict) -> None:
 
 def read(path: str | Path) -> dict:
     """The result in a file; ValueError if it is none."""
-    if not Path(path).exists():
-        raise ValueError(f'{path}: cannot read this result (no such file); '
-                         f'an evaluation writes one, where --out says')
     try:
         return read_json(path, Result)
     except ValueError as error:

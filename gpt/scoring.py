@@ -23,12 +23,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from gpt.settings import complain
 from gpt.sharding import is_sharded
 from gpt.world import World
 
@@ -110,8 +111,8 @@ class Kept:
             for (i, _), score in zip(batch, split(logprobs, predicted, counts)):
                 scores[i].fill(score)
         if len(missing) < len(batches) and self.world.is_main:
-            print(f'continuing: {len(batches) - len(missing):,} of {len(batches):,} batches are in '
-                  f'{self.path}', file=sys.stderr)
+            complain(f'continuing: {len(batches) - len(missing):,} of {len(batches):,} batches are '
+                     f'in {self.path}\n')
         return missing
 
     def add(self, batch: list, scores: list[Score]) -> None:
@@ -265,7 +266,8 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     if sharded and len(mine) < -(-len(batches) // world.size):
         mine.append(batches[-1])        # a second time: every rank takes part in every pass
     bar = tqdm(total=sum(len(row.ids) for batch in mine for _, row in batch), unit='tok',
-               unit_scale=True, disable=not (options.progress and world.is_main), leave=False,
+               unit_scale=True, file=Stderr(), leave=False,
+               disable=not (options.progress and world.is_main),
                **({} if sys.stderr.isatty() else PROGRESS_LINES))
     with forward_context(sharded, world):
         for batch in mine:
@@ -284,6 +286,14 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
             for i, score in part.items():
                 scores[i].fill(score)
     return scores
+
+
+class Stderr:
+    """Standard error for a bar; its terminal or disk may be gone."""
+    write, flush = staticmethod(complain), staticmethod(lambda: None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 def empty_scores(rows: Sequence[Row]) -> list[Score]:

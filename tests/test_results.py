@@ -1,5 +1,6 @@
 """Intervals, verdicts and the JSON of results, against figures computed by hand or published."""
 
+import io
 import json
 import math
 import random
@@ -145,7 +146,7 @@ def test_files_that_are_no_results_are_refused(tmp_path):
         (tmp_path / 'b.json').write_text(content)
         with pytest.raises(ValueError, match='b.json: not the result of an evaluation'):
             results.compare((good, str(tmp_path / 'b.json')))
-    with pytest.raises(ValueError, match='cannot read this result.*--out says'):
+    with pytest.raises(ValueError, match='nothing.json: not the result .*cannot read'):
         results.compare((good, str(tmp_path / 'nothing.json')))
     with pytest.raises(ValueError, match='expected two results'):
         results.compare((good,))
@@ -247,6 +248,22 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(kinds, tmp_pa
     for flag in ('--out=/proc/x.json', '--dump=/proc/x', '--limit=9'):      # the last: out/results
         with pytest.raises(ValueError, match='cannot be written'):
             command(hellaswag, *kinds('hellaswag')[1:], flag)
+
+
+def test_lost_output_costs_no_result(kinds, tmp_path, monkeypatch):
+    """Neither the numbers nor the progress can be printed; the result is in its file."""
+    monkeypatch.setitem(scoring.PROGRESS_LINES, 'delay', 0)
+    monkeypatch.setitem(scoring.PROGRESS_LINES, 'mininterval', 0)
+    monkeypatch.chdir(tmp_path)
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, 'stdout', Full())
+        patch.setattr(sys, 'stderr', Full())
+        command(hellaswag, *kinds('hellaswag')[1:])
+    assert list(tmp_path.rglob('*.json'))
 
 
 def test_damage_to_what_is_kept_is_noticed(tmp_path):

