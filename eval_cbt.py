@@ -15,7 +15,6 @@ seed        test set, common nouns, tokens unchanged, nothing between the senten
 
 import os
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,8 +72,6 @@ PUBLISHED = {               # per cent, by preset, model and subset
 
 
 def main(cfg):
-    if cfg.compare:
-        return print(results.compare(cfg.compare))
     results.run_evaluation(resolved(cfg), read_data, outcome)
 
 
@@ -110,46 +107,36 @@ def read_data(cfg):
                 'sha256': '-'.join(one['sha256'] for one in facts),
                 'official': all(one['official'] for one in facts),
                 'skipped': sum(one['skipped'] for one in facts)}
-    return results.Data((subsets, books), together, first, '\n'.join(one['path'] for one in facts))
+    preset, size = PRESETS[cfg.preset], checkpoints.official_name(cfg.model)
+    is_preset = (cfg.split, cfg.text, together['skipped']) == (preset.split, preset.text, 0)
+    return results.Data((subsets, books), together, first, 'questions of each subset',
+                        "Children's Book Test",
+                        '-'.join(['cbt', cfg.preset, cfg.split, cfg.text, *cfg.subset]),
+                        f'{cfg.preset}, {cfg.split}, {cfg.text}',
+                        {name: PUBLISHED[cfg.preset, size, name] for name in subsets
+                         if is_preset and (cfg.preset, size, name) in PUBLISHED})
 
 
 def outcome(cfg, model, encoding, data, options):
-    """The Outcome: an accuracy for each subset, with the published figure of the same protocol."""
+    """The Outcome: an accuracy for each subset."""
     preset, (subsets, books) = PRESETS[cfg.preset], data.items
-    as_published = (data.is_official and not data.facts['skipped']
-                    and (cfg.split, cfg.text) == (preset.split, preset.text))
-    size = checkpoints.official_name(cfg.model)
-    measures, tokens, notes, cuts, rows = {}, 0, [], [], []
+    measures, notes, cuts, rows = {}, [], [], []
     for name, questions in subsets.items():
         items = [render(question, encoding, cfg.text, preset.gap, preset.eot)
                  for question in questions]
         scores = scoring.ending_loglikelihoods(model, items, share=cfg.share, **options)
         right, by_frequency = zip(*map(grade, questions, scores))
-        figure = PUBLISHED.get((cfg.preset, size, name))
-        published = [figure] if figure and as_published else []
-        measures[name] = results.accuracy(right, KINDS[name], published)
+        measures[name] = results.accuracy(right, KINDS[name])
         baseline = results.format_measure(results.accuracy(by_frequency))
         notes.append(f'{name}: the candidate that the text has most often: {baseline}')
-        notes += by_book(name, questions, right, books)
-        n_tokens, cut = scoring.reading(items, model.config.block_size, cfg.share)
-        tokens += n_tokens
-        cuts += [f'{name}: {note}' for note in cut]
+        notes += [f'{name} of {note}' for note in results.by_group(
+            (books.get(question.sentences[0]), is_right)
+            for question, is_right in zip(questions, right))]
+        cuts += [f'{name}: {note}' for note in scoring.cut_note(items, model.config.block_size)]
         rows += [dump_row(name, *one) for one in zip(questions, right, scores)]
     if data.facts['skipped']:
         cuts.append(f"{data.facts['skipped']} malformed questions were skipped")
-    return results.Outcome(
-        "Children's Book Test", '-'.join(['cbt', cfg.preset, cfg.split, cfg.text, *cfg.subset]),
-        f'{cfg.preset}, {cfg.split}, {cfg.text}', measures, [*notes, *cuts, 'chance: 10 %'],
-        tokens, rows)
-
-
-def by_book(name, questions, right, books):
-    """A note on the accuracy of each book."""
-    groups = defaultdict(list)
-    for question, is_right in zip(questions, right):
-        groups[books.get(question.sentences[0], '')].append(is_right)
-    return [f'{name}: {sum(part) / len(part):7.2%} of {len(part):4} of {book}'
-            for book, part in sorted(groups.items()) if book]
+    return results.Outcome(measures, [*notes, *cuts, 'chance: 10 %'], rows)
 
 
 def dump_row(subset, question, right, scores):

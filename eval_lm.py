@@ -36,7 +36,8 @@ stride = 0              # tokens that a window scores; 0: that of the protocol, 
 detok = 'auto'          # undo the tokenization of wikitext2, wikitext103 and ptb; auto: of all but
                         # wikitext103, whose published number was measured without
 download = False        # only download the data
-limit = 0               # only the first N passages of lambada, or characters of others; 0: all
+limit = 0               # only the first N passages of lambada; 0: all
+characters = 0          # only the first N characters of another task or of a file; 0: all
 batch_tokens = 0        # tokens in a batch with its padding; 0: 1024 on a CPU, else 65536
 device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
 dtype = 'float32'       # or 'bfloat16', 'float16'
@@ -90,8 +91,6 @@ STOP_WORDS = frozenset('''
 
 
 def main(cfg):
-    if cfg.compare:
-        return print(results.compare(cfg.compare))
     if cfg.table3:
         return print(table(cfg.model))
     results.run_evaluation(resolved(cfg), read_data, outcome)
@@ -99,9 +98,14 @@ def main(cfg):
 
 def resolved(cfg):
     """The settings; those of a --file with the task and protocol that stand for it."""
-    check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'stride'),
+    check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'stride characters'),
                        ("'auto', True or False", lambda value: value in ('auto', True, False),
                         'detok')])
+    is_text = cfg.file or cfg.task != 'lambada'
+    wrong, right = ('limit', 'characters') if is_text else ('characters', 'limit')
+    if getattr(cfg, wrong):
+        raise ValueError(f'{wrong}: given {getattr(cfg, wrong)}, but '
+                         f"{'a text is' if is_text else 'passages are'} counted by --{right}")
     if cfg.file:
         if cfg.protocol != 'paper':
             raise ValueError(f'protocol: given {cfg.protocol!r}, but a --file has none')
@@ -122,7 +126,7 @@ def read_data(cfg):
     if cfg.task == 'lambada':
         passages, facts = benchmarks.lambada(cfg.data)
         passages, first = results.limited(passages, cfg.limit)
-        return results.Data(passages, facts, first, facts['path'])
+        return results.Data(passages, facts, first, 'passages', *called(cfg, facts))
     if cfg.task == 'file':
         raw = benchmarks.read_bytes(cfg.file)
         facts = {**benchmarks.facts(cfg.file, raw), 'official': True}
@@ -134,32 +138,33 @@ def read_data(cfg):
     text = files.decode(raw, facts['path'])
     if not text.strip():
         raise ValueError(f"{facts['path']}: there is no text in this file")
-    text, first = results.limited(text, cfg.limit)
-    return results.Data(as_corpus(text, cfg), facts, first, facts['path'])
+    text, first = results.limited(text, cfg.characters)
+    return results.Data(as_corpus(text, cfg), facts, first, 'characters', *called(cfg, facts))
+
+
+def called(cfg, facts):
+    """(title, name of the result, protocol, published figures); the bare name is for the protocol's
+    own settings."""
+    changes = [f'stride{cfg.stride}'] if cfg.stride else []
+    changes += [f'detok{cfg.detok}'] if cfg.detok != 'auto' else []
+    own = results.file_id(facts) if cfg.task == 'file' else cfg.protocol
+    name, size = '-'.join([cfg.task, own, *changes]), checkpoints.official_name(cfg.model)
+    return (TASKS[cfg.task].title or Path(cfg.file).name, name,
+            f'{cfg.protocol}, {"-".join(changes)}' if changes else cfg.protocol,
+            {key: figure for (result, key, of), figure in PUBLISHED.items()
+             if (result, of) == (name, size)})
 
 
 def outcome(cfg, model, encoding, data, options):
-    """The Outcome of the task, with the published figures of the same measurement."""
+    """The Outcome of the task."""
     score = lambada if cfg.task == 'lambada' else rolling
-    measures, tokens, notes = score(cfg, model, encoding, data.items, options)
-    name, protocol = f'{cfg.task}-{results.file_name(cfg.file) or cfg.protocol}', cfg.protocol
-    changes = [f'stride{cfg.stride}'] if cfg.stride else []
-    changes += [f'detok{cfg.detok}'] if cfg.detok != 'auto' else []
-    if changes:                                 # the bare name is for the protocol's own settings
-        name = '-'.join([name, *changes])
-        protocol = f"{protocol}, {'-'.join(changes)}"
-    for key, one in measures.items():
-        figure = PUBLISHED.get((name, key, checkpoints.official_name(cfg.model)))
-        if figure and data.is_official:
-            one['published'].append(figure)
-    title = TASKS[cfg.task].title or Path(cfg.file).name
-    return results.Outcome(title, name, protocol, measures, notes, tokens)
+    return results.Outcome(*score(cfg, model, encoding, data.items, options))
 
 
 # LAMBADA: the last word of a passage.
 
 def lambada(cfg, model, encoding, passages, options):
-    """(measures, tokens read, notes) of passages of text."""
+    """(measures, notes) of passages of text."""
     pairs = [last_word(text, encoding, cfg.protocol) for text in passages]
     banned = never_last(encoding) if cfg.protocol == 'paper' else None
     # a placeholder after the word: what the model predicts there tells whether the word has ended
@@ -177,7 +182,7 @@ def lambada(cfg, model, encoding, passages, options):
     if cfg.protocol != 'last-token':            # the last token may be half a word
         measures['perplexity'] = results.per_unit(nats, [1] * len(nats), 'word',
                                                   about='of the last word')
-    return measures, *scoring.reading(items, model.config.block_size)
+    return measures, scoring.cut_note(items, model.config.block_size)
 
 
 def last_word(text, encoding, protocol):
@@ -300,7 +305,7 @@ def harness_detokenize(text):
 
 
 def rolling(cfg, model, encoding, corpus, options):
-    """(measures, tokens read, notes) of a Corpus: one total loss, per unit of each kind."""
+    """(measures, notes) of a Corpus: one total loss, per unit of each kind."""
     block_size = model.config.block_size
     unit, stride = TASKS[cfg.task].protocols[cfg.protocol]
     stride = cfg.stride or min(block_size, stride) or block_size
@@ -320,8 +325,6 @@ def rolling(cfg, model, encoding, corpus, options):
         if name != unit:                        # the test of one unit would decide for all
             measures[name]['items'] = []
     measures = {unit: measures.pop(unit), **measures}                       # the headline first
-    n_read = sum(len(row.ids) for ids in documents
-                 for row in scoring.windows(ids, block_size, stride, eot))
     plural = 's' if len(documents) > 1 else ''
     notes = [f'{len(documents)} text{plural}, {sum(nats):,.1f} nats; '
              f'windows of {block_size} tokens, stride {stride}']
@@ -329,7 +332,7 @@ def rolling(cfg, model, encoding, corpus, options):
         notes.append(corpus.note)
     if eot is None:
         notes.append('the first token is not scored: this tokenizer has none to read before it')
-    return measures, n_read, notes
+    return measures, notes
 
 
 def in_pieces(encoding, documents, scores):
@@ -359,7 +362,7 @@ def table(model):
     """The paper's Table 3 of one model, from the results under out/results."""
     model = model or str(checkpoints.find(steps.newest_run() or ''))
     size, folder = checkpoints.official_name(model), results.folder_of(model)
-    if not size and not folder.exists():
+    if not size and not any(folder.glob('*.json')):
         raise ValueError(f'{model}: there are no results of this model under {results.OUT}; '
                          f"gpt2 to gpt2-xl stand for OpenAI's")
     names = dict.fromkeys(name for name, _ in LINES)

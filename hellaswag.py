@@ -14,7 +14,6 @@ lm-eval     the activity before the context, brackets removed (lm-evaluation-har
 """
 
 import re
-from collections import defaultdict
 
 from gpt.settings import run, settings
 
@@ -53,8 +52,6 @@ PUBLISHED = {               # per cent of 10,042: acc_norm, acc, source
 
 
 def main(cfg):
-    if cfg.compare:
-        return print(results.compare(cfg.compare))
     if cfg.protocol not in PROTOCOLS:
         raise ValueError(f"protocol: given {cfg.protocol!r}, expected 'completion' or 'lm-eval'")
     results.run_evaluation(cfg, read_data, outcome)
@@ -62,41 +59,41 @@ def main(cfg):
 
 def read_data(cfg):
     questions, facts = benchmarks.hellaswag(cfg.data)
-    summary = f"{facts['path']}: {len(questions):,} questions"
     questions, first = results.limited(questions, cfg.limit)
-    return results.Data(questions, facts, first, summary)
+    figures = PUBLISHED.get((cfg.protocol, checkpoints.official_name(cfg.model)), (None, None, ''))
+    published = {key: (figure, figures[2]) for key, figure in zip(('acc_norm', 'acc'), figures)
+                 if figure}
+    return results.Data(questions, facts, first, 'questions', 'HellaSwag',
+                        f'hellaswag-{cfg.protocol}', cfg.protocol, published)
 
 
 def outcome(cfg, model, encoding, data, options):
-    """The Outcome of the protocol, with the published figures of the same measurement."""
+    """The Outcome of the protocol."""
     questions = data.items
     answers = evaluate(model, encoding, questions, cfg.protocol, share=cfg.share, **options)
-    size = checkpoints.official_name(cfg.model)
-    *figures, source = PUBLISHED.get((cfg.protocol, size), (None, None, ''))
-    measures = {}
-    for key, about, figure in zip(('acc_norm', 'acc'), PROTOCOLS[cfg.protocol], figures):
-        published = [(figure, source)] if figure and data.is_official else []
-        measures[key] = results.accuracy(answers[key], about, published)
-    notes = [*by_group(questions, answers['acc_norm']), *answers['notes'], 'chance: 25 %']
+    measures = {key: results.accuracy(answers[key], about)
+                for key, about in zip(('acc_norm', 'acc'), PROTOCOLS[cfg.protocol])}
+    groups = [(group, is_right) for question, is_right in zip(questions, answers['acc_norm'])
+              for group in ((question.get('source_id') or '').partition('~')[0],
+                            question.get('split_type'))]
+    notes = [f'acc_norm of {note}' for note in results.by_group(groups)]
     rows = [{'i': i, 'ind': question.get('ind'), 'label': question['label'],
              'right': answers['acc_norm'][i], 'right_by_sum': answers['acc'][i],
              'sums': [score.sum for score in four], 'counts': [score.count for score in four]}
             for i, (question, four) in enumerate(zip(questions, answers['scores']))]
-    return results.Outcome('HellaSwag', f'hellaswag-{cfg.protocol}', cfg.protocol, measures, notes,
-                           answers['tokens'], rows)
+    return results.Outcome(measures, [*notes, *answers['notes'], 'chance: 25 %'], rows)
 
 
 def evaluate(model, encoding, questions, protocol='completion', share=True, **options):
     """For questions of benchmarks.hellaswag(): {'acc_norm': [bool], 'acc': [bool], 'scores':
-    [[Score]], 'tokens': read, 'notes': [str]}.
+    [[Score]], 'notes': [str]}.
 
     options: those of gpt.scoring.ScoringOptions. train.py calls this too.
     """
     items = [render(question, encoding, protocol) for question in questions]
     scores = scoring.ending_loglikelihoods(model, items, share=share, **options)
-    tokens, notes = scoring.reading(items, model.config.block_size, share)
-    return {**grade(questions, scores, protocol), 'scores': scores, 'tokens': tokens,
-            'notes': notes}
+    return {**grade(questions, scores, protocol), 'scores': scores,
+            'notes': scoring.cut_note(items, model.config.block_size)}
 
 
 def render(question, encoding, protocol):
@@ -135,19 +132,6 @@ def grade(questions, scores, protocol):
         by_sum.append(sums.index(max(sums)) == question['label'])
         by_norm.append(means.index(max(means)) == question['label'])
     return {'acc_norm': by_norm, 'acc': by_sum}
-
-
-def by_group(questions, right):
-    """A note on the accuracy by source and split type, if the data names them."""
-    groups = defaultdict(list)
-    for question, is_right in zip(questions, right):
-        source = (question.get('source_id') or '').partition('~')[0]
-        for group in (source, question.get('split_type')):
-            if group:
-                groups[group].append(is_right)
-    parts = [f'{group}: {sum(part) / len(part):.2%} of {len(part)}'
-             for group, part in groups.items()]
-    return [f"acc_norm of {', '.join(parts)}"] if parts else []
 
 
 if __name__ == '__main__':

@@ -41,12 +41,12 @@ SIZES = {
     'gpt2-large': GPTConfig(n_layer=36, n_head=20, n_embd=1280),    # 774M
     'gpt2-xl': GPTConfig(n_layer=48, n_head=25, n_embd=1600),       # 1558M
 }
-LOGITS_PER_SLICE = 2 ** 26  # the loss computes this many float32 logits at a time
 
 
 class GPT(nn.Module):
     """Two parts are replaced from outside: lm_head by a packed copy (gpt.cpu.pack), and in training
-    on several processes loss() and the blocks by compiled ones (gpt.trainer)."""
+    on several processes loss() and the blocks by compiled ones (gpt.trainer). How it is trained,
+    not what it computes, are the attributes below lm_head, which gpt.trainer sets."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -63,7 +63,10 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = None     # None: wte is used; gpt/cpu.pack() puts a packed copy here
         self.checkpoint_activations = False     # True: keep only the inputs of each block and
-        self.init_weights()                     # recompute the rest in the backward pass
+                                                # recompute the rest in the backward pass
+        self.half_residual = False      # True: x, to which blocks add, in the dtype of autocast
+        self.logits_per_slice = 2 ** 26         # the loss computes so many logits at a time
+        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
@@ -96,6 +99,8 @@ class GPT(nn.Module):
         if mask is None and cached and T > 1:
             mask = torch.ones(T, cached + T, dtype=torch.bool, device=ids.device).tril(cached)
         x = self.drop(self.wte(ids) + self.wpe(positions))                  # (B, T, C)
+        if self.half_residual and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for i, block in enumerate(self.h):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = recompute_later(block, x, mask, cache, i, use_reentrant=False)
@@ -120,11 +125,11 @@ class GPT(nn.Module):
     def loss(self, x, targets):
         """Mean cross-entropy, in float32, of hidden states x (N, C) against targets (N,): what
         F.cross_entropy(self.head(x).float(), targets) is, in less memory and time."""
-        device = x.device.type
+        device, slices = x.device.type, -(-len(x) * self.config.vocab_size // self.logits_per_slice)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
             return HeadLoss.apply(x, self.wte.weight, targets, self.config.vocab_size, dtype,
-                                  torch.is_grad_enabled())
+                                  slices, torch.is_grad_enabled())
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, **options):
@@ -228,19 +233,13 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, V, dtype, with_gradients):
-        slices = -(-x.size(0) * V // LOGITS_PER_SLICE)
+    def forward(ctx, x, weight, targets, V, dtype, slices, with_gradients):
+        slice_loss = fused_slice if x.is_cuda and torch.compiler.is_compiling() else in_place_slice
         w, nats, dx, dw = weight.to(dtype), 0, [], 0
         for xs, ids in zip(x.to(dtype).chunk(slices), targets[:, None].chunk(slices)):
-            logits = (xs @ w.t()).float()                                   # (n, rows of weight)
-            logits[:, V:] = -math.inf                                       # the padding
-            logits -= logits.amax(dim=1, keepdim=True)
-            correct = logits.gather(1, ids)                                 # (n, 1)
-            exps = logits.exp_()
-            sums = exps.sum(dim=1, keepdim=True)
-            nats = nats + (sums.log() - correct).sum()
-            if with_gradients:                                  # softmax - one-hot, times x or w
-                g = exps.div_(sums).scatter_add_(1, ids, -torch.ones_like(correct)).to(dtype)
+            slice_nats, g = slice_loss(xs @ w.t(), ids, V, with_gradients)
+            nats = nats + slice_nats
+            if with_gradients:
                 dx.append(g @ w)
                 dw = (g.t() @ xs).to(weight.dtype) + dw
         if with_gradients:
@@ -251,4 +250,32 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_output):
         dx, dw = ctx.saved_tensors
         scale = grad_output / len(dx)
-        return dx.mul_(scale), dw.mul_(scale), None, None, None, None
+        return dx.mul_(scale), dw.mul_(scale), None, None, None, None, None
+
+
+# Both return the sum of the cross-entropies of a slice, and its gradient: softmax minus one-hot,
+# (n, rows of weight). logits is of that shape too, ids is (n, 1).
+
+def in_place_slice(logits, ids, V, with_gradients):
+    """In as few passes over memory as uncompiled code can."""
+    dtype, logits = logits.dtype, logits.float()
+    logits[:, V:] = -math.inf                                               # the padding
+    logits -= logits.amax(dim=1, keepdim=True)
+    correct = logits.gather(1, ids)                                         # (n, 1)
+    exps = logits.exp_()
+    sums = exps.sum(dim=1, keepdim=True)
+    nats = (sums.log() - correct).sum()
+    if not with_gradients:
+        return nats, None
+    return nats, exps.div_(sums).scatter_add_(1, ids, -torch.ones_like(correct)).to(dtype)
+
+
+def fused_slice(logits, ids, V, with_gradients):
+    """In expressions that a compiler fuses: the logits are read and the gradient is written in
+    half precision, which a scatter_add_ between them would prevent."""
+    columns = torch.arange(logits.size(1), device=logits.device)
+    wide = torch.where(columns < V, logits.float(), -math.inf)
+    normalizers = wide.logsumexp(dim=1, keepdim=True)
+    nats = (normalizers - wide.gather(1, ids)).sum()
+    gradient = (wide - normalizers).exp() - (columns == ids).float()
+    return nats, gradient.to(logits.dtype) if with_gradients else None

@@ -9,8 +9,9 @@ A trained model as a folder to give away: weights in bfloat16, tokenizer, settin
 import math
 import platform
 from pathlib import Path
+from typing import NamedTuple
 
-from gpt.settings import run, settings
+from gpt.settings import check_bounds, run, settings
 
 # -----------------------------------------------------------------------------
 model = ''          # the folder of a run, whose best step is published, or of one of its steps
@@ -19,6 +20,9 @@ about = ''          # what the card says of the model and its text; FILE:name re
 prompts = ('It was a dark night', 'He looked at her and said', 'The house')
 num_samples = 2     # of each prompt, drawn with seeds 1337, 1338, …: none is chosen
 max_new_tokens = 120
+eval_tokens = 1_000_000     # validation tokens: the first of the split; 0: all
+device = 'auto'     # of validation and samples: 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else
+                    # mps, else cpu
 dtype = 'bfloat16'  # of the weights in the file; 'float32' is exact and twice as large
 language = ''       # for the hub's index, such as en
 license = ''        # the same, such as mit
@@ -28,12 +32,14 @@ Config = settings(globals())
 
 import torch
 
-from gpt import checkpoints, tokenizer
+from gpt import checkpoints, steps, tokenizer
 from gpt.curves import read_log, seconds_to
 from gpt.data.order import load_sets
+from gpt.files import given_text, read_text
 from gpt.log import duration
 from gpt.validation import ValidationConfig, validate
-from gpt.world import World, pick_dtype
+from gpt.world import World, pick_device, pick_dtype
+from model import GPT
 
 SEED = 1337
 FROM_THE_RUN = 'config.py', 'log.jsonl', 'samples.jsonl', 'starts.jsonl'
@@ -43,25 +49,41 @@ def main(cfg):
     if not cfg.model or not cfg.to:
         raise ValueError('expected a run and a folder to write, as in: '
                          'python publish.py --model=out/mine --to=mine')
-    folder, target = step_folder(cfg.model), Path(cfg.to).resolve()
+    check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'eval_tokens max_new_tokens'),
+                       ('1 or more', lambda value: value >= 1, 'num_samples')])
+    world, target = World(device=pick_device(cfg.device)), Path(cfg.to).resolve()
     check_target(target, cfg.to)
-    about = cfg.about
-    if about.startswith('FILE:'):
-        about = Path(about[5:]).read_text(encoding='utf-8')
+    about = given_text(cfg.about, 'about').strip()
+    prompts = [given_text(prompt, 'prompts') for prompt in cfg.prompts]
     dtype, _ = pick_dtype(cfg.dtype, torch.device('cpu'))
-    model, encoding = checkpoints.load_folder(folder, dtype=dtype)
-    texts = {name: (folder.parent / name).read_text(encoding='utf-8')
-             for name in FROM_THE_RUN if (folder.parent / name).exists()}
-    # the published weights are measured: those of the file, in float32
-    rows = properties(cfg, folder, model.float(), encoding, dtype)
-    samples = [line for prompt in cfg.prompts for line in quoted(cfg, prompt, model, encoding)]
-    texts['README.md'] = card(cfg, about.strip(), rows, samples)
-    checkpoints.publish(target, model.to(dtype), encoding, texts)
+    step = steps.look_again(world, lambda: step_folder(cfg.model),
+                            lambda folder: read_step(folder, world.device, dtype))
+    rows = properties(cfg, step, dtype, world)
+    samples = [line for prompt in prompts for line in quoted(cfg, prompt, step)]
+    texts = {**step.texts, 'README.md': card(cfg, about, rows, samples)}
+    checkpoints.publish(target, step.model.to('cpu', dtype), step.encoding, texts)
     for name in FROM_THE_RUN:                       # of a run that was published there before
         if name not in texts:
             (target / name).unlink(missing_ok=True)
     size = sum(file.stat().st_size for file in target.iterdir()) / 1e6
     print(f'{cfg.to}: {size:.1f} MB; `python sample.py --model={cfg.to}` samples from it')
+
+
+class Step(NamedTuple):
+    model: GPT              # the weights of the file to write, but in float32
+    encoding: tokenizer.Encoding
+    training: dict
+    texts: dict             # {name: text} of the run's files
+    records: list           # of its log
+
+
+def read_step(folder, device, dtype):
+    """The Step in `folder`."""
+    model, encoding = checkpoints.load_folder(folder, device, dtype=dtype)
+    texts = {name: read_text(folder.parent / name) for name in FROM_THE_RUN
+             if (folder.parent / name).exists()}
+    return Step(model.float(), encoding, checkpoints.load_training(folder), texts,
+                read_log(folder.parent / 'log.jsonl'))
 
 
 def step_folder(name):
@@ -100,50 +122,51 @@ def card(cfg, about, rows, samples):
         *samples, ''])
 
 
-def properties(cfg, folder, model, encoding, dtype):
+def properties(cfg, step, dtype, world):
     """[(key, value)] of what the card says of the model, whose file is in `dtype`."""
-    saved, records = checkpoints.load_training(folder), read_log(folder.parent / 'log.jsonl')
-    progress, run_settings = saved['progress'], saved['settings']
+    progress, run_settings = step.training['progress'], step.training['settings']
     tokens = progress['position'] * run_settings['block_size']
-    c, n_parameters = model.config, model.num_parameters()
+    c, n_parameters = step.model.config, step.model.num_parameters()
     return [('parameters', f'{n_parameters:,}, {n_parameters * dtype.itemsize / 1e6:.1f} MB as '
                            f'{str(dtype)[6:]}: {c.n_layer} layers, {c.n_head} heads, '
                            f'{c.n_embd} wide, a block of {c.block_size} tokens'),
-            ('tokenizer', f'{encoding.name}, {encoding.n_vocab:,} tokens'),
+            ('tokenizer', f'{step.encoding.name}, {step.encoding.n_vocab:,} tokens'),
             ('trained', f"{progress['step']:,} updates, {tokens:,} tokens, "
-                        f'{duration(seconds_to(records, tokens))} of updates'),
+                        f'{duration(seconds_to(step.records, tokens))} of updates'),
             ('data set', run_settings['dataset']),
-            *validation(run_settings['dataset'], cfg.data_dir, model),
+            *validation(cfg, run_settings['dataset'], step.model, world),
             ('published with', f'torch {torch.__version__}, Python {platform.python_version()}')]
 
 
-def validation(dataset, data_dir, model):
-    """Properties measured on all of the validation text; none if it is not at hand."""
+def validation(cfg, dataset, model, world):
+    """Properties measured on the validation text; none if it is not at hand."""
     try:
-        sets, _ = load_sets(dataset, data_dir)
+        sets, _ = load_sets(dataset, cfg.data_dir)
     except (OSError, ValueError) as error:
         print(f'not validated: {error}')
         return []
     config = ValidationConfig(batch_size=16, block_size=model.config.block_size,
-                              eval_tokens=2 ** 60)
-    result = validate(model, sets, config, World())
+                              eval_tokens=cfg.eval_tokens or 2 ** 60)
+    result, total = validate(model, sets, config, world), sum(len(part.val) - 1 for part in sets)
+    part = 'all' if result.tokens == total else f'the first {result.tokens:,} of'
     rows = [('validation loss', f'{result.loss:.4f} nats a token, a perplexity of '
-                                f'{math.exp(result.loss):.1f}, over {result.tokens:,} tokens that '
-                                f'it was not trained on')]
+                                f'{math.exp(result.loss):.1f}, over {part} {total:,} tokens of the '
+                                f'validation text, which it was not trained on')]
     if 'val_bits_per_byte' in result.others:
         rows.append(('bits per byte', f"{result.others['val_bits_per_byte']:.3f}"))
     return rows
 
 
-def quoted(cfg, prompt, model, encoding):
+def quoted(cfg, prompt, step):
     """Samples of a prompt as lines of Markdown."""
-    ids = torch.tensor([tokenizer.encode(encoding, prompt).tolist()] * cfg.num_samples)
-    eot = tokenizer.eot_id(encoding)
-    rows = model.eval().generate(ids, cfg.max_new_tokens, temperature=0.8, top_k=200, seed=SEED,
-                                 stop=() if eot is None else (eot,))
+    ids = tokenizer.encode(step.encoding, prompt).tolist()
+    eot = tokenizer.eot_id(step.encoding)
+    rows = torch.tensor([ids] * cfg.num_samples, device=step.model.wte.weight.device)
+    rows = step.model.generate(rows, cfg.max_new_tokens, temperature=0.8, top_k=200, seed=SEED,
+                               stop=() if eot is None else (eot,))
     lines = []
     for row in rows.tolist():
-        text = encoding.decode(row[:row.index(eot)] if eot in row else row)
+        text = step.encoding.decode(row[:row.index(eot)] if eot in row else row)
         lines += [f'> {line}' for line in text.splitlines()] + ['']
     return lines
 

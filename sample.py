@@ -46,14 +46,13 @@ import torch
 
 from gpt import checkpoints, steps, tokenizer
 from gpt.cpu import pack
-from gpt.files import decode, read_text
+from gpt.files import decode, given_text
 from gpt.generate import slide, stream
-from gpt.world import pick_device, pick_dtype
+from gpt.world import World, pick_device, pick_dtype
 from model import GPT, GPTConfig
 
 SHORT = {'-p': 'prompt', '-m': 'max_new_tokens', '-i': 'interactive',
          '--start': 'prompt', '--out_dir': 'model'}     # nanoGPT's names
-TOP = 'likeliest'       # in JSON, the key of the three most likely tokens
 
 
 def main(cfg):
@@ -90,8 +89,9 @@ def load(name, device, dtype):
     """(model, encoding, where they come from)."""
     name = name or steps.newest_run()
     if name:
-        folder = checkpoints.find(name)
-        return *checkpoints.load_folder(folder, device, dtype=dtype), folder
+        return steps.look_again(
+            World(), lambda: checkpoints.find(name),
+            lambda folder: (*checkpoints.load_folder(folder, device, dtype=dtype), folder))
     torch.manual_seed(0)
     encoding = tokenizer.byte_pairs('bytes', [])
     config = GPTConfig(block_size=256, vocab_size=encoding.n_vocab, n_layer=2, n_head=2, n_embd=64)
@@ -104,14 +104,8 @@ def read_prompt(prompt):
     """The text of --prompt, which may name a file or be '-'."""
     if prompt == '-':
         return decode(sys.stdin.buffer.read(), 'standard input').removesuffix('\n')
-    if prompt.startswith('FILE:'):
-        return read_text(prompt[5:]).removesuffix('\n')
-    return as_utf8(prompt, 'prompt')
-
-
-def as_utf8(text, where):
-    """A text from the command line or a terminal, whose invalid bytes are surrogates."""
-    return decode(text.encode('utf-8', 'surrogateescape'), where)
+    text = given_text(prompt, 'prompt')
+    return text.removesuffix('\n') if prompt.startswith('FILE:') else text
 
 
 def converse(cfg, model, encoding, text):
@@ -123,7 +117,8 @@ def converse(cfg, model, encoding, text):
     ids, is_terminal = tokenizer.prompt_ids(encoding, text), sys.stdin.isatty()
     while True:
         try:
-            line = as_utf8(input('> ' if is_terminal else ''), 'standard input')
+            raw = input('> ' if is_terminal else '').encode('utf-8', 'surrogateescape')
+            line = decode(raw, 'standard input').removesuffix('\n')            # a \r at its end
             if line:
                 text, ids = line, tokenizer.prompt_ids(encoding, line)
             text, ids = write(cfg, model, encoding, text, ids)
@@ -287,7 +282,7 @@ def explain_tokens(model, encoding, given, new):
             tokens.append({'token': token_text(encoding, i), 'id': i,
                            'new': first + n >= len(given), 'probability': chosen[n].item(),
                            'rank': ranks[n].item(),
-                           TOP: [[token_text(encoding, j), p] for j, p in alternatives]})
+                           'most_likely': [[token_text(encoding, j), p] for j, p in alternatives]})
     return tokens
 
 
@@ -299,7 +294,7 @@ def print_table(tokens):
     if tokens:
         print('\n        token            probability    rank   the most likely')
     for token in tokens:
-        alternatives = '  '.join(f'{text!r} {p:.1%}' for text, p in token[TOP])
+        alternatives = '  '.join(f'{text!r} {p:.1%}' for text, p in token['most_likely'])
         print(f"{'new' if token['new'] else 'given':6}  {token['token']!r:16} "
               f"{token['probability']:11.2%} {token['rank']:7,}   {alternatives}")
 

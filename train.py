@@ -85,6 +85,8 @@ device = 'auto'             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else m
 dtype = 'auto'              # 'float32', 'bfloat16', 'float16'; auto: bfloat16 where native
 compile = 'auto'            # True, False; auto: on CUDA, and on CPUs with a compiler when it pays
 parallel = 'ddp'            # each process holds the model; 'fsdp': a part, gathered when used
+half_residual = 'auto'      # True: blocks add to the residual stream in half precision, if that is
+                            # the dtype; auto: on CUDA
 checkpoint_activations = False      # True: recompute activations in the backward pass: a third
                             # more work, a fraction of the memory
 timeout_minutes = 10.0      # processes wait this long for each other, then give up
@@ -107,6 +109,7 @@ from gpt.trainer import Trainer, TrainerConfig
 from gpt.validation import ValidationConfig, validate
 from gpt.world import World, is_out_of_memory, pick_dtype
 
+OLDER = {'half_residual': False, 'logits_per_slice': 2 ** 26}   # of checkpoints without these
 BOUNDS = (                  # what is expected, whether a value fits, of which settings
     ('1 or more', lambda value: value >= 1,
      'batch_size block_size n_layer n_head n_embd eval_interval eval_tokens log_interval '
@@ -121,7 +124,7 @@ BOUNDS = (                  # what is expected, whether a value fits, of which s
     ("'adamw' or 'muon'", ('adamw', 'muon').__contains__, 'optimizer'),
     ("'gelu_new' or 'gelu'", ('gelu_new', 'gelu').__contains__, 'activation'),
     ("'cosine' or 'wsd'", ('cosine', 'wsd').__contains__, 'schedule'),
-    ("'auto', True or False", ('auto', True, False).__contains__, 'compile'),
+    ("'auto', True or False", ('auto', True, False).__contains__, 'compile half_residual'),
     ("'ddp' or 'fsdp'", ('ddp', 'fsdp').__contains__, 'parallel'),
     ('the name of a folder', lambda value: value and not Path(value).is_file(), 'out_dir'))
 
@@ -199,10 +202,9 @@ def start(cfg, world, run, started):
     if saved and not cfg.eval_only and (ended := world.on_main(how_it_ended, cfg, p, saved)):
         world.print(ended)
         return 0
-    world, compiling = computes(cfg, world, saved)
+    world, config = computes(cfg, world, saved)
     run.world = world
-    trainer = Trainer(model, world, section(cfg, TrainerConfig, compile=compiling),
-                      section(cfg, OptimizerConfig))
+    trainer = Trainer(model, world, config, section(cfg, OptimizerConfig))
     if saved and saved['settings']['dataset'] != cfg.dataset:
         p.forget_validations()                          # of another text
     if cfg.eval_only:
@@ -262,9 +264,9 @@ def batch_plan(cfg, world, one_shape=True):
 
 
 def computes(cfg, world, saved):
-    """(the World with its dtype, whether to compile or 'auto'). What is 'auto' stays as it was when
-    the same run resumes on such a device: a new measurement could round otherwise."""
-    before = saved.get('computes', {})
+    """(the World with its dtype, the TrainerConfig). What is 'auto' stays as it was when the same
+    run resumes on such a device: a new measurement could round otherwise."""
+    before = {**OLDER, **saved.get('computes', {})}
     same = (before.get('device') == world.device.type
             and saved['settings']['max_iters'] == cfg.max_iters)
     if same and cfg.dtype == 'auto':
@@ -273,8 +275,9 @@ def computes(cfg, world, saved):
         dtype, reason = world.on_main(pick_dtype, cfg.dtype, world.device, True)
     if same or not cfg.plan:                            # which has said it
         world.print(f'device {world.device}; {str(dtype)[6:]}: {reason}')
-    compiling = before['compile'] if same and cfg.compile == 'auto' else cfg.compile
-    return replace(world, dtype=dtype), compiling
+    as_before = {key: before[key] for key in ('compile', 'half_residual', 'logits_per_slice')
+                 if same and getattr(cfg, key, 'auto') == 'auto'}
+    return replace(world, dtype=dtype), section(cfg, TrainerConfig, **as_before)
 
 
 def measure_cost(data, trainer, p, forecast):

@@ -36,6 +36,7 @@ from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, leaked, load_f
 from gpt.data.shards import verify as find_problems
 from gpt.files import atomic_write, lock, plain_text, read_json, sha256
 from gpt.settings import check_bounds, run, settings
+from gpt.shapes import is_text
 from gpt.tokenizer import (HFTokenizer, build, eot_id, fingerprint, gpt2, load, special_names,
                            stored, to_json, token_bytes)
 
@@ -46,6 +47,8 @@ dataset = 'pydocs'          # pydocs, shakespeare; fineweb-10B, fineweb-edu-10B 
 input = ()                  # files, folders, '*.patterns' instead, or as plain arguments:
                             # prepare.py --name=mine a.txt b/
 name = ''                   # data/NAME is written; '': the data set's name, or the first input's
+replace = False             # True: a data set of that name from other text or with other settings
+                            # is replaced; a run trained on it cannot be resumed then
 tokenizer = 'auto'          # gpt2, bpe:N, bytes, chars, or that of a folder, such as a run's;
                             # auto: gpt2, for pydocs bpe:4096
 split = 'train'             # of a hub data set: the split that is read
@@ -76,12 +79,14 @@ SAMPLE_CHARACTERS = 2 ** 28         # of the training text, from which a tokeniz
 LARGE_BYTES = 2 ** 25       # a larger corpus is tokenized by one process per core
 SAVE_SECONDS = 2            # between writes of progress.json
 READER = 2                  # in plan.json: how text is read; 1 kept carriage returns
+COARSE = 2                  # a split this many times larger or smaller than asked is announced
 SEARCHED_TOKENS = 2 ** 28   # of a split, for these
 BOUNDS = (
     ("'strict', 'replace' or 'skip'", ('strict', 'replace', 'skip').__contains__, 'errors'),
     ('more than 0, at most 1e6', lambda value: 0 < value <= 1e6, 'max_document_mb'),
     ('0 (default) or more, and less than 1', lambda value: 0 <= value < 1, 'val_fraction'),
     ('1 to 2,147,483,647', lambda value: 0 < value < 2 ** 31, 'shard_tokens'),  # an int32 on disk
+    ('a text in UTF-8', is_text, 'separator text_key split tokenizer'),
     ('0 or more', lambda value: value >= 0, 'shards'),
     ('0 (default) to 1,024', lambda value: 0 <= value <= 1024, 'workers'),
 )
@@ -124,14 +129,14 @@ def main(cfg):
     plan = make_plan(cfg, source)
     folder = root / plan['name']
     with locked(root / '.locks' / plan['name'], folder):
-        if folder.exists() and is_current(folder, plan, source.ready):
+        if folder.exists() and is_current(folder, plan, source.ready, cfg.replace):
             return
         partial = open_partial(folder.with_name(f'.{folder.name}.partial'), plan)
         with keep_partial(partial):
             if not (partial / 'manifest.json').exists():
                 make = take_shards if source.ready else write_dataset
                 make(cfg, source, plan, partial)
-        replace(folder, partial)
+        put_in_place(folder, partial)
     print_summary(folder, read_manifest(plan['name'], root))
 
 
@@ -182,28 +187,41 @@ def locked(path, folder):
         yield
 
 
-def is_current(folder, plan, ready):
-    """Whether the data set exists as planned; ValueError for a folder not made here."""
+def is_current(folder, plan, ready, replace):
+    """Whether the data set exists as planned; if not, it will be replaced.
+
+    ValueError for a folder not made here, and without `replace` for a data set of other text or
+    settings, on which a run may depend. A damaged one is made again with the same bytes.
+    """
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if not re.fullmatch(OUR_FILES, name)]
     if foreign or 'manifest.json' not in names:
         found = f' (it holds {foreign[0]})' if foreign else ''
         raise ValueError(f'{folder}: not made by this program{found}; give another --name')
     existing = read_manifest(folder.name, folder.parent)
-    wanted = plan['settings'].get('shards', 0)
-    if 0 < wanted < existing['settings'].get('shards', 0):
-        existing['settings']['shards'] = wanted                     # it has more than enough
+    before, wanted = existing['settings'], plan['settings']
+    if 0 < wanted.get('shards', 0) < before.get('shards', 0):
+        before['shards'] = wanted['shards']                         # it has more than enough
     if not is_same(existing, plan):
-        print(f'{folder} was made from other text or with other settings; it will be replaced')
+        changed = [f'{key}={before.get(key)!r}, given {wanted.get(key)!r}'
+                   for key in before | wanted if before.get(key) != wanted.get(key)]
+        made = f"{folder}: was made {'with ' + changed[0] if changed else 'from other text'}"
+        if not replace:
+            raise ValueError(f'{made}; give another --name, or --replace to replace it (a run '
+                             f'trained on it cannot be resumed then)')
+        print(f'{made}; it will be replaced')
         return False
     try:
-        if not (ready or documents.PLAIN in existing.get('remarks', {})) and has_returns(folder):
-            print(f'{folder} holds carriage returns, as earlier versions kept them; it will be '
-                  f'replaced')
-            return False
+        is_old = not (ready or documents.PLAIN in existing.get('remarks', {})) and (
+            has_returns(folder))
     except ValueError as error:
         print(f'{error}: it will be replaced')
         return False
+    if is_old:
+        print(f'{folder} holds carriage returns, as earlier versions kept them; '
+              + ('it will be replaced' if replace else '--replace prepares it again without them '
+                 '(a run trained on it cannot be resumed then)'))
+        return not replace
     print(f"{folder} is up to date: this text, these settings; --verify={plan['name']} checks it")
     return True
 
@@ -273,7 +291,7 @@ def keep_partial(partial):
         raise
 
 
-def replace(folder, partial):
+def put_in_place(folder, partial):
     """Put the complete data set in `partial` in its place."""
     shutil.rmtree(partial / 'downloads', ignore_errors=True)
     for pattern in ('plan.json', 'progress.json', '.*.partial', '*.aside'):     # of killed writes
@@ -406,7 +424,8 @@ def write_splits(results, writers, progress, n_files):
 def check_written(files, splits):
     """Raise ValueError if a file has changed since it was listed, or a split is too small."""
     for file in files:
-        if file.mtime and file.path.stat().st_mtime_ns != file.mtime:
+        touched = file.mtime and file.path.stat().st_mtime_ns != file.mtime
+        if touched and sha256(file.path) != file.hash:
             raise ValueError(f'{file.name}: changed while it was read; run the same command again')
     for split, facts in splits.items():
         if facts['tokens'] < 2:
@@ -506,9 +525,12 @@ def print_summary(folder, manifest):
         print('of the documents' + describe(manifest['remarks']))
     if documents.HAS_EOT in manifest['remarks'] and not manifest['settings'].get('separator'):
         print("if <|endoftext|> separates documents there, give --separator='<|endoftext|>'")
-    if val['bytes'] > train['bytes']:
-        print('more to validate than to train on: with few documents their hashes decide; try '
-              'another --seed, --separator to divide files, or one file, which is cut in two')
+    asked = manifest['settings'].get('val_fraction')                # not of ready shards
+    found = val['tokens'] / (train['tokens'] + val['tokens'])
+    if asked and not asked / COARSE <= found <= asked * COARSE:
+        print(f'validation has {found:.1%} of the tokens, val_fraction is {asked:.1%}: with few '
+              f'documents, or very long ones, their hashes decide; try another --seed, --separator '
+              f'to divide files, or one file, which is cut in two')
 
 
 def report(name, root):

@@ -32,6 +32,7 @@ from gpt.cpu import pack
 from gpt.files import sha256
 from gpt.hub import WEIGHTS
 from gpt.model_config import config_json, read_config
+from gpt.shapes import bounded
 from gpt.steps import MANIFEST, ONLY_FOR_RESUME, TRAINING
 from gpt.weights import (NANOGPT, file_in, fill, fit, load_pickle, open_weights, to_hugging_face,
                          weight_files)
@@ -52,7 +53,8 @@ class Loaded(NamedTuple):
 def load_model(name: str | Path, device: str | torch.device = 'cpu',
                dtype: torch.dtype = torch.float32) -> Loaded:
     """(model, tokenizer) of the model called `name` (see find), on `device`, in eval mode."""
-    return load_folder(find(name), device, dtype=dtype)
+    return steps.look_again(World(), lambda: find(name),
+                            lambda folder: load_folder(folder, device, dtype=dtype))
 
 
 def load_folder(folder: str | Path, device: str | torch.device = 'cpu', dropout: float = 0.0,
@@ -93,10 +95,13 @@ def load_for_evaluation(world: World, name: str,
     GPU float32 products may be of TF32, as those of published numbers were; on a CPU the model is
     packed.
     """
-    folder = world.on_main(find, name or steps.newest_run() or '')
     if world.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
-    model, encoding = load_folder(folder, world.device, dtype=pick_dtype(dtype, world.device)[0])
+
+    def load(folder):
+        return *load_folder(folder, world.device, dtype=pick_dtype(dtype, world.device)[0]), folder
+    model, encoding, folder = steps.look_again(
+        world, lambda: world.on_main(find, name or steps.newest_run() or ''), load)
     facts = {}
     if world.is_main:
         facts = {'name': name or str(folder), 'folder': str(folder), 'sha256': weights_hash(model),
@@ -152,7 +157,7 @@ def load_encoding(folder: str | Path, vocab_size: int) -> tokenizer.Encoding:
 def note(line: str) -> None:
     """Print a line on stderr, once, by one process."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(line, file=sys.stderr)
+        print(bounded(line), file=sys.stderr)
 
 
 def official_name(name: str) -> str:

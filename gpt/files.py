@@ -9,6 +9,7 @@ import io
 import os
 import re
 import secrets
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -53,6 +54,14 @@ def read_text(path: str | Path) -> str:
     return decode(read_bytes(path), path)
 
 
+def given_text(text: str, setting: str) -> str:
+    """The text of a setting, or of the file it names as FILE:name, see decode(). Invalid bytes of a
+    command line are surrogates."""
+    if text.startswith('FILE:'):
+        return read_text(text[5:])
+    return decode(text.encode('utf-8', 'surrogateescape'), setting)
+
+
 def read_json(path: str | Path, shape: Any) -> Any:
     """The JSON in a plain file, which has this shape (see gpt/shapes.py); ValueError if not."""
     return parse_json(read_text(path), path, shape)
@@ -92,7 +101,8 @@ def check_output(path: str | Path, *inputs: str | Path) -> Path:
     """The path of a file to be written, ~ expanded, whose folder is made if it is missing.
 
     Raises ValueError for a folder, for a device, pipe or socket, for the file that is standard
-    output, and for one of the inputs: none of these may be replaced.
+    output, and for one of the inputs: none of these may be replaced; and where nothing can be
+    written.
     """
     path, is_folder = Path(os.path.expanduser(path)), str(path).endswith('/')
     if is_folder or path.is_dir():
@@ -105,9 +115,12 @@ def check_output(path: str | Path, *inputs: str | Path) -> Path:
                              f'of a file')
         if any(os.path.samestat(path.stat(), one) for one in taken):
             raise ValueError(f'{path}: is an input, expected the name of another file')
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
+    except OSError as error:
+        raise ValueError(f'{path}: cannot be written ({error.strerror})') from None
     return path
-
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> None:

@@ -1,11 +1,13 @@
 """
 A tokenizer of another program, read by the `tokenizers` library as transformers reads it.
 
-tokenizer.json is the truth: normalizer, added tokens, prefix space, ids of any order. One
-difference is ours: the end-of-text token is text where a text contains its characters.
+tokenizer.json is the truth: normalizer, added tokens, prefix space, ids of any order. Two
+differences are ours: the end-of-text token is text where a text contains its characters, and an
+added token is decoded as it is written, where the library takes its é or Ġ for GPT-2's bytes.
 """
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -78,7 +80,8 @@ class HFTokenizer:
         """decode() as bytes, which may be a part of a character."""
         if self.is_byte_level:
             return b''.join(self.tokens[i] for i in ids)
-        return self.whole.decode(ids, skip_special_tokens=False).encode()
+        with library_errors('the tokenizer cannot decode these ids'):
+            return self.whole.decode(ids, skip_special_tokens=False).encode()
 
     def decode_single_token_bytes(self, i: int) -> bytes:
         """What the token i adds to a text; b'' for an id that no token has."""
@@ -116,14 +119,18 @@ class HFTokenizer:
         found = [b''] * self.n_vocab
         to_byte = {char: byte for byte, char in byte_characters().items()}
         has_bytes = '"ByteFallback"' in json.dumps(self.data.get('decoder'))
-        for name, i in self.whole.get_vocab().items():
-            if self.is_byte_level:
-                in_bytes = i not in self.added and all(char in to_byte for char in name)
-                found[i] = bytes(map(to_byte.get, name)) if in_bytes else name.encode()
-            elif has_bytes and re.fullmatch('<0x[0-9A-F]{2}>', name):
-                found[i] = bytes([int(name[3:5], 16)])
-            else:
-                found[i] = self._after_another(i).encode()
+        normalized = {token['id'] for token in self.data['added_tokens'] if token.get('normalized')}
+        with library_errors('the tokenizer cannot decode its tokens'):
+            for name, i in self.whole.get_vocab().items():
+                if self.is_byte_level:
+                    if i in normalized and self.whole.normalizer:       # as the library writes it
+                        name = self.whole.normalizer.normalize_str(name)
+                    in_bytes = i not in self.added and all(char in to_byte for char in name)
+                    found[i] = bytes(map(to_byte.get, name)) if in_bytes else name.encode()
+                elif has_bytes and re.fullmatch('<0x[0-9A-F]{2}>', name):
+                    found[i] = bytes([int(name[3:5], 16)])
+                else:
+                    found[i] = self._after_another(i).encode()
         return found
 
     def _after_another(self, i):
@@ -149,14 +156,20 @@ def byte_characters() -> dict[int, str]:
 
 @contextmanager
 def library_errors(what: str) -> Iterator[None]:
-    """Errors of the `tokenizers` library as ValueError; it has a bare Exception for most, and a
-    BaseException for a panic."""
+    """Errors of the `tokenizers` library as ValueError: it has a bare Exception for most, and for a
+    panic a BaseException, after lines on standard error, which are suppressed."""
+    nowhere, stderr = os.open(os.devnull, os.O_WRONLY), os.dup(2)
+    os.dup2(nowhere, 2)
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
             raise
         raise ValueError(f'{what}: {error}') from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def from_text(text: str) -> Tokenizer:

@@ -38,6 +38,8 @@ def model_folder(name: str, read_config: Callable, weight_files: Callable) -> Pa
     except Exception as error:                          # the client has a class for each failure
         if type(error) is ValueError:
             raise                                       # ours
+        if folder := cached(repo, weight_files):
+            return folder
         near = [] if repo in FULL_NAMES.values() else get_close_matches(
             repo.split('/')[-1], FULL_NAMES, 1)
         hint = f'. Did you mean {near[0]}?' if near else ''
@@ -67,6 +69,22 @@ def download_model(repo: str, read_config: Callable, weight_files: Callable[[Pat
     for name in weight_files(folder):
         obtain(name)
     return folder
+
+
+def cached(repo: str, weight_files: Callable[[Path], Iterable[str]]) -> Path | None:
+    """The folder of a model that other programs left in the cache, if it is enough without what is
+    not known of it: weights and a tokenizer, which for GPT-2's own may be missing."""
+    from huggingface_hub import try_to_load_from_cache
+    with suppress(ValueError):                          # no such name, or no weights
+        found = try_to_load_from_cache(repo, 'config.json')
+        if isinstance(found, str):
+            folder = Path(found).parent
+            names = {file.name for file in folder.iterdir() if file.exists()}
+            has_tokenizer = (repo in FULL_NAMES.values() or 'tokenizer.json' in names
+                             or {'vocab.json', 'merges.txt'} <= names)
+            if has_tokenizer and names.issuperset(weight_files(folder)):
+                return folder
+    return None
 
 
 def what_to_do(repo: str, error: Exception) -> str:

@@ -7,13 +7,15 @@ Where one is not at its default, the folder is no plain GPT-2: model_type says s
 refuses it.
 """
 
-from dataclasses import asdict, fields
+import math
+import os
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from gpt.files import read_json
 from gpt.shapes import in_words
-from gpt.weights import NANOGPT, file_in, load_pickle
+from gpt.weights import NANOGPT, file_in, load_pickle, shapes
 from model import GPTConfig
 
 HUGGING_FACE_KEYS = {                   # for the fields of GPTConfig
@@ -140,6 +142,22 @@ def checked_config(values: dict[str, Any]) -> GPTConfig:
         raise ValueError(f'n_embd is {values["n_embd"]}, expected a multiple of '
                          f'n_head={values["n_head"]}')
     return GPTConfig(**values)
+
+
+def check_size(config: GPTConfig) -> None:
+    """Raise ValueError for a model that cannot be built here; nothing is allocated for that."""
+    for name in HUGGING_FACE_KEYS:
+        value = getattr(config, name)
+        if type(value) is int and value > LARGEST:
+            raise ValueError(f'{name}: given {value:,}, expected at most {LARGEST:,}')
+    one, two = (sum(map(math.prod, shapes(replace(config, n_layer=n)).values())) for n in (1, 2))
+    size = 4 * (one + (config.n_layer - 1) * (two - one))           # float32
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if os.name == 'posix' else (
+        math.inf)
+    if size > memory:
+        raise ValueError(f'n_layer={config.n_layer}, n_embd={config.n_embd}: given weights of '
+                         f'{size / 1e9:,.0f} GB, expected at most {memory / 1e9:,.0f} GB, the '
+                         f'memory here; give smaller ones')
 
 
 def read_nanogpt_config(folder: str | Path) -> GPTConfig:

@@ -10,6 +10,7 @@ import torch
 
 from gpt.budget import BatchConfig, BatchPlan, check_disk
 from gpt.data.order import Data
+from gpt.model_config import check_size
 from gpt.settings import section
 from gpt.trainer import should_compile
 from gpt.world import World, pick_dtype
@@ -80,6 +81,8 @@ class Preflight:
         if self.cfg.init_from not in ('auto', 'scratch', 'resume'):
             return f'not known before {self.cfg.init_from} is loaded'
         vocab_size = self.found['data'].encoding.n_vocab
+        config = section(self.cfg, GPTConfig, vocab_size=vocab_size)
+        check_size(config)
         with torch.device('meta'):
-            model = GPT(section(self.cfg, GPTConfig, vocab_size=vocab_size))
+            model = GPT(config)
         return check_disk(self.cfg, model)

@@ -29,7 +29,6 @@ class Sample(TypedDict):
     text: AnyText
 
 
-
 def page(folder: Path, records: list[dict], pictures: dict[tuple[str, bool], str]) -> str:
     """The HTML about the run in `folder`, whose log is `records`.
 

@@ -10,14 +10,17 @@ import math
 import os
 import platform
 import re
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 
-from gpt import checkpoints
+from gpt import checkpoints, scoring
 from gpt.files import atomic_write, check_output, read_json
 from gpt.settings import check_bounds
 from gpt.shapes import Count, Measured
@@ -85,29 +88,32 @@ class Result(TypedDict):
     measures: dict[str, Accuracy | PerUnit]
 
 
+class Finished(Result):
+    """What is printed of a result besides all that identifies it."""
+    notes: list[str]
+    tokens: Count
+    tokens_before: Count
+    seconds: Measured
+
+
 # The course of an evaluation.
 
 class Data(NamedTuple):
-    """What an evaluation is measured on."""
+    """What an evaluation is measured on, and how its result is called."""
     items: Any              # questions or texts, of a type known to the script
     facts: dict             # path, sha256, official: as gpt.data.benchmarks returns them
     first: int              # only the first N items were taken; 0: all
-    summary: str            # what --download prints
-
-    @property
-    def is_official(self) -> bool:
-        """Whether it is exactly what published figures were measured on."""
-        return self.facts['official'] and not self.first
+    unit: str               # what is counted by it
+    task: str               # the title
+    name: str               # of the file in which the result is kept
+    protocol: str
+    published: dict         # {measure: (value, source)} of the same on all of the official data
 
 
 class Outcome(NamedTuple):
     """What one evaluation measured."""
-    task: str               # its title
-    name: str               # of the file in which the result is kept
-    protocol: str
     measures: dict[str, Measure]
     notes: list[str]
-    tokens: int             # read by the model
     rows: Iterable[dict] = ()               # a record for each item, of --dump
 
 
@@ -116,39 +122,71 @@ def run_evaluation(cfg: Any, read_data: Callable[..., Data],
     """Run an evaluation on all processes: read the data, load the model, measure, print, write.
 
     read_data(cfg) runs on rank 0 alone, outcome(cfg, model, encoding, data, options) on every rank;
-    options are those of gpt.scoring.ScoringOptions, as a dict.
+    options are those of gpt.scoring.ScoringOptions, as a dict. The same command after a kill
+    continues, and after the end prints the result again.
     """
+    if cfg.compare:
+        return print(compare(cfg.compare))
     check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'limit batch_tokens')])
     check_outputs(cfg)
     world = World.join(cfg.device, timeout_minutes=120)             # rank 0 may have to download
     data = world.on_main(read_data, cfg)
     if cfg.download:
-        world.print(data.summary)
+        world.print(data.facts['path'])
         return world.leave()
     model, encoding, weights = checkpoints.load_for_evaluation(world, cfg.model, cfg.dtype)
+    about = {'task': data.task, 'name': data.name, 'protocol': data.protocol, 'model': weights,
+             'data': data.facts, 'first': data.first, 'unit': data.unit, 'settings': vars(cfg),
+             'device': str(world.device),
+             'versions': {'python': platform.python_version(), 'torch': torch.__version__}}
+    path, key, before = world.on_main(measured_before, cfg, about)
+    if before:
+        world.print(f'{format_result(before)}\n  measured before, in {path}; delete it to measure '
+                    f'again')
+        return world.leave()
+    kept = scoring.Kept(path.with_name(f'{path.name}.partial'), key, world)
     started = time.perf_counter()
-    options = {'batch_tokens': cfg.batch_tokens, 'world': world, 'progress': True}
-    found = outcome(cfg, model, encoding, data, options)
-    seconds = round(time.perf_counter() - started, 2)
+    options = {'batch_tokens': cfg.batch_tokens, 'world': world, 'progress': True, 'kept': kept}
+    try:
+        found = outcome(cfg, model, encoding, data, options)
+    except KeyboardInterrupt:
+        if world.is_main and kept.path.exists():
+            print(f'stopped; what is measured so far is in {kept.path}, and the same command '
+                  f'continues', file=sys.stderr)
+        raise
+    for key in found.measures.keys() & data.published.keys():
+        if data.facts['official'] and not data.first:
+            found.measures[key]['published'] = [data.published[key]]
     if world.is_main:
-        finish(cfg, found.rows, {
-            'task': found.task, 'name': found.name, 'protocol': found.protocol,
-            'model': weights, 'data': data.facts, 'first': data.first,
-            'measures': found.measures, 'notes': found.notes, 'tokens': found.tokens,
-            'settings': vars(cfg), 'device': str(world.device), 'processes': world.size,
-            'seconds': seconds,
-            'versions': {'python': platform.python_version(), 'torch': torch.__version__}})
+        finish(cfg, path, found.rows, {
+            **about, 'measures': found.measures, 'notes': found.notes, 'tokens': kept.tokens,
+            'tokens_before': kept.tokens_before, 'processes': world.size,
+            'seconds': round(time.perf_counter() - started, 2)})
+    kept.path.unlink(missing_ok=True)
     world.leave()
 
 
-def finish(cfg: Any, rows: Iterable[dict], result: dict) -> None:
+def measured_before(cfg: Any, about: dict) -> tuple[Path, str, dict | None]:
+    """(where the result is kept, all that identifies it as text, the result if it is there).
+
+    Only of the same weights, data, settings and versions is it the same result.
+    """
+    path = check_output(cfg.out or result_path(about), cfg.data)
+    key, dump = json.dumps(about), getattr(cfg, 'dump', '')
+    with suppress(ValueError):
+        found = read_json(path, Finished)
+        if {**found, **json.loads(key)} == found and (not dump or Path(dump).exists()):
+            return path, key, found
+    return path, key, None
+
+
+def finish(cfg: Any, path: Path, rows: Iterable[dict], result: dict) -> None:
     """Print and write a result, and write the rows of its items if asked to."""
-    path = Path(cfg.out) if cfg.out else result_path(result)
     print(format_result(result))                # first: nothing that fails below can lose it
-    write(path, result)
-    print(f'  written to {path}')
     if getattr(cfg, 'dump', ''):
         atomic_write(cfg.dump, ''.join(json.dumps(row) + '\n' for row in rows))
+    write(path, result)
+    print(f'  written to {path}')
 
 
 def check_outputs(cfg: Any) -> None:
@@ -178,15 +216,22 @@ def limited(items: Sequence, limit: int) -> tuple[Sequence, int]:
 
 # Measures.
 
-def accuracy(correct: Sequence[bool], about: str = '', published: Sequence[tuple] = ()) -> Measure:
-    """The measure of right and wrong answers, with Wilson's interval.
-
-    published: (value in per cent, source) of the same protocol and model.
-    """
+def accuracy(correct: Sequence[bool], about: str = '') -> Measure:
+    """The measure of right and wrong answers, with Wilson's interval."""
     n, k = len(correct), sum(correct)
     low, high = wilson(k, n)
     return {'value': k / n, 'low': low, 'high': high, 'correct': k, 'count': n, 'about': about,
-            'published': list(published), 'items': ''.join('01'[right] for right in correct)}
+            'published': [], 'items': ''.join('01'[right] for right in correct)}
+
+
+def by_group(pairs: Iterable[tuple[str | None, bool]]) -> list[str]:
+    """A note on the accuracy of each group, from pairs of (group, whether an answer is right)."""
+    groups = defaultdict(list)
+    for group, is_right in pairs:
+        groups[group].append(is_right)
+    parts = [f'{group}: {sum(part) / len(part):.2%} of {len(part)}'
+             for group, part in groups.items() if group]
+    return [', '.join(parts)] if parts else []
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:
@@ -235,8 +280,14 @@ def result_path(result: dict) -> Path:
     if result['first']:
         name += f"-first{result['first']}"
     if not result['data']['official']:
-        name += '-own-data'
+        name += f"-{file_id(result['data'])}"
     return folder_of(result['model']['name']) / f'{name}.json'
+
+
+def file_id(facts: dict) -> str:
+    """The name and the beginning of the hash of a file of data, different for every content."""
+    hashes = '-'.join(one[:8] for one in facts['sha256'].split('-'))
+    return f"{file_name(Path(facts['path']).stem)[:60]}-{hashes}"
 
 
 def folder_of(model: str) -> Path:
@@ -278,12 +329,15 @@ def format_result(result: dict) -> str:
             lines.append(f'  {"":12} published {value:g}, {source}: {where} the interval')
     lines += [f'  {note}' for note in result.get('notes', ())]
     if result['first']:
-        lines.append(f"  only the first {result['first']:,}: compare with nothing published")
+        lines.append(f"  only the first {result['first']:,} {result['unit']}: compare with nothing "
+                     f'published')
     if not data['official']:
         lines.append(f"  {data['path']}: not known to be the official file: "
                      f'compare with nothing published')
-    rate = result['tokens'] / max(result['seconds'], 1e-3)
-    return '\n'.join([*lines, f"  {result['seconds']:.1f} s, {result['tokens']:,} tokens read, "
+    tokens, before = result['tokens'], result['tokens_before']
+    rate = (tokens - before) / max(result['seconds'], 1e-3)
+    of_them = f' ({before:,} of them before it was continued)' if before else ''
+    return '\n'.join([*lines, f"  {result['seconds']:.1f} s, {tokens:,} tokens read{of_them}, "
                               f"{rate:,.0f} tokens/s on {result['device']}"])
 
 

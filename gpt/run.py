@@ -19,6 +19,7 @@ from gpt import checkpoints, files, steps, tokenizer
 from gpt.budget import Forecast, fitted, newest_kept
 from gpt.data.order import Data
 from gpt.log import Log, Speed
+from gpt.model_config import check_size
 from gpt.progress import MAX_ROLLBACKS, Event, Metrics, Progress
 from gpt.settings import as_config_file, section
 from gpt.trainer import Trainer
@@ -89,7 +90,11 @@ class Run:
 
         Raises ValueError if the settings do not fit what the folder holds.
         """
-        cfg, folder = self.cfg, self.newest_checkpoint()
+        return steps.look_again(self.world, self.newest_checkpoint,
+                                lambda folder: self.start_from(folder, encoding))
+
+    def start_from(self, folder: Path | None, encoding: tokenizer.Encoding) -> Start:
+        cfg = self.cfg
         if folder and cfg.init_from == 'scratch':
             raise ValueError(f"init_from='scratch', but {folder} holds a run; --init_from=resume "
                              f'continues it, another --out_dir leaves it alone')
@@ -100,7 +105,9 @@ class Run:
             return self.resume(folder, encoding)
         if is_fine_tune(cfg):
             return self.fine_tune(encoding)
-        model = GPT(section(cfg, GPTConfig, vocab_size=encoding.n_vocab))
+        config = section(cfg, GPTConfig, vocab_size=encoding.n_vocab)
+        check_size(config)
+        model = GPT(config)
         self.announce(f'new run in {cfg.out_dir}')
         return Start(cfg, model, {})
 
@@ -145,8 +152,9 @@ class Run:
 
     def fine_tune(self, encoding: tokenizer.Encoding) -> Start:
         cfg = self.cfg
-        source = self.world.on_main(checkpoints.find, cfg.init_from)
-        model = self.load_checked(source, encoding)
+        source, model = steps.look_again(
+            self.world, lambda: self.world.on_main(checkpoints.find, cfg.init_from),
+            lambda folder: (folder, self.load_checked(folder, encoding)))
         longest = model.config.block_size
         model.crop_block(cfg.block_size)
         note = f' (up to --block_size={longest} is possible)' if cfg.block_size < longest else ''

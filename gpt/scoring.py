@@ -14,11 +14,15 @@ accept positions (B, T) and a bool mask (B, 1, T, T) by name. A model of transfo
 `lambda ids: model(ids).logits`, with share=False.
 """
 
+import hashlib
 import math
 import sys
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +68,60 @@ class Row(NamedTuple):
     branch: np.ndarray | None = None        # (T,), of a shared row: 0 the context, k ending k
 
 
+class Kept:
+    """Scores of batches that are done, in a file that outlives a kill; and how much was read.
+
+    The file has a line for each batch: the hash of its rows and of `key`, a checksum, its scores.
+    key: all else that the scores depend on. Every process appends to the file, a line at once.
+    """
+
+    def __init__(self, path: Path, key: str, world: World):
+        self.path, self.key, self.world = path, key, world
+        self.lines = world.on_main(self.read)           # {hash: what follows it in its line}
+        self.tokens = self.tokens_before = 0            # read in all, and before a kill
+
+    def read(self) -> dict[bytes, list[bytes]]:
+        lines = self.path.read_bytes().split(b'\n') if self.path.exists() else []
+        return {name: rest for name, *rest in map(bytes.split, filter(bytes.strip, lines))}
+
+    def name(self, rows: Iterable[Row]) -> bytes:
+        total = hashlib.sha256(self.key.encode())
+        for part in (part for row in rows for part in row if part is not None):
+            total.update(b'%d ' % len(part) + part.tobytes())
+        return total.hexdigest().encode()
+
+    def restore(self, batches: list, scores: list[Score]) -> list:
+        """Fill in the scores of the batches that the file has; returns the other batches."""
+        missing = []
+        for batch in batches:
+            counts, numbers = [len(row.targets) for _, row in batch], b''
+            n_read = sum(len(row.ids) for _, row in batch)
+            with suppress(ValueError):
+                checksum, text = self.lines.pop(self.name(row for _, row in batch), (0, b''))
+                raw = b64decode(text, validate=True)
+                numbers = raw if int(checksum) == zlib.crc32(raw) else b''
+            self.tokens += n_read
+            if len(numbers) != 12 * sum(counts):
+                missing.append(batch)
+                continue
+            self.tokens_before += n_read
+            logprobs = np.frombuffer(numbers, np.float32, sum(counts))
+            predicted = np.frombuffer(numbers, np.int64, offset=4 * sum(counts))
+            for (i, _), score in zip(batch, split(logprobs, predicted, counts)):
+                scores[i].fill(score)
+        if len(missing) < len(batches) and self.world.is_main:
+            print(f'continuing: {len(batches) - len(missing):,} of {len(batches):,} batches are in '
+                  f'{self.path}', file=sys.stderr)
+        return missing
+
+    def add(self, batch: list, scores: list[Score]) -> None:
+        """Append the scores of a batch; on a full disk they are not kept."""
+        raw = b''.join(np.concatenate(part).tobytes() for part in zip(*scores))
+        line = b'\n%s %d %s' % (self.name(row for _, row in batch), zlib.crc32(raw), b64encode(raw))
+        with suppress(OSError), open(self.path, 'ab', buffering=0) as file:
+            file.write(line)                            # a kill may have cut off the line before
+
+
 @dataclass(frozen=True)
 class ScoringOptions:
     batch_tokens: int = 0       # tokens in a batch with its padding; 0: 1024 on a CPU, else 65536
@@ -72,6 +130,7 @@ class ScoringOptions:
                                 # depend on their number, so neither does a result
     progress: bool = False      # show a bar
     banned: torch.Tensor | None = None      # (V,) bool: ids never predicted as a first token
+    kept: Kept | None = None    # where batches are kept that are done
 
 
 def ending_loglikelihoods(model: Callable, items: Sequence[Item], *, share: bool = True,
@@ -89,9 +148,7 @@ def ending_loglikelihoods(model: Callable, items: Sequence[Item], *, share: bool
              for context, endings in items]
     scores = []
     for score, (_, endings) in zip(score_parts(model, parts, ScoringOptions(**options)), items):
-        ends = np.cumsum([len(ending) for ending in endings])[:-1]
-        scores.append([Score(*pair) for pair in zip(np.split(score.logprobs, ends),
-                                                    np.split(score.predicted, ends))])
+        scores.append(split(*score, [len(ending) for ending in endings]))
     return scores
 
 
@@ -112,18 +169,11 @@ def excess(item: Item, block_size: int | None) -> int:
     return max(0, len(context) + max(map(len, endings)) - 1 - (block_size or math.inf))
 
 
-def reading(items: Sequence[Item], block_size: int, share: bool = True) -> tuple[int, list[str]]:
-    """(tokens that the model reads to score these items, a note if some had to be cut)."""
-    tokens, n_cut = 0, 0
-    for context, endings in items:
-        cut = excess((context, endings), block_size)
-        contexts = 1 if share else len(endings)
-        tokens += (len(context) - cut) * contexts + sum(len(ending) - 1 for ending in endings)
-        n_cut += cut > 0
-    if not n_cut:
-        return tokens, []
-    return tokens, [f'{n_cut} of {len(items)} are longer than the block of {block_size} and lost '
-                    f'their beginning']
+def cut_note(items: Sequence[Item], block_size: int) -> list[str]:
+    """A note on the items that had to be cut, if there are any."""
+    n_cut = sum(excess(item, block_size) > 0 for item in items)
+    return [f'{n_cut} of {len(items)} are longer than the block of {block_size} and lost their '
+            f'beginning'] if n_cut else []
 
 
 def rows_of(context: Sequence[int], endings: Sequence[Sequence[int]],
@@ -208,14 +258,15 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     device, world = torch.device(options.device or device_of(model)), options.world or World()
     sharded = is_sharded(model)         # then a batch makes logits of all its tokens
     size = options.batch_tokens or (1024 if device.type == 'cpu' else 8192 if sharded else 65536)
-    batches = batches_of(rows, size)
+    batches, scores, done = batches_of(rows, size), empty_scores(rows), {}
+    if options.kept:
+        batches = options.kept.restore(batches, scores)
     mine = batches[world.rank::world.size]
     if sharded and len(mine) < -(-len(batches) // world.size):
         mine.append(batches[-1])        # a second time: every rank takes part in every pass
     bar = tqdm(total=sum(len(row.ids) for batch in mine for _, row in batch), unit='tok',
                unit_scale=True, disable=not (options.progress and world.is_main), leave=False,
                **({} if sys.stderr.isatty() else PROGRESS_LINES))
-    scores, done = empty_scores([len(row.targets) for row in rows]), {}
     with forward_context(sharded, world):
         for batch in mine:
             new = score_batch(model, [row for _, row in batch], options.banned, device)
@@ -225,6 +276,8 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
                                      f'or the dtype is too narrow for them')
                 done[i] = scores[i].fill(score)
                 bar.update(len(row.ids))
+            if options.kept:
+                options.kept.add(batch, new)
     bar.close()
     if world.size > 1:
         for part in world.gather(done):
@@ -233,11 +286,16 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     return scores
 
 
-def empty_scores(counts: Sequence[int]) -> list[Score]:
-    """Scores of these many tokens, in memory allocated once: arrays that are allocated one after
-    another between the large ones of a forward pass would keep the memory of those from being used
-    again."""
-    logprobs, predicted = np.zeros(sum(counts), np.float32), np.zeros(sum(counts), np.int64)
+def empty_scores(rows: Sequence[Row]) -> list[Score]:
+    """Scores of these rows, in memory allocated once: arrays that are allocated one after another
+    between the large ones of a forward pass would keep the memory of those from being used again.
+    """
+    counts = [len(row.targets) for row in rows]
+    return split(np.zeros(sum(counts), np.float32), np.zeros(sum(counts), np.int64), counts)
+
+
+def split(logprobs: np.ndarray, predicted: np.ndarray, counts: Sequence[int]) -> list[Score]:
+    """The Scores of parts of these many tokens."""
     ends = np.cumsum(counts)[:-1]
     return [Score(*pair) for pair in zip(np.split(logprobs, ends), np.split(predicted, ends))]
 
@@ -304,9 +362,7 @@ def read_batch(model: Callable, rows: list[Row], banned: torch.Tensor | None,
         if banned is not None:
             logits = logits.masked_fill((is_first[part, None] & banned).to(device), -math.inf)
         predicted.append(logits.argmax(dim=-1))
-    ends = np.cumsum(counts)[:-1]
-    return [Score(*pair) for pair in zip(np.split(torch.cat(logprobs).cpu().numpy(), ends),
-                                         np.split(torch.cat(predicted).cpu().numpy(), ends))]
+    return split(torch.cat(logprobs).cpu().numpy(), torch.cat(predicted).cpu().numpy(), counts)
 
 
 def body_and_head(model: Callable) -> tuple[Callable, Callable]:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.files import read_text
-from gpt.shapes import is_text
+from gpt.shapes import bounded, is_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = (bool, int, float, str, tuple)
@@ -41,7 +41,7 @@ OPERATORS = {
 }
 LARGEST = 2 ** 63 - 1       # a whole number beyond it fits no counter
 LONGEST_POWER = 64
-SWITCHES = ('compile', 'detok')     # 'auto', True or False; what else is 'auto' takes a text
+SWITCHES = ('compile', 'detok', 'half_residual')    # 'auto', True or False; other 'auto's: a text
 PATHS = frozenset('compare contamination data data_dir dataset dump file hellaswag_data init_from '
                   'input model out out_dir runs to tokenizer'.split())      # ~ is the home folder
 
@@ -151,8 +151,8 @@ def typed(value: Any, default: Any, where: str) -> Any:
                      f'(the default is {default!r})')
 
 
-def shortened(text: str, length: int = 100) -> str:
-    return text if len(text) <= length else f'{text[:length]}…'
+def shortened(text: str) -> str:
+    return text if len(text) <= 100 else f'{text[:100]}…'
 
 
 def read_config_file(path: str, values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -322,9 +322,8 @@ def finish(task: Callable) -> None:
     except Exception as error:
         if isinstance(error, OSError | ImportError | MemoryError) or (
                 isinstance(error, ValueError) and raised_here(error)):
-            text = str(error) or 'not enough memory'
-            lines = '\n'.join(shortened(line, 1000) for line in text.split('\n'))
-            complaint, status = f'{Path(sys.argv[0]).name}: {lines}\n', 2
+            text = bounded(str(error) or 'not enough memory')
+            complaint, status = f'{Path(sys.argv[0]).name}: {text}\n', 2
         else:
             complaint, status = traceback.format_exc(), 1
         complain(complaint)

@@ -27,6 +27,7 @@ Measured = NewType('Measured', float)   # squares and sums of these are finite
 Problem = tuple[str, str, str]          # place, what is there, what is expected
 
 LARGEST, LARGEST_MEASURED = 2 ** 63 - 1, 1e150
+LINES, LINE = 100, 1000                 # of a message
 SURROGATE = re.compile('[\ud800-\udfff]')       # half a character: UTF-8 cannot encode it
 
 
@@ -173,3 +174,13 @@ def in_words(value: Any, place: str = '{}') -> str:
         return place.format(str(value)[:40].encode('unicode_escape').decode('ascii'))
     text = repr(value[:60]) if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else f'{text[:60]}…'
+
+
+def bounded(message: str) -> str:
+    """A message of at most LINES lines of about LINE characters; a longer line loses its middle:
+    where and what are at its beginning, what is expected at its end."""
+    lines = message.split('\n')
+    kept = [line if len(line) <= LINE else f'{line[:LINE // 2]}…{line[-LINE // 2:]}'
+            for line in lines[:LINES]]
+    more = [f'… and {len(lines) - LINES:,} lines more'] if len(lines) > LINES else []
+    return '\n'.join(kept + more)

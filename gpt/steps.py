@@ -7,14 +7,17 @@ The checkpoints of a run: which there are, which of them are intact, the newest,
 
 import json
 import math
+import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from gpt.files import ROOT, atomic_write, read_json, sha256
 from gpt.shapes import Count
 from gpt.weights import file_in
+from gpt.world import World
 
 MANIFEST, TRAINING = 'manifest.json', 'training.pt'     # of a checkpoint
 ONLY_FOR_RESUME = TRAINING,             # most of the bytes: not read where only the model is
@@ -45,12 +48,14 @@ def newest(out_dir: str | Path, until: float = math.inf, unread: tuple[str, ...]
 
     Raises ValueError if there are checkpoints but no intact one: no reason to start over.
     """
-    problems = []
-    for step, folder in reversed(all_steps(out_dir).items()):
+    listed, problems = all_steps(out_dir), []
+    for step, folder in reversed(listed.items()):
         if step <= until:
             wrong = problem(folder, unread)
             if not wrong:
                 return folder, problems
+            if all_steps(out_dir) != listed:            # the run is being trained
+                return newest(out_dir, until, unread)
             problems.append((folder, wrong))
     if problems:
         lines = [f'{folder}: {wrong}' for folder, wrong in problems]
@@ -78,19 +83,47 @@ def mark_best(out_dir: str | Path, step: int, val_loss: float) -> None:
 
 def best(out_dir: str | Path) -> Path | None:
     """The folder of the step that mark_best() noted; None if there is none, or not intact."""
-    with suppress(ValueError, KeyError):
-        best = read_json(Path(out_dir, 'best.json'), Best)
-        folder = all_steps(out_dir)[best['step']]
-        return folder if not problem(folder, ONLY_FOR_RESUME) else None
+    step = None
+    with suppress(ValueError):
+        while step != (found := read_json(Path(out_dir, 'best.json'), Best)['step']):
+            step = found                                # again if the run has a better one by now
+            folder = all_steps(out_dir).get(step)
+            if folder and not problem(folder, ONLY_FOR_RESUME):
+                return folder
+    return None
 
 
 def newest_run() -> Path | None:
     """The run under out/ that saved a checkpoint last, else checkpoint/, else None."""
-    saved = sorted(Path('out').rglob(f'step_*/{MANIFEST}'), key=lambda path: path.stat().st_mtime)
+    times = {}
+    for place, _, names in os.walk('out'):              # passes over what is deleted meanwhile
+        if MANIFEST in names and os.path.basename(place).startswith('step_'):
+            with suppress(OSError):
+                times[Path(place).parent] = os.stat(Path(place, MANIFEST)).st_mtime
     shipped = ROOT / 'checkpoint'
-    if saved:
-        return saved[-1].parent.parent
+    if times:
+        return max(times, key=times.get)
     return shipped if (shipped / 'config.json').exists() else None
+
+
+def look_again(world: World, find: Callable[[], Path | str | None], load: Callable) -> Any:
+    """load(find()), both on every rank; again if the step was deleted meanwhile, as a run does that
+    is being trained."""
+    before = None
+    while True:
+        folder = find()
+        try:
+            loaded, error = load(folder), None
+        except (OSError, ValueError, RuntimeError) as caught:   # the last is of safetensors
+            loaded, error = None, caught
+        place = Path(folder or '')
+        is_gone = (error is not None and folder != before and place.name.startswith('step_')
+                   and not (place / MANIFEST).exists())
+        if not world.any(is_gone):
+            if error:
+                raise error
+            return loaded
+        before = folder
 
 
 def problem(folder: Path, unread: tuple[str, ...] = ()) -> str:

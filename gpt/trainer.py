@@ -28,7 +28,9 @@ class TrainerConfig:
     compile: bool | str = 'auto'
     parallel: str = 'ddp'
     checkpoint_activations: bool = False
+    half_residual: bool | str = 'auto'
     plan: bool = False
+    logits_per_slice: int = 0           # no setting; 0: see logits_per_slice()
 
 
 class Trainer:
@@ -40,6 +42,9 @@ class Trainer:
             shard(model, world.device, world.dtype)
         model.to(world.device).train()
         model.checkpoint_activations = config.checkpoint_activations
+        model.half_residual = (world.device.type == 'cuda' if config.half_residual == 'auto'
+                               else config.half_residual)
+        model.logits_per_slice = config.logits_per_slice or logits_per_slice(world)
         self.optimizer = Optimizer(model, optimizer, world.dtype)
         self.scaler = torch.amp.GradScaler(world.device.type,
                                            enabled=world.dtype == torch.float16)
@@ -174,7 +179,8 @@ class Trainer:
         """Optimizer, scaler and how it computes; the weights are saved apart, as a model that
         others read too."""
         computes = {'device': self.world.device.type, 'dtype': str(self.world.dtype)[6:],
-                    'compile': self.is_compiled}
+                    'compile': self.is_compiled, 'half_residual': self.model.half_residual,
+                    'logits_per_slice': self.model.logits_per_slice}
         return {'optimizer': self.optimizer.state_dict(self.world.is_main),
                 'scaler': self.scaler.state_dict(), 'computes': computes}
 
@@ -197,6 +203,20 @@ class Trainer:
         yield
         self.optimizer.reset()
         self.scaler.load_state_dict(scaler)
+
+
+def logits_per_slice(world: World) -> int:
+    """How many logits the loss computes at a time: on GPUs what fits the smallest of them."""
+    if world.device.type != 'cuda':
+        return 2 ** 26
+    memory = torch.cuda.get_device_properties(world.device).total_memory
+    return logits_that_fit(int(world.reduce(torch.tensor(memory, device=world.device), 'min')))
+
+
+def logits_that_fit(memory: int) -> int:
+    """As many logits as take a sixteenth of a GPU's memory (bytes), with what is computed of them
+    12 bytes each. Fewer slices are faster: each reads the whole embedding and its gradient."""
+    return max(2 ** 26, memory // (16 * 12))
 
 
 def should_compile(wanted: bool | str, world: World, seconds: float) -> tuple[bool, str]:

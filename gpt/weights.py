@@ -209,8 +209,11 @@ def to_hugging_face(model: GPT) -> dict[str, torch.Tensor]:
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the parameters of a model, without the padding of the vocabulary."""
     with torch.device('meta'):                          # no memory, no random numbers
-        found = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
-    return found | {TIED: (config.vocab_size, config.n_embd)}
+        one = dict(GPT(replace(config, n_layer=1)).named_parameters())
+    return {(name if i is None else f'h.{i}{name[3:]}'): tuple(p.shape)
+            for name, p in one.items()
+            for i in (range(config.n_layer) if name.startswith('h.0.') else [None])
+            } | {TIED: (config.vocab_size, config.n_embd)}
 
 
 def fit(config: GPTConfig, weights: Weights) -> GPTConfig:

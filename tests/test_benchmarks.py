@@ -11,7 +11,7 @@ import zipfile
 import pytest
 from test_files import Server, server
 
-import hellaswag
+from gpt import results
 from gpt import files
 from gpt.data import benchmarks
 
@@ -70,7 +70,8 @@ def test_rows_without_a_source_or_with_marks_and_line_ends_of_windows(tmp_path):
     lines = [json.dumps({**ROW, 'source_id': None, 'split_type': None})] * 2
     write(tmp_path / 'a', ''.join(f'\ufeff{line}\r\n' for line in lines))
     rows, _ = benchmarks.hellaswag(tmp_path / 'a')
-    assert len(rows) == 2 and hellaswag.by_group(rows, [True, False]) == []
+    assert len(rows) == 2 and rows[0]['source_id'] is None
+    assert results.by_group([(None, True), ('', False)]) == []
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

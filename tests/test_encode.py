@@ -44,7 +44,7 @@ def test_one_document_is_cut_and_an_empty_corpus_has_no_threshold():
 def test_any_number_of_workers_gives_the_same(tmp_path):
     vocabulary = tmp_path / 'tokenizer.json'
     vocabulary.write_text(tokenizer.to_json(tokenizer.build('bytes', None)))
-    batches = [Batch(RAWS[i:i + 5], [''] * 5, Position(0, i, i)) for i in range(0, 50, 5)]
+    batches = [Batch(RAWS[i:i + 5], [(5, '', i)], Position(0, i, i)) for i in range(0, 50, 5)]
     found = [list(encode.tokenized(batches, workers, vocabulary, Options(), SplitRule(1, 0.3, 0.3)))
              for workers in (1, 2)]
     assert found[0] == found[1] and [after for after, _, _ in found[0]] == [

@@ -200,7 +200,7 @@ def test_the_script_from_end_to_end(folder, capsys):
     done = script('eval_cbt.py', '-m', folder / 'model', f'--data={folder}', '-d', 'cpu',
                   f'--out={folder}/a.json', f'--dump={folder}/rows')
     for words in ('protocol paper, valid, detok', 'common nouns', 'named entities', '/6 ',
-                  'that the text has most often', ' of    2 of A', ' of    4 of B',
+                  'that the text has most often', 'CN of A: ', '% of 2, B: ', '% of 4',
                   'compare with nothing published', 'chance: 10 %'):
         assert words in done.stdout, done.stdout
     assert 'GPT-2 paper' not in done.stdout

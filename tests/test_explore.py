@@ -97,7 +97,7 @@ def test_a_data_set_with_its_files_can_be_replaced(tmp_path, capsys):
     explored(capsys, 'd', f'--data_dir={tmp_path}', f'--contamination=lambada={tmp_path}/l.jsonl')
     assert {path.name for path in set((tmp_path / 'd').iterdir()) - before} == {
         'lengths.png', 'contamination.json'}
-    prepared(tmp_path, ['three', 'four'])
+    prepared(tmp_path, ['three', 'four'], replace=True)
     assert set((tmp_path / 'd').iterdir()) == before
 
 

@@ -5,9 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpt.generate import Cache, left_pad, next_logits, sample
+from gpt import generate
+from gpt.generate import Cache, next_logits, sample
 from model import GPT
 from test_model import TINY, pair, random_ids
+
+
+def left_pad(prompts):
+    """(ids (B, T), lengths (B,)) of B lists of ids: zeros before the shorter ones."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    rows = [[0] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts]
+    return torch.tensor(rows), lengths
 
 
 def uncached(net, prompt, n, temperature=0.0, seed=0, **cuts):
@@ -64,6 +72,40 @@ def test_a_row_is_the_same_alone_and_in_a_batch():
     alone = [net.generate(torch.tensor([prompt]), 40, seed=5 + k)[0, len(prompt):].tolist()
              for k, prompt in enumerate(prompts)]
     assert found == alone
+
+
+@pytest.mark.parametrize('lengths', [None, (6, 1, 3)])
+@pytest.mark.parametrize('cuts', [{'temperature': 0.0}, {'temperature': 1.5, 'top_k': 9, 'seed': 3},
+                                  {'temperature': 1.0, 'top_p': 0.9, 'seed': 3, 'stop': (7, 20)}])
+def test_a_fixed_step_writes_the_same(monkeypatch, lengths, cuts):
+    """The step that CUDA captures in a graph, here without one, over several windows."""
+    net, _ = pair(TINY, std=0.3)
+    ids = random_ids(TINY, 3, 6)
+    expected = net.generate(ids, 40, lengths=lengths, **cuts)
+    steps = []
+    monkeypatch.setattr(generate, 'captures', lambda model, tokens: steps.append(tokens) or True)
+    assert torch.equal(net.generate(ids, 40, lengths=lengths, **cuts), expected)
+    assert steps == [40]                                # one cache and one graph for all windows
+
+
+def test_logits_of_a_fixed_step_are_those_of_the_growing_cache():
+    net, _ = pair(TINY, std=0.3)
+    ids, pad = random_ids(TINY, 2, 5), torch.tensor([0, 2])
+    caches = [Cache(net, 2, 12) for _ in range(2)]
+    step = generate.FixedStep(net, caches[1], pad, generate.SamplingOptions(temperature=0))
+    found = []
+    with torch.no_grad():
+        for cache in caches:
+            net.hidden(ids, cache=cache, **generate.padding(pad, 0, 5))
+        for _ in range(7):
+            found.append(net.hidden(ids[:, -1:], cache=caches[0],
+                                    **generate.padding(pad, caches[0].length, 1)))
+            chosen = step(ids[:, -1], None)
+            assert torch.equal(chosen, net.head(found[-1][:, -1]).argmax(-1))
+            for a, b in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values):
+                n = caches[0].length
+                torch.testing.assert_close(a[:, :, :n], b[:, :, :n], rtol=0, atol=1e-5)
+            ids = torch.cat((ids, chosen[:, None]), dim=1)
 
 
 def test_a_cache_takes_many_tokens_at_once():

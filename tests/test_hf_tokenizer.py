@@ -82,6 +82,9 @@ FOLDERS = {
         *OURS['added_tokens'], {**USER, 'lstrip': True, 'rstrip': True}]}},
     'whole words': {'tokenizer.json': {**OURS, 'added_tokens': [
         *OURS['added_tokens'], added(SIZE, 'art', single_word=True), added(SIZE + 1, 'lord,')]}},
+    'lower case and added': {'tokenizer.json': {
+        **OURS, 'normalizer': {'type': 'Lowercase'}, 'added_tokens': [
+            *OURS['added_tokens'], added(SIZE, 'Thou Art', normalized=True)]}},
     'named in tokenizer_config': {'tokenizer.json': OURS, 'tokenizer_config.json': {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'pad_token': '[PAD]'}},
     # vocab.json with merges.txt
@@ -287,6 +290,26 @@ def test_junk_is_refused_in_one_line(junk, tmp_path):
         load(tmp_path / 'tokenizer.json')
 
 
+@pytest.mark.parametrize('part', [
+    {'normalizer': {'type': 'Precompiled', 'precompiled_charsmap': ''}},
+    {'normalizer': {'type': 'Replace', 'pattern': {'String': ''}, 'content': 'x'}},
+    {'pre_tokenizer': {'type': 'FixedLength', 'length': 0}},
+    {'post_processor': {'type': 'TemplateProcessing', 'pair': [], 'special_tokens': {}, 'single': [
+        {'Sequence': {'id': 'A', 'type_id': 0}}, {'SpecialToken': {'id': 'x', 'type_id': 0}}]}},
+    {'decoder': {'type': 'Strip', 'content': ' ', 'start': 9, 'stop': 9}, 'added_tokens': [],
+     'model': {'type': 'Unigram', 'unk_id': 0, 'vocab': [['', 0.0], ['a', 1]]}},
+    {'model': {'type': 'BPE', 'vocab': {'a': 0, 'b': 1, 'ab': 2}, 'merges': [['a', 'b']],
+               'continuing_subword_prefix': 'bbb'}, 'added_tokens': []}])
+def test_a_panic_of_the_library_is_a_line_of_ours_and_no_other(part, capfd):
+    """It has written lines of its own to standard error by then."""
+    with pytest.raises(ValueError, match='refuses it|cannot (en|de)code'):
+        encoding = from_json(json.dumps({**OURS, **part}))
+        prompt = tokenizer.prompt_ids(encoding, 'a \xe9 text')
+        tokenizer.token_bytes(encoding)
+        encoding.decode(prompt)
+    assert capfd.readouterr().err == ''
+
+
 def test_text_without_tokens_is_refused_by_name():
     encoding = from_json(json.dumps(FOLDERS['characters from 5']['tokenizer.json']))
     with pytest.raises(ValueError, match='cannot encode this text'):
@@ -361,6 +384,16 @@ def test_gpt2_is_not_assumed_beside_another_tokenizer(name, tmp_path):
     (tmp_path / name).write_text('{}')
     with pytest.raises(ValueError, match=f'no tokenizer.json.*only {name}'):
         checkpoints.load_encoding(tmp_path, 50257)
+
+
+def test_names_left_out_are_said_in_a_short_line(tmp_path, capsys):
+    extra = [added(SIZE + i, f'<name {i}>') for i in range(60_000)]
+    (tmp_path / 'tokenizer.json').write_text(
+        json.dumps({**OURS, 'added_tokens': [*OURS['added_tokens'], *extra]}))
+    assert checkpoints.load_encoding(tmp_path, SIZE).n_vocab == SIZE
+    said = capsys.readouterr().err
+    assert len(said) < 1020 and f'{tmp_path}: the model has {SIZE} rows, none for <name 0>' in said
+    assert said.endswith('<name 59999>; left out\n')
 
 
 def test_gpt2_is_assumed_without_any_and_that_is_said(gpt2, tmp_path, capsys):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +160,26 @@ for name in ('config.json', 'model.safetensors'):
     found = load(hub, 'someone/one', HF_HUB_OFFLINE='1')['someone/one']
     assert 'not (completely) in the cache' in found
     check(models[1]['someone/one'], load(hub, 'someone/one')['someone/one'])
+
+
+@pytest.mark.parametrize('repo, files', [
+    ('someone/pair', 'config.json model.safetensors vocab.json merges.txt'),
+    ('someone/old', 'config.json pytorch_model.bin tokenizer.json')])
+def test_what_others_cached_is_enough_offline(hub, models, repo, files):
+    """As transformers 4 left it: nothing is known of the files that it did not ask for."""
+    code = """
+import sys
+from huggingface_hub import hf_hub_download
+for name in sys.argv[2:]:
+    hf_hub_download(sys.argv[1], name)
+"""
+    subprocess.run([sys.executable, '-c', code, repo, *files.split()], env=hub.env, check=True,
+                   capture_output=True)
+    for env in ({'HF_HUB_OFFLINE': '1'}, {'HF_ENDPOINT': 'http://127.0.0.1:9'}):
+        check(models[1][repo], load(hub, repo, **env)[repo])
+    weights = next(Path(hub.env['HF_HOME']).glob(f'hub/models--*{repo[-3:]}*/snapshots/*/*model*'))
+    weights.unlink()
+    assert 'not (completely) in the cache' in load(hub, repo, HF_HUB_OFFLINE='1')[repo]
 
 
 def test_every_refusal_says_what_to_do(hub):

@@ -113,7 +113,7 @@ def test_positions_and_mask_score_two_branches_in_one_row():
 @pytest.mark.parametrize('slice_tokens, compiled', [
     (64, False), (7, False), pytest.param(7, True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_the_loss_is_torch_s_cross_entropy(monkeypatch, slice_tokens, compiled, dtype, tolerance):
+def test_the_loss_is_torch_s_cross_entropy(slice_tokens, compiled, dtype, tolerance):
     """Its gradients too, with a padded vocabulary and in any number of slices. In half precision
     the loss itself is float32."""
     shape = replace(TINY, vocab_size=5000)
@@ -122,7 +122,7 @@ def test_the_loss_is_torch_s_cross_entropy(monkeypatch, slice_tokens, compiled, 
     expected = [p.grad.clone() for p in net.parameters()]
     reference = torch.nn.functional.cross_entropy(net(ids).flatten(0, 1), ids.flatten())
     net.zero_grad()
-    monkeypatch.setattr(model_module, 'LOGITS_PER_SLICE', slice_tokens * 5000)
+    net.logits_per_slice = slice_tokens * 5000
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
         loss = (torch.compile(net) if compiled else net)(ids, ids)
     assert loss.dtype == torch.float32
@@ -132,6 +132,35 @@ def test_the_loss_is_torch_s_cross_entropy(monkeypatch, slice_tokens, compiled, 
         assert (2 * p.grad - gradient).norm() <= tolerance * gradient.norm()
     with torch.no_grad():
         torch.testing.assert_close(net(ids, ids), reference)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_the_two_forms_of_the_loss_of_a_slice_are_equal(dtype, tolerance):
+    """With logits as large as GPT-2's and columns of padding."""
+    torch.manual_seed(0)
+    logits, ids = (torch.randn(9, 40) * 30 - 80).to(dtype), torch.randint(0, 33, (9, 1))
+    wide = logits.float().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(wide[:, :33], ids[:, 0], reduction='sum')
+    expected.backward()
+    for form in model_module.in_place_slice, model_module.fused_slice:
+        nats, gradient = form(logits.clone(), ids, 33, True)
+        torch.testing.assert_close(nats, expected.detach(), rtol=1e-6, atol=1e-4)
+        assert gradient.dtype == dtype and not gradient[:, 33:].any()
+        torch.testing.assert_close(gradient.float(), wide.grad, rtol=0, atol=tolerance)
+        assert torch.equal(form(logits.clone(), ids, 33, False)[0], nats)
+
+
+def test_the_residual_stream_in_half_precision():
+    """Under autocast alone; what the blocks add to is then bfloat16."""
+    net, ids, seen = GPT(replace(TINY, dropout=0.0)), random_ids(TINY, 2, 8), []
+    net.h[1].register_forward_pre_hook(lambda block, args: seen.append(args[0].dtype))
+    losses = []
+    for net.half_residual in (False, True):
+        for dtype in (torch.bfloat16, torch.float32):
+            with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+                losses.append(net(ids, ids).item())
+    assert seen == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+    assert losses[1] == losses[3] and 0 < abs(losses[0] - losses[2]) < 0.01 * losses[0]
 
 
 @pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])

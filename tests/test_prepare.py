@@ -69,7 +69,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
               write_parquet(tmp_path / 'c.parquet')]
     splits = []
     for path in inputs:
-        manifest = run(tmp_path, path)
+        manifest = run(tmp_path, path, replace=True)
         found = decoded(tmp_path)
         assert sorted(found['train'] + found['val']) == sorted(TEXTS)
         assert manifest['splits']['val']['documents'] == len(found['val']) >= 1
@@ -82,7 +82,8 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
 def test_adding_documents_moves_none(tmp_path):
     run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', TEXTS[:40]), val_fraction=0.3)
     before = decoded(tmp_path)
-    run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', TEXTS), val_fraction=0.3)
+    run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', TEXTS), val_fraction=0.3,
+        replace=True)
     after = decoded(tmp_path)
     assert set(before['val']) <= set(after['val']) and set(before['train']) <= set(after['train'])
     assert 0.1 < len(after['val']) / 60 < 0.5
@@ -91,7 +92,8 @@ def test_adding_documents_moves_none(tmp_path):
 @pytest.mark.parametrize('n', [2, 3])
 def test_neither_split_is_ever_empty(tmp_path, n):
     for fraction in (0.01, 0.99):
-        run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', TEXTS[:n]), val_fraction=fraction)
+        run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', TEXTS[:n]), val_fraction=fraction,
+            replace=True)
         found = decoded(tmp_path)
         assert min(len(found['val']), len(found['train'])) == 1
 
@@ -119,15 +121,22 @@ def test_shakespeare_char_equals_that_of_nanogpt(tmp_path, real):
     assert tokens.read(0, 500).tolist() == [stoi[char] for char in text[1_003_854:][:500]]
 
 
-def test_the_same_settings_again_do_nothing_and_others_replace(tmp_path, capsys):
+def test_the_same_settings_again_do_nothing_and_others_replace_if_asked(tmp_path, capsys):
     source = write_jsonl(tmp_path / 'a.jsonl')
     run(tmp_path, source)
-    shard = tmp_path / 'd/train_000000.bin'
-    made = shard.stat().st_mtime_ns
-    run(tmp_path, source)
-    assert 'is up to date' in capsys.readouterr().out and shard.stat().st_mtime_ns == made
-    run(tmp_path, source, seed=4)
-    assert shard.stat().st_mtime_ns != made
+    before = files_in(tmp_path / 'd')
+    run(tmp_path, source, replace=True)
+    assert 'is up to date' in capsys.readouterr().out and files_in(tmp_path / 'd') == before
+    command = ['data/prepare.py', f'--data_dir={tmp_path}', '--name=d', '--tokenizer=bytes', source]
+    done = script(*command, '--seed=4', check=False)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert 'd: was made with seed=1337, given 4; give another --name, or --replace' in done.stderr
+    source.write_text(source.read_text().replace('Document', 'documenT'))       # of the same size
+    with pytest.raises(ValueError, match='d: was made from other text; give another --name'):
+        run(tmp_path, source)
+    assert files_in(tmp_path / 'd') == before
+    assert 'it will be replaced' in script(*command, '--seed=4', '--replace').stdout
+    assert files_in(tmp_path / 'd') != before
 
 
 def test_a_folder_that_is_not_a_data_set_of_ours_is_never_replaced(tmp_path):
@@ -144,13 +153,6 @@ def test_a_folder_that_is_not_a_data_set_of_ours_is_never_replaced(tmp_path):
     assert (tmp_path / 'd/text.txt').exists() and (tmp_path / 'e/notes.txt').exists()
 
 
-def test_a_source_that_changed_is_prepared_again(tmp_path):
-    source = write_jsonl(tmp_path / 'a.jsonl')
-    first = run(tmp_path, source)
-    source.write_text(source.read_text().replace('Document', 'documenT'))       # of the same size
-    assert run(tmp_path, source) != first
-
-
 def test_a_tokenizer_is_not_trained_on_validation_text(tmp_path):
     """A word that only validation documents contain is in no token."""
     texts = TEXTS
@@ -163,7 +165,7 @@ def test_a_tokenizer_is_not_trained_on_validation_text(tmp_path):
         if encode.document_hash(text.encode(), 1337) < threshold:
             marked.append(text)
     run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', texts + marked), val_fraction=0.3,
-        tokenizer='bpe:400')
+        tokenizer='bpe:400', replace=True)
     enc = tokenizer.load(tmp_path / 'd/tokenizer.json')
     assert val and marked and not any(b'zq' in token for token in tokenizer.token_bytes(enc))
 
@@ -296,11 +298,11 @@ def test_killed_while_it_is_renamed_nothing_is_tokenized_again(tmp_path, monkeyp
     monkeypatch.setattr(prepare.Path, 'unlink', counted(unlink))
     monkeypatch.setattr(prepare.Path, 'rename', counted(rename))
     with pytest.raises(RuntimeError):
-        run(tmp_path, source)
+        run(tmp_path, source, replace=True)
     monkeypatch.setattr(prepare.Path, 'unlink', unlink)
     monkeypatch.setattr(prepare.Path, 'rename', rename)
     monkeypatch.setattr(prepare, 'write_dataset', None)             # no longer called
-    run(tmp_path, source)
+    run(tmp_path, source, replace=True)
     for name in ('train_000000.bin', 'val_000000.bin', 'tokenizer.json'):
         assert (tmp_path / 'd' / name).read_bytes() == (tmp_path / 'complete' / name).read_bytes()
     assert sorted(path.name for path in tmp_path.glob('.*')) == ['.locks']
@@ -391,13 +393,18 @@ def as_before(tmp_path, monkeypatch, source):
         monkeypatch.undo()
 
 
-def test_a_data_set_with_carriage_returns_is_prepared_again_once(tmp_path, monkeypatch, capsys):
+def test_a_data_set_with_carriage_returns_is_kept_and_said(tmp_path, monkeypatch, capsys):
+    """A run may be trained on it."""
     source = tmp_path / 'a.txt'
     source.write_bytes(WINDOWS['a.txt'])
     as_before(tmp_path, monkeypatch, source)
+    before = files_in(tmp_path / 'd')
+    run(tmp_path, source)
+    assert 'holds carriage returns' in capsys.readouterr().out
+    assert files_in(tmp_path / 'd') == before
     assert any('\r' in text for text in sum(decoded(tmp_path).values(), []))
-    for words in ('holds carriage returns', 'is up to date'):
-        run(tmp_path, source)
+    for words in ('it will be replaced', 'is up to date'):
+        run(tmp_path, source, replace=True)
         assert words in capsys.readouterr().out
         assert not any('\r' in text for text in sum(decoded(tmp_path).values(), []))
 
@@ -424,8 +431,8 @@ def test_a_manifest_with_base_names_is_up_to_date(tmp_path, capsys):
     assert 'is up to date' in capsys.readouterr().out
     manifest['source']['files'] = manifest['source']['files'][::-1]
     (tmp_path / 'd/manifest.json').write_text(json.dumps(manifest))
-    run(tmp_path, tmp_path / 'texts')
-    assert 'was made from other text' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='was made from other text'):
+        run(tmp_path, tmp_path / 'texts')
 
 
 def test_what_an_earlier_version_began_is_started_over(tmp_path, monkeypatch, capsys):
@@ -464,7 +471,7 @@ def test_a_full_disk_keeps_the_old_data_set_and_the_work_so_far(tmp_path):
     before = (tmp_path / 'd/train_000000.bin').read_bytes()
     write_jsonl(source, [f'{i} {"x" * 9000}' for i in range(200)])
     limits = (1_000_000, 1_000_000)
-    flags = [f'--data_dir={tmp_path}', '--name=d', '--tokenizer=bytes', source]
+    flags = [f'--data_dir={tmp_path}', '--name=d', '--tokenizer=bytes', '--replace', source]
     done = script('data/prepare.py', *flags, check=False,
                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
     assert (done.returncode == 2 and 'the same command resumes' in done.stderr
@@ -549,6 +556,13 @@ def test_bad_files_are_refused_with_name_and_line(tmp_path, name, content, words
 def test_bad_settings_are_refused(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         run(tmp_path, write_jsonl(tmp_path / 'a.jsonl'), **options)
+
+
+def test_settings_that_are_not_utf_8_are_named(tmp_path):
+    for key in ('separator', 'text_key'):
+        done = script('data/prepare.py', f'--data_dir={tmp_path}', f'--{key}=\udcff', check=False)
+        assert done.returncode == 2
+        assert done.stderr == f"prepare.py: {key}: given '\\udcff', expected a text in UTF-8\n"
 
 
 def test_missing_inputs_are_refused(tmp_path):
@@ -670,14 +684,18 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch
         yield from tokenize(*arguments)
         source.write_text(source.read_text() + '{"text": "more"}')
 
+    def touched(*arguments):
+        yield from tokenize(*arguments)
+        os.utime(source, ns=(1, 1))
+
     monkeypatch.setattr(prepare, 'tokenized', changed)
     with pytest.raises(ValueError, match='a.jsonl: changed while it was read'):
         run(tmp_path, source)
-    monkeypatch.setattr(prepare, 'tokenized', tokenize)
+    monkeypatch.setattr(prepare, 'tokenized', touched)
     run(tmp_path, source)
 
 
-def test_it_says_what_is_replaced_skipped_or_lopsided(tmp_path, capsys):
+def test_it_says_what_is_skipped_or_lopsided(tmp_path, capsys):
     (tmp_path / 'texts').mkdir()
     (tmp_path / 'texts/a.TXT').write_text('A short note.')
     (tmp_path / 'texts/b.txt').write_text('A long book. ' * 1000)
@@ -686,10 +704,20 @@ def test_it_says_what_is_replaced_skipped_or_lopsided(tmp_path, capsys):
         b'A long book. ' * 1000, seed) < encode.document_hash(b'A short note.', seed))
     run(tmp_path, tmp_path / 'texts', tmp_path / 'texts/b.txt', seed=seed)
     words = capsys.readouterr().out
-    assert 'skipped 1 .csv' in words and 'more to validate than to train on' in words
+    assert 'skipped 1 .csv' in words and 'validation has 99.9% of the tokens, val_f' in words
     assert sum(map(len, decoded(tmp_path).values())) == 2, 'a file given twice is read once'
-    run(tmp_path, tmp_path / 'texts', seed=seed + 1)
-    assert 'it will be replaced' in capsys.readouterr().out
+
+
+def test_a_split_far_from_what_was_asked_is_announced(tmp_path, capsys):
+    novels = [f'Chapter {i}. ' * 500 for i in range(3)]
+    run(tmp_path, write_jsonl(tmp_path / 'novels.jsonl', novels))
+    words = capsys.readouterr().out
+    assert re.search(r'validation has 3\d.\d% of the tokens, val_fraction is 5.0%: ', words)
+    assert 'try another --seed, --separator' in words
+    (tmp_path / 'novel.txt').write_text(novels[0])
+    run(tmp_path, tmp_path / 'novel.txt', name='one')
+    run(tmp_path, write_jsonl(tmp_path / 'many.jsonl', LONG), name='many')
+    assert 'val_fraction' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('text, kind, words', [

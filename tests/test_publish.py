@@ -70,6 +70,25 @@ def test_the_card_says_what_was_measured(published, stories, capsys):
         assert '\n'.join(f'> {part}' for part in ('The fox' + written['text']).splitlines()) in card
 
 
+def test_how_many_tokens_its_loss_is_of(published, stories, tmp_path):
+    """All of the split at hand by default here; --eval_tokens says how many, 0 all."""
+    total = len(Tokens('tiny', 'val', 300, str(stories))) - 1
+    (tmp_path / 'about.md').write_bytes(b'\xef\xbb\xbfTwo\r\nlines.\r\n')
+    flags = [f"--model={published.with_name('run')}", PROMPTS, '--max_new_tokens=1',
+             f'--data_dir={stories}', f'--about=FILE:{tmp_path}/about.md']
+    for tokens, words in ((0, f'over all {total:,} tokens of'), (10 ** 6, f'over all {total:,} '),
+                          (64, f'over the first 64 of {total:,} tokens of the validation text')):
+        command(publish, *flags, f'--to={tmp_path}/given', f'--eval_tokens={tokens}')
+        card = (tmp_path / 'given/README.md').read_text()
+        assert words in card and '\nTwo\nlines.\n' in card
+    with pytest.raises(ValueError, match='eval_tokens: given -1, expected 0 or more'):
+        command(publish, *flags, '--to=x', '--eval_tokens=-1')
+    with pytest.raises(ValueError, match='device'):
+        command(publish, *flags, '--to=x', '--device=nothing')
+    with pytest.raises(ValueError, match='/dev/zero: is a device'):
+        command(publish, *flags, '--to=x', '--about=FILE:/dev/zero')
+
+
 def test_it_is_replaced_and_nothing_else_is(published):
     again = (published / 'README.md').read_text()
     (published / 'README.md').write_text('old')

@@ -46,7 +46,7 @@ def run(stories, tmp_path_factory):
 
 def evaluated(folder, task):
     """A result, as an evaluation would keep it, of the checkpoint in `folder`."""
-    measure = results.accuracy([True] * 30 + [False] * 70, published=[(31.14, 'lm-eval')])
+    measure = {**results.accuracy([True] * 30 + [False] * 70), 'published': [(31.14, 'lm-eval')]}
     results.write(results.folder_of(str(folder)) / f'{task}.json', {
         'task': task, 'protocol': 'completion', 'name': task, 'first': 100,
         'data': {'official': False, 'sha256': '0', 'path': 'x'}, 'measures': {'acc': measure},

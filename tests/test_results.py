@@ -3,11 +3,25 @@
 import json
 import math
 import random
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from conftest import ROOT, command, script
+from test_benchmarks import question
 
-from gpt import results
+from gpt import checkpoints, results, scoring, tokenizer
+import eval_cbt
+import eval_lm
+import hellaswag
+from gpt.world import World
+from model import GPT, GPTConfig
 
 
 def test_wilson_intervals():
@@ -154,3 +168,133 @@ def test_an_output_never_replaces_an_input_or_another_file(tmp_path):
                          ({'out': str(tmp_path)}, 'is a folder')):
         with pytest.raises(ValueError, match=words):
             check(**flags)
+
+
+# Evaluations that are killed, and repeated.
+
+@pytest.fixture(scope='module')
+def kinds(tmp_path_factory):
+    """A function from a kind of evaluation to its command, with many small batches."""
+    folder = tmp_path_factory.mktemp('kinds')
+    torch.manual_seed(0)
+    encoding = tokenizer.byte_pairs('bytes', [])
+    checkpoints.save(folder / 'model', 0, GPT(GPTConfig(
+        n_layer=2, n_head=2, n_embd=64, block_size=512, vocab_size=encoding.n_vocab)), encoding, {})
+    row = {'ctx': 'A man sits.', 'endings': ['eats.', 'sees it.', 'falls', 'is.'], 'label': 2}
+    (folder / 'rows.jsonl').write_text('\n'.join(
+        json.dumps({**row, 'ctx': f'{k} men sit.'}) for k in range(400)))
+    for name in ('CN', 'NE'):
+        (folder / f'cbtest_{name}_valid_2000ex.txt').write_text(''.join(map(question, range(60))))
+    (folder / 'book.txt').write_text(''.join(f'Call me {k}. ' for k in range(9000)))
+    commands = {'hellaswag': ['hellaswag.py', f'--data={folder}/rows.jsonl'],
+                'cbt': ['eval_cbt.py', f'--data={folder}'],
+                'lm': ['eval_lm.py', f'--file={folder}/book.txt']}
+    return lambda kind: [*commands[kind], f'--model={folder}/model', '--device=cpu',
+                         '--batch_tokens=300']
+
+
+def stopped(command, number, folder, batches=20):
+    """Start a command in `folder`, send it a signal after some batches; its stderr."""
+    process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]], cwd=folder,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while sum(path.read_bytes().count(b'\n') for path in folder.rglob('*.partial')) < batches:
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
+    return process.communicate()[1]
+
+
+@pytest.mark.parametrize('kind', ['hellaswag', 'cbt', 'lm'])
+def test_a_killed_evaluation_continues_with_the_same_numbers(kinds, tmp_path, kind, monkeypatch):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    whole.mkdir(), parts.mkdir()
+    monkeypatch.chdir(whole)
+    name, *flags = kinds(kind)
+    command({'hellaswag': hellaswag, 'cbt': eval_cbt, 'lm': eval_lm}[kind], *flags)
+    stopped([name, *flags], signal.SIGKILL, parts)
+    partial, = parts.rglob('*.partial')
+    with open(partial, 'ab') as file:                   # as a kill within a write leaves it
+        file.write(b'\n' + partial.read_bytes().rpartition(b'\n')[2][:100])
+    done = script(ROOT / name, *flags, cwd=parts)
+    assert 'continuing: ' in done.stderr and 'before it was continued' in done.stdout
+    (a,), (b,) = (list(folder.rglob('*.json')) for folder in (whole, parts))
+    a, b = (json.loads(path.read_text()) for path in (a, b))
+    assert a['measures'] == b['measures'] and a['notes'] == b['notes']
+    assert a['tokens'] == b['tokens'] > b['tokens_before'] > a['tokens_before'] == 0
+    assert not list(parts.rglob('*.partial'))
+
+
+def test_an_interrupt_says_that_the_work_is_kept(kinds, tmp_path):
+    err = stopped(kinds('lm'), signal.SIGINT, tmp_path)
+    assert 'and the same command continues' in err and 'Traceback' not in err
+    partial, = tmp_path.rglob('*.partial')
+    assert str(partial.relative_to(tmp_path)) in err
+
+
+def test_numbers_are_printed_before_they_are_written(kinds, tmp_path):
+    """As on a full disk: files beyond a hundred bytes are refused, while it is measured too."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    name, *flags = kinds('hellaswag')
+    done = script(ROOT / name, *flags, cwd=tmp_path, check=False, preexec_fn=limit)
+    assert done.returncode == 2 and 'acc_norm' in done.stdout and 'File too large' in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.rglob('*.json'))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(kinds, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hellaswag, 'evaluate', None)
+    (tmp_path / 'out').write_text('a file')
+    for flag in ('--out=/proc/x.json', '--dump=/proc/x', '--limit=9'):      # the last: out/results
+        with pytest.raises(ValueError, match='cannot be written'):
+            command(hellaswag, *kinds('hellaswag')[1:], flag)
+
+
+def test_damage_to_what_is_kept_is_noticed(tmp_path):
+    """A batch whose line is damaged is measured again; the others are not."""
+    row = scoring.Row(np.arange(3), np.arange(3), np.arange(3))
+    batches = [[(i, row._replace(targets=np.arange(3) + i))] for i in range(3)]
+    new = [[scoring.Score(np.full(3, i, np.float32), np.arange(3))] for i in range(3)]
+    kept = scoring.Kept(tmp_path / 'a.partial', 'key', World())
+    for batch, scores in zip(batches, new):
+        kept.add(batch, scores)
+    lines = kept.path.read_bytes().split(b'\n')
+    kept.path.write_bytes(b'\n'.join([lines[1], lines[2][:-9] + b'B' + lines[2][-8:], lines[3]]))
+    kept = scoring.Kept(kept.path, 'key', World())
+    scores = scoring.empty_scores([row] * 3)
+    assert kept.restore(batches, scores) == [batches[1]]
+    assert [score.logprobs.tolist() for score in scores] == [[0] * 3, [0] * 3, [2] * 3]
+    assert scoring.Kept(kept.path, 'other', World()).restore(batches, scores) == batches
+
+
+def test_a_finished_evaluation_is_not_repeated(kinds, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name, *flags = [*kinds('hellaswag'), f'--dump={tmp_path}/rows', '--limit=20']
+    command(hellaswag, *flags)
+    first = capsys.readouterr().out
+    monkeypatch.setattr(hellaswag, 'evaluate', None)
+    command(hellaswag, *flags)
+    path, = tmp_path.rglob('*.json')
+    assert capsys.readouterr().out == (
+        first.replace('written to', 'measured before, in').rstrip() + '; delete it to measure '
+        'again\n')
+    for change in (['--limit=21'], ['--batch_tokens=99'], ['--dtype=bfloat16']):
+        with pytest.raises(TypeError):
+            command(hellaswag, *flags, *change)
+    (tmp_path / 'rows').unlink()
+    with pytest.raises(TypeError):
+        command(hellaswag, *flags)
+
+
+def test_results_of_two_files_are_two_files(kinds, tmp_path, monkeypatch, capsys):
+    """Of the same name in two folders, too."""
+    monkeypatch.chdir(tmp_path)
+    rows = next(flag for flag in kinds('hellaswag') if 'rows' in flag).partition('=')[2]
+    lines = Path(rows).read_text().splitlines()
+    for n, place in enumerate(('a/rows.jsonl', 'b/rows.jsonl', 'b/other.jsonl')):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text('\n'.join(lines[n:n + 9]))
+        command(hellaswag, *kinds('hellaswag')[1:], f'--data={place}')
+        command(eval_lm, *kinds('lm')[1:], f'--file={place}')
+    names = sorted(path.name.rpartition('-')[0] for path in Path('out/results').rglob('*.json'))
+    assert names == ['file-other', 'file-rows', 'file-rows', 'hellaswag-completion-other',
+                     'hellaswag-completion-rows', 'hellaswag-completion-rows']

@@ -169,17 +169,12 @@ def test_an_item_longer_than_the_block_is_cut_for_all_its_endings_alike(model):
     close(sums(whole), sums(plain))
 
 
-def test_what_is_read(model):
-    """As many tokens as the rows hold, and the items that are too long for the block."""
+def test_items_that_are_too_long_are_counted():
     items = random_items(20, longest=60)
-    for share in (True, False):
-        rows = [row for context, endings in items for row in scoring.rows_of(
-            context[scoring.excess((context, endings), BLOCK):], endings, share)]
-        tokens, notes = scoring.reading(items, BLOCK, share)
-        assert tokens == sum(len(row.ids) for row in rows)
-        cut = sum(scoring.excess(item, BLOCK) > 0 for item in items)
-        assert 0 < cut < 20 and notes[0].startswith(f'{cut} of 20 are longer than the block of 48')
-    assert scoring.reading([([1], [[2]])], BLOCK) == (1, [])
+    cut = sum(scoring.excess(item, BLOCK) > 0 for item in items)
+    note, = scoring.cut_note(items, BLOCK)
+    assert 0 < cut < 20 and note.startswith(f'{cut} of 20 are longer than the block of 48')
+    assert scoring.cut_note([([1], [[2]])], BLOCK) == []
 
 
 def test_a_shared_row_may_be_longer_than_the_block(model):

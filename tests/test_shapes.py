@@ -7,7 +7,8 @@ import pytest
 from conftest import script
 
 from gpt.files import decode, plain_text, read_json, read_text
-from gpt.shapes import AnyText, Count, FileName, Measured, NotJson, Positive, checked, parse_json
+from gpt.shapes import (AnyText, Count, FileName, Measured, NotJson, Positive, bounded, checked,
+                        parse_json)
 
 
 class Shard(TypedDict):
@@ -111,3 +112,12 @@ def test_bytes_that_are_not_utf8_are_named_with_their_encoding(raw, words):
 def test_it_imports_no_torch_and_nothing_large():
     code = 'import sys, gpt.shapes; print({"torch", "numpy", "pydantic"} & set(sys.modules))'
     assert script('-c', code).stdout == 'set()\n'
+
+
+def test_a_message_of_any_length_keeps_its_beginning_and_its_end():
+    message = f"a/b.json: pad_token: given '{'x' * 2_000_000}', expected a name"
+    assert bounded('as it is\nand two') == 'as it is\nand two'
+    short = bounded(message)
+    assert len(short) < 1010 and short.startswith("a/b.json: pad_token: given 'xxx")
+    assert short.endswith("xxx', expected a name") and '…' in short
+    assert bounded('line\n' * 60_000).endswith('line\n… and 59,901 lines more')

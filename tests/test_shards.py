@@ -175,12 +175,24 @@ def test_shards_that_changed_places_are_refused(stories, tmp_path):
         Tokens('tiny', 'train', 300, tmp_path)
 
 
-def test_a_shard_written_again_is_refused(tmp_path):
-    found = tokens(tmp_path)
-    found.read(0, 10)
-    os.utime(tmp_path / 'd/train_000000.bin', ns=(1, 1))
-    found.read(500, 10)
-    with pytest.raises(ValueError, match='train_000000.bin: was written again'):
+@pytest.mark.parametrize('name', ['train_000000.bin', 'train.bin'])
+def test_a_shard_that_is_touched_is_read_on_and_one_written_again_is_refused(stories, tmp_path,
+                                                                            name):
+    """With a manifest, and as nanoGPT's without: the bytes decide, not the time of the file."""
+    shard = tmp_path / 'tiny' / name
+    if name == 'train.bin':
+        shard.parent.mkdir()
+        np.arange(300, dtype=np.uint16).tofile(shard)
+    else:
+        shutil.copytree(stories / 'tiny', shard.parent)
+    found = Tokens('tiny', 'train', 300, tmp_path)
+    raw, first = shard.read_bytes(), found.read(0, 10).tolist()
+    for same in (lambda: os.utime(shard, ns=(1, 1)), lambda: shard.write_bytes(raw),
+                 lambda: (shard.rename(tmp_path / 'old'), shard.write_bytes(raw))):
+        same()
+        assert found.read(0, 10).tolist() == first
+    shard.write_bytes(raw[:-4] + raw[-2:] + raw[-4:-2])             # of the same size
+    with pytest.raises(ValueError, match=f'{name}: was written again'):
         found.read(0, 10)
 
 

@@ -427,6 +427,9 @@ def test_nothing_is_called_the_best_that_is_not_saved(config, tmp_path, capsys):
     ({'dropout': 1.0}, 'dropout: given 1.0'), ({'learning_rate': 0.0}, 'learning_rate: given 0.0'),
     ({'min_lr': 1e-2}, 'min_lr: given 0.01, above learning_rate=0.003'),
     ({'device': 'tpu'}, "device: given 'tpu'"), ({'n_head': 5}, 'multiple of n_head=5'),
+    ({'n_embd': 2 ** 24}, 'n_embd=16777216: given weights of .* GB, expected at most'),
+    ({'n_layer': 2 ** 24}, 'n_layer=16777216, n_embd=.*: given weights of'),
+    ({'n_embd': 2 ** 62}, 'n_embd: given 4,611,.*, expected at most 16,777,216'),
     ({'init_from': 'resume'}, 'there is no checkpoint in'),
     ({'init_from': 'nowhere'}, 'no such folder'),
     ({'block_size': 100_000, 'total_batch_size': 0}, 'fewer than one block')])

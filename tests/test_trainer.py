@@ -99,6 +99,23 @@ def test_evaluating_is_in_eval_mode_and_training_after_it():
     assert trainer.model.training and trainer.full_model() is trainer.model
 
 
+def test_how_many_logits_fit_a_card():
+    """Of 24, 40, 80 and 141 GB; a micro-batch of 32 x 1,024 tokens has 1.65e9."""
+    found = [trainer_module.logits_that_fit(n * 10 ** 9) / 1e6 for n in (4, 24, 40, 80, 141)]
+    assert [round(n) for n in found] == [67, 125, 208, 417, 734]
+
+
+def test_how_it_computes_is_in_its_state():
+    config = TrainerConfig(compile=False, half_residual=True, logits_per_slice=2 ** 20)
+    trainer = Trainer(GPT(TINY), World(), config, OptimizerConfig())
+    assert trainer.model.half_residual and trainer.model.logits_per_slice == 2 ** 20
+    assert trainer.state_dict()['computes'] == {
+        'device': 'cpu', 'dtype': 'float32', 'compile': False, 'half_residual': True,
+        'logits_per_slice': 2 ** 20}
+    trainer = Trainer(GPT(TINY), World(), TrainerConfig(compile=False), OptimizerConfig())
+    assert not trainer.model.half_residual and trainer.model.logits_per_slice == 2 ** 26
+
+
 def test_no_mfu_above_1(monkeypatch, capsys):
     """A peak that was measured while the machine was busy is measured again; None if training is
     still faster."""

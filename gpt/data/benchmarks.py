@@ -11,6 +11,7 @@ import io
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -223,28 +224,15 @@ def cbt(subset: str, split: str, path: str | Path = '',
     raw = read_bytes(path)
     blob = hashlib.sha1(b'blob %d\0' % len(raw) + raw).hexdigest()
     questions, skipped = [], 0
-    for block in blocks_of(raw, path):
+    for has_text, block in groupby(lines_of(raw, path), lambda pair: bool(pair[1].strip())):
         try:
-            questions.append(question(block))
+            questions += [question(list(block))] if has_text else []
         except ValueError:
             if not skip_bad:
                 raise
             skipped += 1
     return not_empty(questions, {**facts(path, raw), 'skipped': skipped,
                                  'official': blob.startswith(CBT_BLOBS[name])})
-
-
-def blocks_of(raw: bytes, path: str | Path) -> Iterator[list[tuple[str, str]]]:
-    """Lists of ('file:line', text) of the lines between empty ones."""
-    block = []
-    for where, line in lines_of(raw, path):
-        if line.strip():
-            block.append((where, line))
-        elif block:
-            yield block
-            block = []
-    if block:
-        yield block
 
 
 def question(block: list[tuple[str, str]]) -> Question:

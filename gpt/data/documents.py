@@ -59,13 +59,21 @@ class Position(NamedTuple):
 class Batch(NamedTuple):
     """Consecutive documents, not decoded yet."""
     raws: list[bytes]
-    names: list[str]                # of each document, for error messages and remarks
+    runs: list[tuple]               # (count, label, number of the first) of documents named alike;
+                                    # without numbers None. Names are made when they are needed
     after: Position                 # where reading resumes after these
     is_json: bool = False           # each is a line of JSON that holds the text
     left_out: tuple = ()            # (remark, name) of documents left out before these
 
     def size(self) -> int:
         return sum(map(len, self.raws))
+
+    def name(self, k: int) -> str:
+        """Of document k, for error messages and remarks."""
+        for count, label, first in self.runs:
+            if k < count:
+                return label if first is None else f'{label}{first + k}'
+            k -= count
 
 
 class BadDocument(ValueError):
@@ -97,12 +105,9 @@ def batches(files: Sequence, start: Position, options: Options,
 
 
 def joined(small: list[Batch]) -> Batch:
-    raws, names, left_out = [], [], []
-    for batch in small:
-        raws += batch.raws
-        names += batch.names
-        left_out += batch.left_out
-    return small[-1]._replace(raws=raws, names=names, left_out=tuple(left_out))
+    raws, runs, left_out = ([part for batch in small for part in getattr(batch, key)]
+                            for key in ('raws', 'runs', 'left_out'))
+    return small[-1]._replace(raws=raws, runs=runs, left_out=tuple(left_out))
 
 
 def read(name: str, path: Path, options: Options, start: Position) -> Iterator[Batch]:
@@ -112,7 +117,7 @@ def read(name: str, path: Path, options: Options, start: Position) -> Iterator[B
         yield from parquet_batches(name, path, options, start)
     elif kind == '.py':
         raws = [text.encode() for text in python_documents(path) if text]
-        yield Batch(raws, [name] * len(raws), after)
+        yield Batch(raws, [(len(raws), name, None)], after)
     elif kind in LINES or options.separator:
         yield from separated_batches(name, path, options, start)
     else:
@@ -124,7 +129,7 @@ def read(name: str, path: Path, options: Options, start: Position) -> Iterator[B
         if len(raw) > options.max_bytes:
             yield Batch([], [], after, left_out=((TOO_LONG, name),))
         else:
-            yield Batch([raw], [name], after)
+            yield Batch([raw], [(1, name, None)], after)
 
 
 def kind_of(name: str) -> str:
@@ -170,6 +175,7 @@ def separated_batches(name: str, path: Path, options: Options, start: Position) 
         seek(file, offset)
         for chunk in chunks(file):
             pending += chunk
+            has_bom = BOM in pending
             raws = split(pending, separator, max(0, len(pending) - len(chunk) - room + 1))
             if len(raws) == 1:
                 too_long = too_long or len(pending) > options.max_bytes + room
@@ -181,11 +187,12 @@ def separated_batches(name: str, path: Path, options: Options, start: Position) 
             offset += len(pending) - len(raws[-1])
             pending = bytearray(raws.pop())
             after = Position(start.file, offset, number + len(raws))
+            raws = stripped(raws, has_bom)
             yield numbered(raws, label, number, after, is_json, too_long)
             number, too_long = after.number, False
     if pending or too_long:
         after = Position(start.file + 1)
-        batch = numbered([bytes(pending)], label, number, after, is_json, too_long)
+        batch = numbered(stripped([bytes(pending)], True), label, number, after, is_json, too_long)
         if not (number or is_json or too_long):
             batch = batch._replace(left_out=(('without the separator', name),))
         yield batch
@@ -215,14 +222,19 @@ def split(raw: bytearray, separator: bytes, start: int) -> list[bytes]:
     return bytes(raw).split(separator) if raw.find(separator, start) >= 0 else [b'']
 
 
+def stripped(raws: list[bytes], has_bom: bool) -> list[bytes]:
+    """Documents without line ends around them, and without byte order marks at their beginning."""
+    raws = [raw.strip(b'\r\n') for raw in raws]
+    return [raw.removeprefix(BOM).lstrip(b'\r\n') for raw in raws] if has_bom else raws
+
+
 def numbered(raws: list[bytes], label: str, number: int, after: Position, is_json: bool,
              too_long: bool) -> Batch:
     """A batch of documents after the first `number`; of the first only the end, if too long."""
-    raws = [raw.strip(b'\r\n').removeprefix(BOM).lstrip(b'\r\n') for raw in raws]
-    names = [f'{label}{number + k}' for k in range(1, len(raws) + 1)]
+    first, left_out = number + 1, ()
     if too_long:
-        return Batch(raws[1:], names[1:], after, is_json, ((TOO_LONG, names[0]),))
-    return Batch(raws, names, after, is_json)
+        raws, first, left_out = raws[1:], number + 2, ((TOO_LONG, f'{label}{number + 1}'),)
+    return Batch(raws, [(len(raws), label, first)], after, is_json, left_out)
 
 
 def seek(file: IO[bytes], offset: int) -> None:
@@ -284,9 +296,9 @@ def row_batches(table: Any, name: str, key: str, start: Position) -> Iterator[Ba
             first = row + len(part) - len(column)
             row += len(part)
             for raws in decoded_rows(column):
-                names = [f'{name}: row {k + 1}' for k in range(first, first + len(raws))]
+                runs = [(len(raws), f'{name}: row ', first + 1)]
                 first += len(raws)
-                yield Batch(raws, names, Position(start.file, first, first))
+                yield Batch(raws, runs, Position(start.file, first, first))
 
 
 def decoded_rows(column: Any) -> Iterator[list[bytes]]:
@@ -311,19 +323,20 @@ def decoded_rows(column: Any) -> Iterator[list[bytes]]:
 
 def joined_rows(batches: Iterator[Batch], begins: str, start: Position) -> Iterator[Batch]:
     """Rows joined to documents; a row that matches `begins` starts the next one."""
-    pattern, rows, row, name = re.compile(begins.encode()), [], start.offset, ''
+    pattern, rows, row, label = re.compile(begins.encode()), [], start.offset, ''
     for batch in batches:
-        raws, names, first = [], [], batch.after.offset - len(batch.raws)
+        raws, runs, first = [], [], batch.after.offset - len(batch.raws)
+        label = batch.runs[0][1]
         for k, raw in enumerate(batch.raws):
             if rows and pattern.match(raw):
                 raws.append(b''.join(rows))
-                names.append(name)
+                runs.append((1, label, row + 1))
                 rows = []
             if not rows:
-                row, name = first + k, batch.names[k]
+                row = first + k
             rows.append(raw)
-        yield Batch(raws, names, Position(start.file, row, row))
-    yield Batch([b''.join(rows)], [name], Position(start.file + 1))
+        yield Batch(raws, runs, Position(start.file, row, row))
+    yield Batch([b''.join(rows)], [(1, label, row + 1)], Position(start.file + 1))
 
 
 def python_documents(file: Path) -> Iterator[str]:
@@ -355,8 +368,8 @@ def texts(batch: Batch, options: Options, counts: dict[str, list]) -> Iterator[t
     added. Raises ValueError with file and line for what options.errors does not allow.
     """
     for remark, name in batch.left_out:
-        count(counts, remark, name)
-    for raw, name in zip(batch.raws, batch.names):
+        counts.setdefault(remark, [0, name])[0] += 1
+    for k, raw in enumerate(batch.raws):
         if batch.is_json and not raw.strip():
             continue                                # an empty line
         try:
@@ -364,10 +377,12 @@ def texts(batch: Batch, options: Options, counts: dict[str, list]) -> Iterator[t
         except BadDocument as error:
             remark, message = error.args
             if options.errors != 'skip':
-                raise ValueError(f'{name}: {message}') from None
+                raise ValueError(f'{batch.name(k)}: {message}') from None
             text, remarks = '', [remark]
         for remark in remarks:
-            count(counts, remark, name)
+            if remark not in counts:
+                counts[remark] = [0, batch.name(k)]
+            counts[remark][0] += 1
         if text:
             yield text, raw
 
@@ -427,10 +442,6 @@ def unwrapped(text: str) -> str:
             no_room = len(following.split()[0]) >= room
             continues = no_room or re.search('[a-z,]$', line) is not None
     return '\n'.join(paragraphs)
-
-
-def count(counts: dict[str, list], remark: str, name: str) -> None:
-    counts.setdefault(remark, [0, name])[0] += 1
 
 
 def decoded(raw: bytes, errors: str) -> tuple[str, bool]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from gpt.data.documents import EXPECTED, SUFFIXES
 from gpt.files import download, plain_file, sha256
-from gpt.shapes import is_text
+from gpt.shapes import bounded, is_text
 
 READY = {       # shards of GPT-2's tokens in our own format: the hub's repository
     'fineweb-10B': 'kjj0/fineweb10B-gpt2',              # 103 shards of 100M tokens
@@ -175,7 +175,7 @@ def files_in(folder: str) -> list[str]:
         raise ValueError(f'{folder}: there is no {EXPECTED} in this folder{hint}')
     if others:
         skipped = ', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items()))
-        print(f'{folder}: skipped {skipped}')
+        print(bounded(f'{folder}: skipped {skipped}'))
     return sorted(texts, key=lambda path: path.split(os.sep))
 
 
