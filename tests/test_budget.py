@@ -228,7 +228,7 @@ def test_a_run_whose_speed_changes_ends_in_time_and_resumes(config, tmp_path, mo
     last = [record['max_iters'] for record in records if record.get('event') == 'fit'][-1]
     newest, _ = steps.newest(tmp_path / 'run')
     saved = checkpoints.load_training(newest)['settings']
-    assert saved['max_iters'] == last == records[-1]['step'] and saved['eval_interval'] < last
+    assert saved['max_iters'] == last == records[-1]['step'] and saved['eval_interval'] > 4
     assert f'max_iters = {last}\n' in (tmp_path / 'run/config.py').read_text()
     shutil.rmtree(newest)
     train.main(cfg)
