@@ -96,7 +96,7 @@ STARTED = time.monotonic()
 
 import torch
 
-from gpt import budget, tokenizer
+from gpt import budget, cpu, tokenizer
 from gpt.budget import BatchConfig, BatchPlan, Forecast
 from gpt.curves import read_log
 from gpt.data.order import Data, draw
@@ -177,7 +177,7 @@ def doubtful(cfg):
         (cfg.batch_warmup_iters >= end,
          f'batch_warmup_iters={cfg.batch_warmup_iters}: the batch never is the full one'),
         (cfg.patience * cfg.eval_interval > end,
-         f'patience={cfg.patience}, eval_interval={cfg.eval_interval}: it ends before patience can'),
+         f'patience={cfg.patience}, eval_interval={cfg.eval_interval}: the run ends before'),
         (cfg.eval_interval > end and not cfg.save_minutes,
          f'eval_interval={cfg.eval_interval}, save_minutes=0: no checkpoint before the end')]
     return [f'note: max_iters={end}, {text}' for applies, text in cases if end and applies]
@@ -187,7 +187,8 @@ def start(cfg, world, run, started):
     """All that comes before the first update, what fails fast first; then train(). Or validate, or
     report the cost, if only that was asked for. started: time.monotonic() of the command."""
     batches = batch_plan(cfg, world)
-    for line in doubtful(cfg):
+    crowded = cpu.crowded() if world.device.type == 'cpu' else ''
+    for line in [*doubtful(cfg), *filter(None, [crowded])]:
         world.print(line)
     if world.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')      # TF32, where float32 is multiplied
@@ -294,8 +295,8 @@ def measure_cost(data, trainer, p, forecast):
 
 def train(data, run, trainer, p, questions, forecast):
     """The loop; returns the exit status: 0, or 3 if the run diverged."""
-    cfg, batches, world = forecast.cfg, forecast.plan, trainer.world
-    schedule, metrics, stopwatch = section(cfg, Schedule), PendingMetrics(world.device), Stopwatch()
+    cfg, world = forecast.cfg, trainer.world
+    metrics, stopwatch = PendingMetrics(world.device), Stopwatch()
     intervals = cfg.eval_interval, cfg.hellaswag_interval, cfg.sample_interval
     evaluate = partial(validate, trainer.model, data.sets, section(cfg, ValidationConfig), world,
                        lambda: run.stop.requested)
@@ -316,22 +317,17 @@ def train(data, run, trainer, p, questions, forecast):
             run.validated(p, validation)
             finished |= p.out_of_patience(cfg.patience * cfg.eval_interval)
         run.settle(p)
-        if (hellaswag_due or (questions and finished)) and not run.stop_requested:
-            with forecast.pause('hellaswag_interval'):
-                run.write_scores(p, score_hellaswag(trainer, data.encoding, questions))
-        if p.due(cfg.sample_interval) and not run.stop_requested:
-            with forecast.pause('sample_interval'):
-                run.log.sample(p.step, draw_sample(trainer, data.encoding, cfg.seed))
+        if not run.stop_requested:
+            score_and_sample(questions if hellaswag_due or finished else [], data.encoding, run,
+                             trainer, p, forecast)
         if finished or run.stop_requested:
             break
 
-        if forecast.is_due(p.step):
-            cfg = refit(run, p, forecast)
-            batches, schedule = forecast.plan, section(cfg, Schedule)
-
         # one update: forward and backward for each micro-batch, one reduction, one step
+        cfg = refit(run, p, forecast)
         stopwatch.start()
-        batch, learning_rate = batches.at(p.step), schedule.learning_rate_at(p.step)
+        batch = forecast.plan.at(p.step)
+        learning_rate = section(cfg, Schedule).learning_rate_at(p.step)
         trainer.set_learning_rate(learning_rate)
         loss = forward_backward(cfg.seed, data, trainer, p, batch)
         norm = trainer.grad_norm()
@@ -347,9 +343,7 @@ def train(data, run, trainer, p, questions, forecast):
             run.event(m.step, p.judge(m, cfg.spike_z))
         forecast.updated(batch, stopwatch.stop(batch.sequences * cfg.block_size))
         if log_due or run.stop_requested:
-            speed = stopwatch.read()
-            run.log_update(p, m, learning_rate, speed, trainer.mfu(speed.tokens_per_second),
-                           forecast.describe(p.step))
+            run.log_update(p, m, learning_rate, stopwatch.read(), trainer, forecast)
         if p.bad >= cfg.max_skipped:
             metrics.clear()
             p = run.recover(p, trainer)
@@ -363,7 +357,9 @@ def train(data, run, trainer, p, questions, forecast):
 def refit(run, p, forecast):
     """Make the rest of the schedule longer or shorter, if the run would not end in time; the
     settings. A resume takes them from the checkpoint."""
-    before, fit = forecast.cfg.max_iters, run.world.on_main(forecast.refit, p.step)
+    before, fit = forecast.cfg.max_iters, {}
+    if forecast.is_due(p.step):
+        fit = run.world.on_main(forecast.refit, p.step)
     if fit:
         run.cfg = forecast.use(fit)
         with suppress(OSError):                         # a full disk does not end a run
@@ -396,6 +392,16 @@ def load_questions(cfg, world, encoding):
     items = [hellaswag.render(question, encoding, 'completion') for question in questions]
     hellaswag.scoring.check(items, cfg.block_size)
     return questions
+
+
+def score_and_sample(questions, encoding, run, trainer, p, forecast):
+    """The score on these questions, if any are given, and a sample, if one is due."""
+    if questions:
+        with forecast.pause('hellaswag_interval'):
+            run.write_scores(p, score_hellaswag(trainer, encoding, questions))
+    if p.due(run.cfg.sample_interval):
+        with forecast.pause('sample_interval'):
+            run.log.sample(p.step, draw_sample(trainer, encoding, run.cfg.seed))
 
 
 def score_hellaswag(trainer, encoding, questions):

@@ -3,6 +3,7 @@ What only a CPU wants: weights packed for oneDNN, freed memory kept, and how fas
 """
 
 import ctypes
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -88,6 +89,15 @@ def bfloat16_feature() -> str:
     found = getattr(torch.cpu, 'get_capabilities', dict)()
     names = ('amx_bf16', 'avx512_bf16', 'sve_bf16', 'bf16')
     return next((name for name in names if found.get(name)), '')
+
+
+def crowded() -> str:
+    """A line, if other processes need the processors that threads of this one wait for."""
+    load, cores = os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0.0, os.cpu_count()
+    if load < cores or torch.get_num_threads() == 1:
+        return ''
+    return (f'note: the load of this machine is {load:.1f}, it has {cores} processors; a small '
+            f'model may train faster with OMP_NUM_THREADS=1, which rounds otherwise')
 
 
 def matmul_rate(dtype: torch.dtype, n: int = 1024, seconds: float = 0.2) -> float:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gpt import checkpoints, files, steps, tokenizer
-from gpt.budget import fitted, newest_kept
+from gpt.budget import Forecast, fitted, newest_kept
 from gpt.data.order import Data
 from gpt.log import Log, Speed
 from gpt.model_config import check_size
@@ -225,8 +225,8 @@ class Run:
         self.world.print(f"step {p.step}: hellaswag {scores['hellaswag']:.2%}")
 
     def log_update(self, p: Progress, m: Metrics, learning_rate: float, speed: Speed,
-                   mfu: float | None, ahead: str) -> None:
-        loss_z, norm_z = p.z_scores
+                   trainer: Trainer, forecast: Forecast) -> None:
+        (loss_z, norm_z), mfu = p.z_scores, trainer.mfu(speed.tokens_per_second)
         self.write(p, loss=m.loss, lr=learning_rate, grad_norm=m.norm, loss_z=loss_z,
                    grad_norm_z=norm_z, step_ms=1000 * speed.step_seconds,
                    tokens_per_second=speed.tokens_per_second, mfu=mfu)
@@ -234,7 +234,7 @@ class Run:
         self.world.print(
             f'step {p.step}/{self.cfg.max_iters}  loss {m.loss:.4f}  lr {learning_rate:.2e}  '
             f'norm {m.norm:.2f}  {1000 * speed.step_seconds:.0f} ms  '
-            f'{speed.tokens_per_second:,.0f} tok/s  {reached}{ahead}')
+            f'{speed.tokens_per_second:,.0f} tok/s  {reached}{forecast.describe(p.step)}')
 
     def save(self, p: Progress, trainer: Trainer) -> None:
         """A checkpoint of this step, unless there is one: copied to memory, and written while the

@@ -221,14 +221,14 @@ def test_a_run_whose_speed_changes_ends_in_time_and_resumes(config, tmp_path, mo
 
     monkeypatch.setattr(train, 'forward_backward', slower)
     start = time.monotonic()
-    cfg = config(minutes=0.08, max_iters=1000, log_interval=1000)
+    cfg = config(minutes=0.2, max_iters=1000, log_interval=1000)
     train.main(cfg)
-    assert 0.7 * 4.8 < time.monotonic() - start < 1.3 * 4.8
+    assert 0.7 * 12 < time.monotonic() - start < 1.3 * 12
     records = [json.loads(line) for line in (tmp_path / 'run/log.jsonl').open()]
     last = [record['max_iters'] for record in records if record.get('event') == 'fit'][-1]
     newest, _ = steps.newest(tmp_path / 'run')
     saved = checkpoints.load_training(newest)['settings']
-    assert saved['max_iters'] == last == records[-1]['step'] and saved['eval_interval'] < last
+    assert saved['max_iters'] == last == records[-1]['step'] and saved['eval_interval'] > 4
     assert f'max_iters = {last}\n' in (tmp_path / 'run/config.py').read_text()
     shutil.rmtree(newest)
     train.main(cfg)

@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 from test_model import TINY, pair, random_ids
 
+from gpt import cpu
 from gpt.cpu import PackedLinear, pack
 
 
@@ -53,3 +54,11 @@ def test_the_memory_of_freed_tensors_is_kept():
     if counts[1] < 1000:
         pytest.skip('this C library keeps it by default')
     assert counts[0] < counts[1] / 20
+
+
+def test_a_busy_machine_is_named(monkeypatch):
+    monkeypatch.setattr(cpu.os, 'cpu_count', lambda: 2)
+    for threads, load, expected in ((2, 3.5, True), (2, 1.5, False), (1, 3.5, False)):
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+        monkeypatch.setattr(cpu.os, 'getloadavg', lambda: (load, 0.0, 0.0))
+        assert ('3.5, it has 2 processors; ' in cpu.crowded()) == expected

@@ -161,7 +161,7 @@ def test_a_run_that_has_ended_does_nothing_more(config, tmp_path, monkeypatch, c
     ({'schedule': 'wsd', 'cooldown_iters': 10},
      'warmup_iters=3, cooldown_iters=10: the cooldown follows the warmup, in 9 updates'),
     ({'batch_warmup_iters': 12}, 'the batch never is the full one'),
-    ({'patience': 4}, 'patience=4, eval_interval=4: it ends before patience can'),
+    ({'patience': 4}, 'patience=4, eval_interval=4: the run ends before'),
     ({'eval_interval': 13}, 'save_minutes=0: no checkpoint before the end')])
 def test_settings_that_contradict_each_other_are_named(config, changes, note):
     assert not train.doubtful(config())
