@@ -17,11 +17,12 @@ import torch
 
 from gpt import steps
 from gpt.data.order import Batch
+from gpt.device import peak_memory
 from gpt.log import duration
 from gpt.settings import section
 from gpt.trainer import Trainer
 from gpt.validation import Validation, ValidationConfig
-from gpt.world import World, peak_memory
+from gpt.world import World
 
 MEASURED_UPDATES = 20
 MEASURED_SECONDS = 60       # at most; of --minutes a tenth

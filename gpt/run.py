@@ -17,11 +17,12 @@ import torch
 
 from gpt import checkpoints, files, steps, tokenizer
 from gpt.budget import Forecast, fitted, newest_kept
+from gpt.config_file import as_config_file
 from gpt.data.order import Data
 from gpt.log import Log, Speed
 from gpt.model_config import check_size
 from gpt.progress import MAX_ROLLBACKS, Event, Metrics, Progress
-from gpt.settings import as_config_file, section
+from gpt.settings import section
 from gpt.trainer import Trainer
 from gpt.validation import Validation
 from gpt.world import World

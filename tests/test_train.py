@@ -17,6 +17,7 @@ from gpt import checkpoints, steps, tokenizer
 from gpt.data import order
 from gpt.data.order import TokenBatches
 from gpt.data.shards import Tokens, read_manifest
+from gpt.preflight import doubtful
 from gpt.progress import Progress
 from gpt.settings import configure
 from gpt.validation import ValidationConfig, evaluate
@@ -164,8 +165,8 @@ def test_a_run_that_has_ended_does_nothing_more(config, tmp_path, monkeypatch, c
     ({'patience': 4}, 'patience=4, eval_interval=4: the run ends before'),
     ({'eval_interval': 13}, 'save_minutes=0: no checkpoint before the end')])
 def test_settings_that_contradict_each_other_are_named(config, changes, note):
-    assert not train.doubtful(config())
-    line, = train.doubtful(config(**changes))
+    assert not doubtful(config())
+    line, = doubtful(config(**changes))
     assert line.startswith('note: max_iters=12, ') and line.endswith(note)
 
 
@@ -173,7 +174,7 @@ def test_settings_that_contradict_each_other_are_named(config, changes, note):
 def test_no_config_contradicts_itself(path):
     files = [path] if path.name == 'train_gpt2.py' or 'gpt2_' not in path.name else [
         ROOT / 'config/train_gpt2.py', path]
-    assert not train.doubtful(configure(train.Config, map(str, files)))
+    assert not doubtful(configure(train.Config, map(str, files)))
 
 
 def test_a_run_that_is_stopped_logs_its_last_update(config, tmp_path, monkeypatch):
