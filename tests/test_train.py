@@ -391,6 +391,19 @@ def test_fine_tuning_starts_from_the_weights_and_resumes_itself(config, tmp_path
             train.main(replace(tune, max_iters=8, **change))
 
 
+def test_fine_tuning_takes_the_block_of_a_model_that_has_a_smaller_one(config, tmp_path, capsys):
+    """The same command then resumes, as always."""
+    train.main(config(dropout=0.0))
+    tune = config(init_from=str(tmp_path / 'run'), out_dir=str(tmp_path / 'tuned'), block_size=64,
+                  total_batch_size=0, max_iters=4)
+    train.main(tune)
+    assert '; block_size 16\n' in capsys.readouterr().out
+    assert 'block_size = 16\n' in (tmp_path / 'tuned/config.py').read_text()
+    train.main(replace(tune, max_iters=6))
+    assert 'resuming from' in capsys.readouterr().out
+    assert len(losses(tmp_path / 'tuned')) == 6
+
+
 # When it goes wrong.
 
 def test_diverging_ends_with_status_3_and_keeps_what_was_good(config, tmp_path, capsys):
