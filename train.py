@@ -27,6 +27,7 @@ max_iters = 1000            # updates in all
 eval_interval = 100         # updates between validations; a checkpoint is saved before each
 eval_tokens = 1_000_000     # validation tokens: the first of the split, or all it has
 eval_iters = 0              # nanoGPT's spelling: eval_tokens = eval_iters * batch_size * block_size
+eval_train = False          # True: also the loss of as many training tokens, as nanoGPT prints it
 eval_only = False           # validate once and exit; writes nothing
 plan = False                # check everything, measure 20 updates, report the cost and exit
 minutes = 0.0               # scale max_iters, schedule and eval_interval to end then; 0: as given
@@ -46,6 +47,7 @@ wandb_run_name = ''         # '': the name of out_dir
 # data
 dataset = 'pydocs'          # a folder in data/, made by data/prepare.py; or several with the
                             # fraction of the sequences from each: books:0.7,openwebtext:0.3
+val_datasets = ''           # further data sets, such as a,b, only to validate on
 data_dir = ''               # where prepared data is; '': data/ beside this script
 total_batch_size = 0        # tokens in an update, over all processes; 0: batch_size * block_size
 batch_size = 16             # sequences in a micro-batch of one process, at most
@@ -172,7 +174,7 @@ def start(cfg, world, run, started):
         world.print(line)
     if world.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')      # TF32, where float32 is multiplied
-    data = Data(cfg.dataset, cfg.data_dir)
+    data = Data(cfg.dataset, cfg.data_dir, cfg.val_datasets)
     run.lock()
     cfg, model, saved = run.start(data.encoding)
     run.check_data(saved, data)
@@ -189,7 +191,8 @@ def start(cfg, world, run, started):
         p.forget_validations()                          # of another text
     if cfg.eval_only:
         with trainer.evaluating():
-            validation = validate(model, data.sets, section(cfg, ValidationConfig), world)
+            validation = validate(model, data.sets, section(cfg, ValidationConfig), world,
+                                  val_sets=data.val_sets)
         world.print(f'step {p.step}: {validation}, over {validation.tokens:,} tokens')
         return 0
     world.on_main(budget.check_disk, cfg, model)
@@ -246,7 +249,7 @@ def measure_cost(data, trainer, p, forecast):
     forecast.cost = budget.measure(trainer, passes, batches, cfg.minutes)
     available = sum(len(part.val) for part in data.sets)
     with trainer.evaluating() as model:
-        evaluate = partial(validate, model, data.sets, world=world)
+        evaluate = partial(validate, model, data.sets, world=world, val_sets=data.val_sets)
         forecast.took['eval_interval'] = budget.time_validation(
             evaluate, section(cfg, ValidationConfig), available, world)
     world.print(budget.describe_cost(trainer, forecast.cost, batches.tokens_per_update))
@@ -258,7 +261,7 @@ def train(data, run, trainer, p, questions, forecast):
     metrics, stopwatch = PendingMetrics(world.device), Stopwatch()
     intervals = cfg.eval_interval, cfg.hellaswag_interval, cfg.sample_interval
     evaluate = partial(validate, trainer.model, data.sets, section(cfg, ValidationConfig), world,
-                       lambda: run.stop.requested)
+                       lambda: run.stop.requested, data.val_sets)
     while True:
         # once in a while: save first, so that nothing below can lose work
         finished = p.step >= cfg.max_iters

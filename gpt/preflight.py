@@ -69,7 +69,7 @@ class Preflight:
         return f'{reason}; used if the run is long enough'
 
     def data(self) -> str:
-        self.found['data'] = data = Data(self.cfg.dataset, self.cfg.data_dir)
+        self.found['data'] = data = Data(self.cfg.dataset, self.cfg.data_dir, self.cfg.val_datasets)
         return ', '.join(f'{part.name} {len(part.train):,} training and {len(part.val):,} '
                          f'validation tokens' for part in data.sets)
 
