@@ -91,7 +91,7 @@ def test_other_sets_and_the_training_split_are_validated_beside_it(config, two_s
         expected, _ = evaluate(model, Tokens(*place, 300, two_sets), size, World())
         assert both[-1][key] == pytest.approx(expected, rel=1e-6)
     assert f"train_loss {both[-1]['train_loss']:.4f} (other " in capsys.readouterr().out
-    for name, message in (('bytes', 'bytes holds tokens of bytes'),
+    for name, message in (('bytes', 'bytes holds tokens of bpe:257'),
                           ('tiny', 'tiny is trained on')):
         with pytest.raises(ValueError, match=f'val_datasets: {message}'):
             train.main(replace(cfg, val_datasets=name))
