@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gpt.budget import BatchConfig, BatchPlan, check_disk
 from gpt.curves import read_log
 from gpt.data.order import Data
-from gpt.device import pick_dtype
+from gpt.device import pick_dtype, without_memory
 from gpt.model_config import check_size
 from gpt.progress import Progress
 from gpt.settings import section
@@ -88,7 +86,7 @@ class Preflight:
         vocab_size = self.found['data'].encoding.n_vocab
         config = section(self.cfg, GPTConfig, vocab_size=vocab_size)
         check_size(config)
-        with torch.device('meta'):
+        with without_memory():
             model = GPT(config)
         return check_disk(self.cfg, model)
 
