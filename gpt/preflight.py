@@ -110,7 +110,7 @@ def doubtful(cfg: Any) -> list[str]:
     return [f'note: max_iters={end}, {text}' for applies, text in cases if end and applies]
 
 
-def how_it_ended(cfg: Any, p: Progress, saved: dict) -> str:
+def how_it_ended(cfg: Any, progress: Progress, saved: dict) -> str:
     """A line, if the run has ended before and nothing is left to do; else ''. One that was killed
     after its last save has the last validation to do."""
     wanted = {'val_loss', 'hellaswag'} if cfg.hellaswag_interval else {'val_loss'}
@@ -118,14 +118,14 @@ def how_it_ended(cfg: Any, p: Progress, saved: dict) -> str:
         last = read_log(Path(cfg.out_dir) / 'log.jsonl')[-1]
     except (OSError, ValueError):
         return ''
-    if (last['step'] != p.step or not wanted <= set(last)
+    if (last['step'] != progress.step or not wanted <= set(last)
             or saved['settings']['dataset'] != cfg.dataset):
         return ''
-    if p.step >= cfg.max_iters:
-        return (f'finished {p.step} updates before, nothing is left to do; '
-                f'--max_iters={2 * p.step} trains longer')
-    if p.out_of_patience(cfg.patience * cfg.eval_interval) and (
-            last['val_loss'] or math.inf) >= p.lowest_val_loss:
-        return (f'ended at step {p.step} before, no lower loss in {cfg.patience} validations; '
-                f'--patience=0 trains longer')
+    if progress.step >= cfg.max_iters:
+        return (f'finished {progress.step} updates before, nothing is left to do; '
+                f'--max_iters={2 * progress.step} trains longer')
+    if progress.out_of_patience(cfg.patience * cfg.eval_interval) and (
+            last['val_loss'] or math.inf) >= progress.lowest_val_loss:
+        return (f'ended at step {progress.step} before, no lower loss in {cfg.patience} '
+                f'validations; --patience=0 trains longer')
     return ''
