@@ -43,10 +43,11 @@ from data import prepare
 from gpt import cpu, scoring, tokenizer
 from gpt.data import sources
 from gpt.data.shards import read_manifest
+from gpt.device import measure_peak, pick_dtype
 from gpt.log import machine
 from gpt.optim import OptimizerConfig
 from gpt.trainer import Trainer, TrainerConfig
-from gpt.world import World, measure_peak, pick_dtype
+from gpt.world import World
 from model import GPT, SIZES, GPTConfig
 
 COLLECT = 'parts'       # takes the arguments without a flag

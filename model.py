@@ -65,7 +65,7 @@ class GPT(nn.Module):
         self.checkpoint_activations = False     # True: keep only the inputs of each block and
                                                 # recompute the rest in the backward pass
         self.half_residual = False      # True: x, to which blocks add, in the dtype of autocast
-        self.logits_per_slice = 2 ** 26         # the loss computes so many logits at a time
+        self.logits_per_slice = 2 ** 26         # the loss computes this many logits at a time
         self.init_weights()
 
     @torch.no_grad()

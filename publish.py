@@ -35,10 +35,11 @@ import torch
 from gpt import checkpoints, steps, tokenizer
 from gpt.curves import read_log, seconds_to
 from gpt.data.order import load_sets
+from gpt.device import pick_device, pick_dtype
 from gpt.files import given_text, read_text
 from gpt.log import duration
 from gpt.validation import ValidationConfig, validate
-from gpt.world import World, pick_device, pick_dtype
+from gpt.world import World
 from model import GPT
 
 SEED = 1337

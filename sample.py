@@ -46,9 +46,10 @@ import torch
 
 from gpt import checkpoints, steps, tokenizer
 from gpt.cpu import pack
+from gpt.device import pick_device, pick_dtype
 from gpt.files import decode, given_text
 from gpt.generate import slide, stream
-from gpt.world import World, pick_device, pick_dtype
+from gpt.world import World
 from model import GPT, GPTConfig
 
 SHORT = {'-p': 'prompt', '-m': 'max_new_tokens', '-i': 'interactive',

@@ -8,7 +8,6 @@ Train a GPT, on one process or many.
 The same command again resumes where the run stopped, whatever stopped it.
 """
 
-import math
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -98,16 +97,16 @@ import torch
 
 from gpt import budget, cpu, tokenizer
 from gpt.budget import BatchConfig, BatchPlan, Forecast
-from gpt.curves import read_log
 from gpt.data.order import Data, draw
+from gpt.device import is_out_of_memory, pick_dtype
 from gpt.log import Stopwatch
 from gpt.optim import OptimizerConfig, Schedule
-from gpt.preflight import Preflight
+from gpt.preflight import Preflight, doubtful, how_it_ended
 from gpt.progress import PendingMetrics, Progress
 from gpt.run import Run
 from gpt.trainer import Trainer, TrainerConfig
 from gpt.validation import ValidationConfig, validate
-from gpt.world import World, is_out_of_memory, pick_dtype
+from gpt.world import World
 
 OLDER = {'half_residual': False, 'logits_per_slice': 2 ** 26}   # of checkpoints without these
 BOUNDS = (                  # what is expected, whether a value fits, of which settings
@@ -164,25 +163,6 @@ def check(cfg):
                          f'its schedule')
 
 
-def doubtful(cfg):
-    """What the settings say that can be meant, but hardly is: lines."""
-    end, warmup, cooldown = cfg.max_iters, cfg.warmup_iters, cfg.cooldown_iters
-    stop = cfg.lr_decay_iters or end
-    cases = [
-        (cfg.decay_lr and warmup >= min(end, stop),
-         f'warmup_iters={warmup}: the learning rate does not reach its maximum'),
-        (cfg.decay_lr and cfg.schedule == 'wsd' and warmup < stop < warmup + cooldown,
-         f'warmup_iters={warmup}, cooldown_iters={cooldown}: the cooldown follows the warmup, in '
-         f'{stop - warmup} updates'),
-        (cfg.batch_warmup_iters >= end,
-         f'batch_warmup_iters={cfg.batch_warmup_iters}: the batch never is the full one'),
-        (cfg.patience * cfg.eval_interval > end,
-         f'patience={cfg.patience}, eval_interval={cfg.eval_interval}: the run ends before'),
-        (cfg.eval_interval > end and not cfg.save_minutes,
-         f'eval_interval={cfg.eval_interval}, save_minutes=0: no checkpoint before the end')]
-    return [f'note: max_iters={end}, {text}' for applies, text in cases if end and applies]
-
-
 def start(cfg, world, run, started):
     """All that comes before the first update, what fails fast first; then train(). Or validate, or
     report the cost, if only that was asked for. started: time.monotonic() of the command."""
@@ -193,11 +173,11 @@ def start(cfg, world, run, started):
     if world.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')      # TF32, where float32 is multiplied
     data = Data(cfg.dataset, cfg.data_dir)
-    data.set_order(cfg.block_size, cfg.seed, cfg.doc_start, world.device.type == 'cuda')
-    questions = load_questions(cfg, world, data.encoding)
     run.lock()
     cfg, model, saved = run.start(data.encoding)
     run.check_data(saved, data)
+    data.set_order(cfg.block_size, cfg.seed, cfg.doc_start, world.device.type == 'cuda')
+    questions = load_questions(cfg, world, data.encoding)
     p = Progress.restore(saved)
     if saved and not cfg.eval_only and (ended := world.on_main(how_it_ended, cfg, p, saved)):
         world.print(ended)
@@ -236,27 +216,6 @@ def start(cfg, world, run, started):
         return 0
     run.begin(cfg, p, data, is_new=not saved)
     return train(data, run, trainer, p, questions, forecast)
-
-
-def how_it_ended(cfg, p, saved):
-    """A line, if the run has ended before and nothing is left to do; else ''. One that was killed
-    after its last save has the last validation to do."""
-    wanted = {'val_loss', 'hellaswag'} if cfg.hellaswag_interval else {'val_loss'}
-    try:
-        last = read_log(Path(cfg.out_dir) / 'log.jsonl')[-1]
-    except (OSError, ValueError):
-        return ''
-    if (last['step'] != p.step or not wanted <= set(last)
-            or saved['settings']['dataset'] != cfg.dataset):
-        return ''
-    if p.step >= cfg.max_iters:
-        return (f'finished {p.step} updates before, nothing is left to do; '
-                f'--max_iters={2 * p.step} trains longer')
-    if p.out_of_patience(cfg.patience * cfg.eval_interval) and (
-            last['val_loss'] or math.inf) >= p.lowest_val_loss:
-        return (f'ended at step {p.step} before, no lower loss in {cfg.patience} validations; '
-                f'--patience=0 trains longer')
-    return ''
 
 
 def batch_plan(cfg, world, one_shape=True):

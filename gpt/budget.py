@@ -17,11 +17,12 @@ import torch
 
 from gpt import steps
 from gpt.data.order import Batch
+from gpt.device import peak_memory
 from gpt.log import duration
 from gpt.settings import section
 from gpt.trainer import Trainer
 from gpt.validation import Validation, ValidationConfig
-from gpt.world import World, peak_memory
+from gpt.world import World
 
 MEASURED_UPDATES = 20
 MEASURED_SECONDS = 60       # at most; of --minutes a tenth
@@ -323,7 +324,7 @@ class Forecast:
         return {} if near or updates == planned else self.stretched(step, updates)
 
     def stretched(self, step: int, updates: int) -> dict[str, int]:
-        """The settings of the schedule if so many updates follow `step`: what lies ahead of it is
+        """The settings of the schedule if `updates` follow `step`: what lies ahead of it is
         longer or shorter, what was reached stays."""
         cfg, factor = self.cfg, updates / (self.cfg.max_iters - step)
         ahead = {key: getattr(cfg, key) - step for key in FITTED if key.endswith('_iters')}

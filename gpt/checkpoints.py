@@ -12,7 +12,6 @@ Folders of others, which model_config.py and weights.py judge, open too if they 
 """
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -22,25 +21,33 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from gpt import hub, steps, tokenizer
 from gpt.cpu import pack
+from gpt.device import pick_dtype
 from gpt.files import sha256
 from gpt.hub import WEIGHTS
 from gpt.model_config import config_json, read_config
 from gpt.shapes import bounded
 from gpt.steps import MANIFEST, ONLY_FOR_RESUME, TRAINING
-from gpt.weights import (NANOGPT, file_in, fill, fit, load_pickle, open_weights, to_hugging_face,
-                         weight_files)
-from gpt.world import World, pick_dtype
+from gpt.weights import (
+    NANOGPT,
+    HashedFile,
+    file_in,
+    fill,
+    fit,
+    load_pickle,
+    open_weights,
+    to_hugging_face,
+    weight_files,
+    write_safetensors,
+)
+from gpt.world import World
 from model import GPT, SIZES
-
-SAFETENSORS_DTYPES = {torch.float64: 'F64', torch.float32: 'F32', torch.bfloat16: 'BF16',
-                      torch.float16: 'F16'}
 
 
 class Loaded(NamedTuple):
@@ -282,22 +289,6 @@ def write(partial: Path, model: GPT, encoding: tokenizer.Encoding, training: dic
     write_manifest(partial, {**hashes, TRAINING: file.digest.hexdigest()})
 
 
-class HashedFile(io.FileIO):
-    """A new file that is hashed while it is written."""
-
-    def __init__(self, path: Path):
-        super().__init__(path, 'wb')
-        self.digest = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> int:
-        rest = memoryview(data).cast('B')
-        size = len(rest)
-        self.digest.update(rest)
-        while rest:                                     # a large write may end early
-            rest = rest[super().write(rest):]
-        return size
-
-
 def write_model(partial: Path, model: GPT, encoding: tokenizer.Encoding) -> dict[str, str]:
     """The files of a model; returns {name: sha256} of the large one."""
     partial.mkdir(parents=True)
@@ -311,22 +302,6 @@ def write_model(partial: Path, model: GPT, encoding: tokenizer.Encoding) -> dict
     with HashedFile(partial / WEIGHTS) as file:
         write_safetensors(file, to_hugging_face(model))
     return {WEIGHTS: file.digest.hexdigest()}
-
-
-def write_safetensors(file: IO[bytes], tensors: dict[str, torch.Tensor]) -> None:
-    """The bytes of safetensors' save_file, which cannot be hashed while they are written: the
-    length of the header, the header as JSON, the tensors."""
-    header, offset = {'__metadata__': {'format': 'pt'}}, 0
-    for name, tensor in sorted(tensors.items()):
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {'dtype': SAFETENSORS_DTYPES[tensor.dtype], 'shape': list(tensor.shape),
-                        'data_offsets': [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(',', ':')).encode()
-    text += b' ' * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, 'little') + text)
-    for _, tensor in sorted(tensors.items()):
-        file.write(tensor.cpu().view(torch.uint8).numpy().data)
 
 
 def write_manifest(partial: Path, hashes: dict[str, str]) -> None:

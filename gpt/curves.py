@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import mean, median, stdev, variance
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from gpt.config_file import assignments
 from gpt.files import ROOT, read_text
-from gpt.settings import assignments, header_defaults, typed
+from gpt.settings import header_defaults, typed
 from gpt.shapes import AnyText, Count, Measured, NotJson, parse_json
 
 MAX_POINTS = 400            # of a curve in a picture: more cannot be seen

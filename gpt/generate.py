@@ -218,7 +218,7 @@ class FixedStep:
 
 
 def captures(model, tokens: int) -> bool:
-    """Whether a FixedStep pays for so many tokens."""
+    """Whether a FixedStep pays off for this number of tokens."""
     return model.wte.weight.device.type == 'cuda' and tokens >= MIN_TOKENS_TO_CAPTURE
 
 

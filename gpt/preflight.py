@@ -1,19 +1,24 @@
 """
---plan: is everything in place that a run needs?
+Before a run: --plan, whether all it needs is in place; settings that are hardly meant; whether it
+has ended before.
 """
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpt.budget import BatchConfig, BatchPlan, check_disk
+from gpt.curves import read_log
 from gpt.data.order import Data
+from gpt.device import pick_dtype
 from gpt.model_config import check_size
+from gpt.progress import Progress
 from gpt.settings import section
 from gpt.trainer import should_compile
-from gpt.world import World, pick_dtype
+from gpt.world import World
 from model import GPT, GPTConfig
 
 
@@ -86,3 +91,43 @@ class Preflight:
         with torch.device('meta'):
             model = GPT(config)
         return check_disk(self.cfg, model)
+
+
+def doubtful(cfg: Any) -> list[str]:
+    """What the settings say that can be meant, but hardly is: lines."""
+    end, warmup, cooldown = cfg.max_iters, cfg.warmup_iters, cfg.cooldown_iters
+    stop = cfg.lr_decay_iters or end
+    cases = [
+        (cfg.decay_lr and warmup >= min(end, stop),
+         f'warmup_iters={warmup}: the learning rate does not reach its maximum'),
+        (cfg.decay_lr and cfg.schedule == 'wsd' and warmup < stop < warmup + cooldown,
+         f'warmup_iters={warmup}, cooldown_iters={cooldown}: the cooldown follows the warmup, in '
+         f'{stop - warmup} updates'),
+        (cfg.batch_warmup_iters >= end,
+         f'batch_warmup_iters={cfg.batch_warmup_iters}: the batch never is the full one'),
+        (cfg.patience * cfg.eval_interval > end,
+         f'patience={cfg.patience}, eval_interval={cfg.eval_interval}: the run ends before'),
+        (cfg.eval_interval > end and not cfg.save_minutes,
+         f'eval_interval={cfg.eval_interval}, save_minutes=0: no checkpoint before the end')]
+    return [f'note: max_iters={end}, {text}' for applies, text in cases if end and applies]
+
+
+def how_it_ended(cfg: Any, p: Progress, saved: dict) -> str:
+    """A line, if the run has ended before and nothing is left to do; else ''. One that was killed
+    after its last save has the last validation to do."""
+    wanted = {'val_loss', 'hellaswag'} if cfg.hellaswag_interval else {'val_loss'}
+    try:
+        last = read_log(Path(cfg.out_dir) / 'log.jsonl')[-1]
+    except (OSError, ValueError):
+        return ''
+    if (last['step'] != p.step or not wanted <= set(last)
+            or saved['settings']['dataset'] != cfg.dataset):
+        return ''
+    if p.step >= cfg.max_iters:
+        return (f'finished {p.step} updates before, nothing is left to do; '
+                f'--max_iters={2 * p.step} trains longer')
+    if p.out_of_patience(cfg.patience * cfg.eval_interval) and (
+            last['val_loss'] or math.inf) >= p.lowest_val_loss:
+        return (f'ended at step {p.step} before, no lower loss in {cfg.patience} validations; '
+                f'--patience=0 trains longer')
+    return ''

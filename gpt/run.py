@@ -17,11 +17,12 @@ import torch
 
 from gpt import checkpoints, files, steps, tokenizer
 from gpt.budget import Forecast, fitted, newest_kept
+from gpt.config_file import as_config_file
 from gpt.data.order import Data
 from gpt.log import Log, Speed
 from gpt.model_config import check_size
 from gpt.progress import MAX_ROLLBACKS, Event, Metrics, Progress
-from gpt.settings import as_config_file, section
+from gpt.settings import section
 from gpt.trainer import Trainer
 from gpt.validation import Validation
 from gpt.world import World
@@ -44,7 +45,7 @@ class Run:
         """cfg: the settings of train.py, which a run keeps and compares with those it began with.
         """
         self.cfg, self.world = cfg, world
-        self.read_only = cfg.eval_only or cfg.plan
+        self.read_only, self.block_size_asked = cfg.eval_only or cfg.plan, cfg.block_size
         self.lock_file = self.log = self.stop = None
         self.writer, self.writing = ThreadPoolExecutor(1), None     # of rank 0: one save at a time
         self.saved_at, self.saved_time, self.save_error = -1, time.monotonic(), None
@@ -141,7 +142,10 @@ class Run:
                 raise ValueError(f'{cfg.out_dir} holds a run with init_from={before["init_from"]}, '
                                  f'given {cfg.init_from}; give another --out_dir to start from '
                                  f'that')
-            cfg = replace(cfg, **given_by(model, cfg))
+            own = given_by(model, cfg)
+            if cfg.block_size != saved.get('block_size_asked'):     # else the model's was smaller
+                own['block_size'] = cfg.block_size
+            cfg = replace(cfg, **own)
         check_shape(model.config, section(cfg, GPTConfig, vocab_size=encoding.n_vocab), folder)
         before = {field.name: field.default for field in fields(cfg)} | before      # of old runs
         changed = [f'{key} {before[key]!r} -> {value!r}'
@@ -155,13 +159,13 @@ class Run:
         source, model = steps.look_again(
             self.world, lambda: self.world.on_main(checkpoints.find, cfg.init_from),
             lambda folder: (folder, self.load_checked(folder, encoding)))
-        longest = model.config.block_size
-        model.crop_block(cfg.block_size)
+        given, longest = given_by(model, cfg), model.config.block_size
         note = f' (up to --block_size={longest} is possible)' if cfg.block_size < longest else ''
-        own = ', '.join(f'{key}={value!r}' for key, value in given_by(model, cfg).items())
+        own = ', '.join(f'{key}={value!r}' for key, value in given.items() if key != 'block_size')
         self.announce(f'new run in {cfg.out_dir}, from the weights in {source}, which set {own}; '
-                      f'block_size {cfg.block_size}{note}')
-        return Start(replace(cfg, **given_by(model, cfg)), model, {})
+                      f'block_size {given["block_size"]}{note}')
+        model.crop_block(given['block_size'])
+        return Start(replace(cfg, **given), model, {})
 
     def load_checked(self, folder: Path, encoding: tokenizer.Encoding) -> GPT:
         """The model in `folder`, whose tokenizer must be that of the data set."""
@@ -246,7 +250,7 @@ class Run:
         model, state = trainer.copied()
         if self.world.is_main:
             training = {**p.state_dict(), **state, 'settings': asdict(self.cfg),
-                        'shards': self.data.shards}
+                        'shards': self.data.shards, 'block_size_asked': self.block_size_asked}
             self.writing = self.writer.submit(checkpoints.save, self.cfg.out_dir, p.step, model,
                                               self.data.encoding, training)
         self.saved_at, self.saved_time = p.step, time.monotonic()
@@ -403,9 +407,11 @@ def is_fine_tune(cfg: Any) -> bool:
 
 
 def given_by(model: GPT, cfg: Any) -> dict[str, Any]:
-    """The settings that a run takes from the model it starts from."""
-    return {key: value for key, value in asdict(model.config).items()
-            if hasattr(cfg, key) and key not in ('block_size', 'dropout')}
+    """The settings that a run takes from the model it starts from: the model's block_size is the
+    largest that is possible."""
+    return {key: min(value, cfg.block_size) if key == 'block_size' else value
+            for key, value in asdict(model.config).items()
+            if hasattr(cfg, key) and key != 'dropout'}
 
 
 def check_shape(config: GPTConfig, given: GPTConfig, folder: Path) -> None:

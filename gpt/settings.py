@@ -17,8 +17,6 @@ assignments (literals, arithmetic, settings assigned before): it is evaluated, n
 
 import ast
 import difflib
-import math
-import operator
 import os
 import signal
 import sys
@@ -29,18 +27,10 @@ from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt.files import read_text
+from gpt.config_file import LARGEST, TYPES, assignments, evaluate, parsed, shortened
 from gpt.shapes import bounded, is_text
 
 ROOT = Path(__file__).resolve().parent.parent
-TYPES = (bool, int, float, str, tuple)
-OPERATORS = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
-    ast.USub: operator.neg, ast.UAdd: operator.pos,
-}
-LARGEST = 2 ** 63 - 1       # a whole number beyond it fits no counter
-LONGEST_POWER = 64
 SWITCHES = ('compile', 'detok', 'half_residual')    # 'auto', True or False; other 'auto's: a text
 PATHS = frozenset('compare contamination data data_dir dataset dump file hellaswag_data init_from '
                   'input model out out_dir runs to tokenizer'.split())      # ~ is the home folder
@@ -151,10 +141,6 @@ def typed(value: Any, default: Any, where: str) -> Any:
                      f'(the default is {default!r})')
 
 
-def shortened(text: str) -> str:
-    return text if len(text) <= 100 else f'{text[:100]}…'
-
-
 def read_config_file(path: str, values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """The settings that the config file at `path` assigns; it may use those in `values`."""
     assigned = {}
@@ -163,58 +149,6 @@ def read_config_file(path: str, values: dict[str, Any], defaults: dict[str, Any]
             default = defaults[known(name, defaults, where)]
             assigned[name] = typed(value, default, f'{where}: {name}')
     return assigned
-
-
-def assignments(path: str | Path, values: dict[str, Any] | None = None) -> list[tuple]:
-    """[(name, value, 'path:line')] of a config file, in order; it may use the names in `values`.
-
-    Raises ValueError for anything but assignments of literals, arithmetic and earlier names.
-    """
-    try:
-        text = read_text(path)
-    except ValueError as error:
-        raise ValueError(f'{error}; settings are given as --key=value or in a config file'
-                         ) from None
-    try:
-        tree = parsed(text, 'exec')
-    except ValueError as error:
-        raise ValueError(f'{path}: not a config file: {error}') from None
-    values, found = dict(values or {}), []
-    for statement in tree.body:
-        where = f'{path}:{statement.lineno}'
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue                                                # a docstring
-        if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1
-                and isinstance(statement.targets[0], ast.Name)):
-            raise ValueError(f'{where}: given `{source_of(statement)}`; expected assignments '
-                             f'such as batch_size = 8 and nothing else')
-        name = statement.targets[0].id
-        try:
-            values[name] = evaluate(statement.value, values)
-        except ValueError as error:
-            raise ValueError(f'{where}: {name}: {error}') from None
-        found.append((name, values[name], where))
-    return found
-
-
-def parsed(text: str, mode: str) -> ast.AST:
-    """The syntax tree of a config file or a value; ValueError if it has none."""
-    try:
-        return ast.parse(text, mode=mode)
-    except (RecursionError, MemoryError):
-        raise ValueError('nested too deeply') from None
-    except SyntaxError as error:
-        raise ValueError(f'line {error.lineno}: {error.msg}') from None
-    except ValueError as error:                     # of a NUL, or of too many digits
-        raise ValueError(f'{error}') from None
-
-
-def source_of(node: ast.AST) -> str:
-    """The source of a node, for a message."""
-    try:
-        return shortened(ast.unparse(node).partition('\n')[0])
-    except RecursionError:
-        return '…'
 
 
 def header_defaults(script: str | Path) -> dict[str, Any]:
@@ -244,57 +178,6 @@ def check_bounds(cfg: Any, bounds: Sequence[tuple[str, Callable[[Any], bool], st
         for name in names.split():
             if not fits(getattr(cfg, name)):
                 raise ValueError(f'{name}: given {getattr(cfg, name)!r}, expected {expected}')
-
-
-def evaluate(node: ast.AST, names: dict[str, Any]) -> Any:
-    """The value of a literal, of arithmetic, or of a name in `names`; else ValueError."""
-    try:
-        value = evaluated(node, names)
-    except RecursionError:
-        raise ValueError('nested too deeply') from None
-    except ArithmeticError as error:                # a division by zero, or beyond float
-        raise ValueError(f'given `{source_of(node)}`: {error}') from None
-    return value
-
-
-def evaluated(node: ast.AST, names: dict[str, Any]) -> Any:
-    match node:
-        case ast.Constant(value=value) if type(value) in TYPES:
-            if type(value) is str and not is_text(value):
-                raise ValueError(f'given {shortened(repr(value))}, expected a text')
-            return checked_number(value, node)
-        case ast.Name(id=name) if name in names:
-            return names[name]
-        case ast.Tuple(elts=parts) | ast.List(elts=parts):
-            return tuple(evaluated(part, names) for part in parts)
-        case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
-            operands = [evaluated(operand, names)]
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            operands = [evaluated(left, names), evaluated(right, names)]
-        case _:
-            raise ValueError(f'given `{source_of(node)}`, '
-                             f'expected a literal, arithmetic, or an earlier setting')
-    if not all(type(value) in (int, float) for value in operands):
-        raise ValueError(f'given `{source_of(node)}`, expected arithmetic of numbers')
-    if type(op) is ast.Pow and abs(operands[1]) > LONGEST_POWER:
-        raise ValueError(f'{shortened(repr(operands[1]))} is too large an exponent')
-    return checked_number(OPERATORS[type(op)](*operands), node)
-
-
-def checked_number(value: Any, node: ast.AST) -> Any:
-    """`value`; ValueError for a number that is too large, not finite, or complex."""
-    is_fine = (math.isfinite(value) if type(value) is float else
-               abs(value) <= LARGEST if type(value) is int else type(value) in TYPES)
-    if not is_fine:
-        raise ValueError(f'given `{source_of(node)}`, expected a number below 2**63')
-    return value
-
-
-def as_config_file(cfg: Any, header: str) -> str:
-    """The text of a config file that gives exactly `cfg`, below a comment."""
-    lines = (f'{field.name} = {getattr(cfg, field.name)!r}' for field in fields(cfg))
-    header = ''.join(char if char.isprintable() else repr(char)[1:-1] for char in header)
-    return '\n'.join([f'# {header}', *lines, ''])
 
 
 def run(main: Callable, Config: type, short: dict[str, str] | None = None,

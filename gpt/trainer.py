@@ -14,9 +14,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
+from gpt.device import is_out_of_memory, measure_peak
 from gpt.optim import Optimizer, OptimizerConfig
 from gpt.sharding import full_model_copy, is_sharded, shard, shard_like
-from gpt.world import World, is_out_of_memory, measure_peak
+from gpt.world import World
 
 MIN_SECONDS_TO_COMPILE = {'half': 200, 'float32': 600}  # of training on a CPU without: compiling
                             # takes about 25 s, and saves an eighth of the time, in float32 4 %

@@ -9,6 +9,8 @@ Every tensor in them is used, known to be harmless, or refused by name. Files ar
 their folder.
 """
 
+import hashlib
+import io
 import json
 import math
 import os
@@ -17,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import IO, Any, NamedTuple, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -204,6 +206,39 @@ def to_hugging_face(model: GPT) -> dict[str, torch.Tensor]:
             out_features = p.size(1) if p.dim() == 2 else p.size(0)
             tensors[f'transformer.{name}'.replace('.weight', '.bias')] = p.new_zeros(out_features)
     return tensors
+
+
+class HashedFile(io.FileIO):
+    """A new file that is hashed while it is written."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, 'wb')
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        rest = memoryview(data).cast('B')
+        size = len(rest)
+        self.digest.update(rest)
+        while rest:                                     # a large write may end early
+            rest = rest[super().write(rest):]
+        return size
+
+
+def write_safetensors(file: IO[bytes], tensors: dict[str, torch.Tensor]) -> None:
+    """What the safetensors library writes, but in pieces that can be hashed on the way: the
+    length of the header, the header as JSON, the tensors."""
+    header, offset = {'__metadata__': {'format': 'pt'}}, 0
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for name, tensor in sorted(tensors.items()):
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {'dtype': names[tensor.dtype], 'shape': list(tensor.shape),
+                        'data_offsets': [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, 'little') + text)
+    for _, tensor in sorted(tensors.items()):
+        file.write(tensor.cpu().view(torch.uint8).numpy().data)
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

@@ -132,7 +132,7 @@ def test_smoothing_is_the_mean_around_each_point():
 def made(tmp_path):
     """A function that makes a run: validations at 0, 1,000 and 2,000 tokens, an update a second of
     `ms`, 100 tokens each. Its settings are Config's of train.py."""
-    from gpt.settings import as_config_file
+    from gpt.config_file import as_config_file
     from train import Config
 
     def make(name, *losses, ms=1000, tokens=100, **settings):

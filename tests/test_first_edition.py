@@ -54,7 +54,7 @@ def test_the_result_compares_with_a_new_one(folder):
     script(ROOT / 'eval_lm.py', '--model=run', '--file=tiny.jsonl', '--out=new.json',
            '--device=cpu', cwd=folder)
     before, after = (json.loads((folder / name).read_text()) for name in ('file.json', 'new.json'))
-    assert set(before) == set(after) and set(before['measures']) == set(after['measures'])
+    assert set(before) <= set(after) and set(before['measures']) == set(after['measures'])
     for name, measure in before['measures'].items():
         assert measure['value'] == pytest.approx(after['measures'][name]['value'], rel=1e-4)
     done = script(ROOT / 'eval_lm.py', '--compare=file.json,new.json', cwd=folder)

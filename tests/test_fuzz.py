@@ -364,7 +364,7 @@ def test_results(tmp_path, monkeypatch):
              'data': {'sha256': '0', 'path': 'x', 'official': True},
              'model': {'name': 'gpt2', 'folder': 'x', 'sha256': 'abc', 'dtype': 'float32'}}
     good = {**facts, 'measures': {
-        'accuracy': results.accuracy([True, False] * 8, 'x', [(31.0, 'y')]),
+        'accuracy': {**results.accuracy([True, False] * 8, 'x'), 'published': [(31.0, 'y')]},
         'perplexity': results.per_unit([2.0, 3.0, 4.5], [1, 2, 1], 'word')}}
     results.write(tmp_path / 'a.json', good)
     path = tmp_path / 'results/gpt2/lambada-paper.json'

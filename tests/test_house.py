@@ -12,18 +12,20 @@ from conftest import ROOT
 FLOORS = [                  # each module imports only from those before it
     'model',
     # what imports no torch, and so serves the preparation of text
-    'gpt.shapes', 'gpt.files', 'gpt.settings', 'gpt.hub', 'gpt.hf_tokenizer', 'gpt.tokenizer',
+    'gpt.shapes', 'gpt.files', 'gpt.config_file', 'gpt.settings', 'gpt.hub', 'gpt.hf_tokenizer',
+    'gpt.tokenizer', 'gpt.curves',
     'gpt.data.documents', 'gpt.data.overlap', 'gpt.data.sources', 'gpt.data.encode',
     'gpt.data.shards',
     'gpt.data.benchmarks', 'gpt.data.order',
     # one device, several processes, a model on them
-    'gpt.cpu', 'gpt.world', 'gpt.sharding', 'gpt.generate', 'gpt.weights', 'gpt.steps',
+    'gpt.cpu', 'gpt.device', 'gpt.world', 'gpt.sharding', 'gpt.generate', 'gpt.weights',
+    'gpt.steps',
     'gpt.model_config', 'gpt.checkpoints', 'gpt.scoring',
     # training
     'gpt.optim', 'gpt.trainer', 'gpt.validation', 'gpt.progress', 'gpt.log', 'gpt.budget',
     'gpt.run', 'gpt.preflight',
     # results
-    'gpt.results', 'gpt.curves', 'gpt.report']
+    'gpt.results', 'gpt.report']
 SCRIPTS = ['train', 'sample', 'plot', 'publish', 'hellaswag', 'eval_cbt', 'eval_lm', 'bench',
            'data.prepare', 'data.explore']
 FROM_SCRIPTS = {'train': {'hellaswag'}, 'bench': {'data.prepare'}}      # which it times

@@ -206,7 +206,7 @@ def test_a_checkpoint_is_written_behind_the_training(config, tmp_path, monkeypat
 
 
 def test_a_slow_save_under_torchrun_is_said_once(capsys):
-    run = Run(SimpleNamespace(eval_only=False, plan=False), SimpleNamespace(
+    run = Run(SimpleNamespace(eval_only=False, plan=False, block_size=1), SimpleNamespace(
         under_torchrun=True, print=print, output=None))
     for seconds in (24, 40, 50):
         run.warn_of_slow_saves(seconds)

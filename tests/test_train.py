@@ -17,6 +17,7 @@ from gpt import checkpoints, steps, tokenizer
 from gpt.data import order
 from gpt.data.order import TokenBatches
 from gpt.data.shards import Tokens, read_manifest
+from gpt.preflight import doubtful
 from gpt.progress import Progress
 from gpt.settings import configure
 from gpt.validation import ValidationConfig, evaluate
@@ -164,8 +165,8 @@ def test_a_run_that_has_ended_does_nothing_more(config, tmp_path, monkeypatch, c
     ({'patience': 4}, 'patience=4, eval_interval=4: the run ends before'),
     ({'eval_interval': 13}, 'save_minutes=0: no checkpoint before the end')])
 def test_settings_that_contradict_each_other_are_named(config, changes, note):
-    assert not train.doubtful(config())
-    line, = train.doubtful(config(**changes))
+    assert not doubtful(config())
+    line, = doubtful(config(**changes))
     assert line.startswith('note: max_iters=12, ') and line.endswith(note)
 
 
@@ -173,7 +174,7 @@ def test_settings_that_contradict_each_other_are_named(config, changes, note):
 def test_no_config_contradicts_itself(path):
     files = [path] if path.name == 'train_gpt2.py' or 'gpt2_' not in path.name else [
         ROOT / 'config/train_gpt2.py', path]
-    assert not train.doubtful(configure(train.Config, map(str, files)))
+    assert not doubtful(configure(train.Config, map(str, files)))
 
 
 def test_a_run_that_is_stopped_logs_its_last_update(config, tmp_path, monkeypatch):
@@ -388,6 +389,19 @@ def test_fine_tuning_starts_from_the_weights_and_resumes_itself(config, tmp_path
                           ({'block_size': 16}, 'has block_size=8, given block_size=16')):
         with pytest.raises(ValueError, match=text):
             train.main(replace(tune, max_iters=8, **change))
+
+
+def test_fine_tuning_takes_the_block_of_a_model_that_has_a_smaller_one(config, tmp_path, capsys):
+    """The same command then resumes, as always."""
+    train.main(config(dropout=0.0))
+    tune = config(init_from=str(tmp_path / 'run'), out_dir=str(tmp_path / 'tuned'), block_size=64,
+                  total_batch_size=0, max_iters=4)
+    train.main(tune)
+    assert '; block_size 16\n' in capsys.readouterr().out
+    assert 'block_size = 16\n' in (tmp_path / 'tuned/config.py').read_text()
+    train.main(replace(tune, max_iters=6))
+    assert 'resuming from' in capsys.readouterr().out
+    assert len(losses(tmp_path / 'tuned')) == 6
 
 
 # When it goes wrong.

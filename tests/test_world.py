@@ -1,10 +1,9 @@
-"""One process alone as a World, and what its device can do."""
+"""One process alone as a World."""
 
 import pytest
 import torch
 
-from gpt import cpu, world
-from gpt.world import World, datasheet_peak, is_out_of_memory, pick_device, pick_dtype
+from gpt.world import World
 
 
 def test_one_process_needs_no_process_group(capsys):
@@ -31,55 +30,3 @@ def test_autocast_is_off_in_float32():
     for dtype in (torch.float32, torch.bfloat16):
         with World(dtype=dtype).autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
-
-
-@pytest.mark.parametrize('name, message', [
-    ('tpu', "device: given 'tpu', expected 'auto', 'cpu'"), ('cuda:99', 'device: given .*cuda:99'),
-    ('mps', "device: given 'mps'")])
-def test_a_device_that_does_not_exist_is_refused(name, message):
-    if name == 'mps' and torch.backends.mps.is_available():
-        pytest.skip('this machine has it')
-    with pytest.raises(ValueError, match=message):
-        pick_device(name)
-
-
-@pytest.mark.parametrize('has, half, chosen', [
-    (True, 4e12, torch.bfloat16), (True, 0.5e12, torch.float32), (False, 4e12, torch.float32)])
-def test_a_cpu_trains_in_the_dtype_that_is_faster(monkeypatch, has, half, chosen):
-    """On some CPUs the bfloat16 instructions are slower than those of float32."""
-    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': has})
-    monkeypatch.setattr(cpu, 'matmul_rate',
-                        lambda dtype: half if dtype == torch.bfloat16 else 1e12)
-    assert pick_dtype('auto', torch.device('cpu'), for_training=True)[0] == chosen
-    native = torch.bfloat16 if has else torch.float32
-    assert pick_dtype('auto', torch.device('cpu'))[0] == native
-
-
-def test_other_dtypes_than_the_three_are_refused():
-    with pytest.raises(ValueError, match="given 'int8', expected 'auto', 'float32', 'bfloat16'"):
-        pick_dtype('int8', torch.device('cpu'))
-    assert pick_dtype('float16', torch.device('cpu')) == (torch.float16, 'as requested')
-
-
-def test_a_gpu_has_the_peak_of_its_datasheet_or_none():
-    names = {'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA H100 PCIe': 756e12, 'NVIDIA L4': 121e12,
-             'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA GeForce RTX 4090': 165e12,
-             'NVIDIA GeForce RTX 4090 Laptop GPU': None, 'NVIDIA RTX A1000': None,
-             'NVIDIA L40': None, 'NVIDIA GeForce RTX 4090 D': None, 'NVIDIA A800-SXM4-80GB': 312e12,
-             'NVIDIA GeForce RTX 3090 Ti': None, 'NVIDIA H100 80GB HBM3 MIG 1g.10gb': None}
-    assert {name: datasheet_peak(name) for name in names} == names
-
-
-def test_a_driver_without_a_torch_that_uses_it_is_named(monkeypatch, capsys):
-    if pick_device('auto').type != 'cpu':
-        pytest.skip('this machine has a GPU')
-    monkeypatch.setattr(world.shutil, 'which', lambda name: f'/usr/bin/{name}')
-    assert pick_device('auto').type == 'cpu'
-    assert 'this machine has an NVIDIA driver, but this torch' in capsys.readouterr().err
-
-
-def test_what_is_out_of_memory():
-    assert is_out_of_memory(torch.OutOfMemoryError('CUDA out of memory.'))
-    assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 GB"))
-    assert not is_out_of_memory(RuntimeError('no'))
