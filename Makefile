@@ -45,7 +45,7 @@ quickstart: install
 	$(RUN) sample.py --model=out/quickstart -p 'The import statement' -m 120
 	$(RUN) plot.py out/quickstart
 	@echo
-	@echo 'The GPT that ships with the repository, trained on 84 novels:'
+	@echo 'The GPT that ships with the repository, trained on 171 novels:'
 	$(RUN) sample.py --model=checkpoint -p 'It was a dark night' -m 100
 	@echo
 	@echo 'The loss curve is in out/quickstart/loss.png. What next?  (source $(VENV)/bin/activate first)'

@@ -175,11 +175,11 @@ def start(cfg, world, run, started):
     if world.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')      # TF32, where float32 is multiplied
     data = Data(cfg.dataset, cfg.data_dir, cfg.val_datasets)
+    questions = load_questions(cfg, world, data.encoding)
     run.lock()
     cfg, model, saved = run.start(data.encoding)
     run.check_data(saved, data)
     data.set_order(cfg.block_size, cfg.seed, cfg.doc_start, world.device.type == 'cuda')
-    questions = load_questions(cfg, world, data.encoding)
     progress = Progress.restore(saved)
     if saved and not cfg.eval_only and (ended := world.on_main(how_it_ended, cfg, progress, saved)):
         world.print(ended)

@@ -21,7 +21,7 @@ COMMANDS = [line.partition('  #')[0].strip()
             for block in BLOCKS for line in block.splitlines() if line.strip()]
 HEADERS = [line[2:].partition('   #')[0] for path in sorted(ROOT.glob('config/*.py'))
            for line in path.read_text().splitlines() if re.match(r'# (python|torchrun) ', line)]
-NEEDS_A_HUB = ('--dataset=shakespeare', 'gpt2', 'shakespeare_char', 'finetune', 'fineweb',
+NEEDS_A_HUB = ('--dataset=shakespeare', 'gpt2', 'shakespeare_char', 'out/finetune', 'fineweb',
                'openwebtext', 'hub:', '--contamination', '--compare', '--minutes',
                'plot.py out/notes')                             # or GPUs, results, half an hour
 

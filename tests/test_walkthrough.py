@@ -39,7 +39,7 @@ def test_a_name_exists(path, name):
 @pytest.mark.parametrize('text', [ENGLISH, CHINESE], ids=['english', 'chinese'])
 def test_every_section_names_code_and_has_a_block_that_runs(text):
     sections = re.split(r'^## (?=\d+\. )', text, flags=re.MULTILINE)[1:]
-    assert len(sections) == 16
+    assert len(sections) == 17
     for section in sections:
         assert REFERENCE.search(section) and re.search('```(python|bash)\n', section), section[:40]
 
