@@ -5,7 +5,7 @@
 # The GPT in checkpoint/ (7.5M parameters), trained on 171 novels; checkpoint/README.md says which.
 # One NVIDIA H100 80GB, torch 2.11.0+cu130: 187.2M tokens, 5.6 epochs, in 145 s of updates, 55 of
 # them spent on compiling again when the batch grew. 1.387 bits per byte of six other novels
-# (`xz -9e` on the same text: 2.367). On 2 CPU cores it would take a day: give --minutes=60.
+# (`xz -9e` on the same text: 2.367). On 2 CPU cores it would take many hours: give --minutes=60.
 out_dir = 'out/checkpoint'
 dataset = 'novels'
 n_layer = 8
