@@ -3,12 +3,14 @@ How fast this machine trains, generates, scores and prepares, beside the limit o
 
     python bench.py                                     # a few minutes, also `make bench`
     python bench.py train --model=gpt2-medium --compile=False
+    python bench.py train generate --peers=../nanoGPT   # and its model.py and transformers
 
 The limit is operations over the rate of a large matrix product, or bytes over the memory bandwidth,
 both measured just before and after each line: speed drifts on shared machines.
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -31,6 +33,8 @@ batch_size = 0          # sequences of the training line; 0: 2 on a CPU, 16 else
 block_size = 0          # tokens in each; 0: 512 on a CPU, 1024 elsewhere
 optimizer = 'adamw'     # or 'muon'
 seconds = 20.0          # at least, for each line, after compiling; medians are shown
+peers = ''              # FOLDER with nanoGPT's model.py, which is run: it and transformers race
+                        # ours, in turn
 device = 'auto'
 dtype = 'auto'          # of training; 'float32', 'bfloat16'
 compile = 'auto'        # of training; auto: as train.py would for a long run
@@ -91,9 +95,10 @@ def number(rate):
 
 # Time, operations, bytes.
 
-def clock(step: Callable, device, seconds, least=5, pick=statistics.median):
+def clock(step: Callable, device, seconds, least=5, pick=statistics.median, warm=True):
     """Seconds of step(): the median of as many as fit into `seconds`, after one that warms up."""
-    step()
+    if warm:
+        step()
     times, ends = [], time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < ends:
         wait_for(device)
@@ -132,32 +137,47 @@ def train_lines(cfg, world):
     block_size = cfg.block_size or (512 if on_cpu else 1024)
     batch_size = cfg.batch_size or (2 if on_cpu else 16)
     yield train_line('a GPT of 12M', SMALL, 8, cfg, world)
-    yield train_line(cfg.model, replace(SIZES[cfg.model], block_size=block_size), batch_size, cfg,
-                     world)
+    config = replace(SIZES[cfg.model], block_size=block_size)
+    yield train_line(cfg.model, config, batch_size, cfg, world)
+    if cfg.peers:
+        batch = random_batch(config, batch_size, world.device)
+        trainer, update = our_update(config, batch, cfg, world)
+        race = {'ours': update, **peer_updates(config, batch, cfg, world, trainer.is_compiled)}
+        yield from race_lines(f'train {cfg.model}', race, batch_size * block_size, cfg, world)
+
+
+def random_batch(config, batch_size, device):
+    ids = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=device)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def our_update(config, batch, cfg, world):
+    """(Trainer, a function that makes an update)."""
+    trainer = Trainer(GPT(config), world, TrainerConfig(compile=cfg.compile),
+                      OptimizerConfig(optimizer=cfg.optimizer))
+    with contextlib.redirect_stdout(sys.stderr):        # what it prints is no line of the table
+        trainer.prepare(batch, math.inf)
+
+    def update():
+        loss = trainer.backward(*batch, micro_steps=1, last=True)
+        trainer.step(loss, trainer.grad_norm())
+    return trainer, update
 
 
 def train_line(name, config, batch_size, cfg, world):
-    device, block_size = world.device, config.block_size
-    trainer = Trainer(GPT(config), world, TrainerConfig(compile=cfg.compile),
-                      OptimizerConfig(optimizer=cfg.optimizer))
-    ids = torch.randint(config.vocab_size, (batch_size, block_size + 1), device=device)
-    x, y = ids[:, :-1], ids[:, 1:]
-    with contextlib.redirect_stdout(sys.stderr):        # what it prints is no line of the table
-        trainer.prepare((x, y), math.inf)
-
-    def update():
-        loss = trainer.backward(x, y, micro_steps=1, last=True)
-        trainer.step(loss, trainer.grad_norm())
-
-    seconds, peak = between(lambda: measure_peak(device, world.dtype),
-                            lambda: clock(update, device, cfg.seconds))
-    return Line(f'train {name}, {batch_size} x {block_size}, {str(world.dtype)[6:]}',
-                batch_size * block_size / seconds, peak and peak / trainer.model.flops_per_token(),
-                'tok/s')
+    batch = random_batch(config, batch_size, world.device)
+    trainer, update = our_update(config, batch, cfg, world)
+    seconds, peak = between(lambda: measure_peak(world.device, world.dtype),
+                            lambda: clock(update, world.device, cfg.seconds))
+    return Line(f'train {name}, {batch_size} x {config.block_size}, {str(world.dtype)[6:]}',
+                batch_size * config.block_size / seconds,
+                peak and peak / trainer.model.flops_per_token(), 'tok/s')
 
 
 def generate_lines(cfg, world):
-    """64 tokens after 16, as sample.py generates them: every weight is read for each."""
+    """64 tokens (on a GPU 400) after 16, as sample.py generates them: every weight is read for
+    each."""
+    new = 400 if world.device.type == 'cuda' else 64
     device, (dtype, _) = world.device, pick_dtype('auto', world.device)
     model = GPT(SIZES[cfg.model]).to(device, dtype).eval()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -168,13 +188,86 @@ def generate_lines(cfg, world):
         prompt = ids.repeat(rows, 1)
 
         def generate():
-            model.generate(prompt, 64, temperature=0.8, top_k=200, seed=0)
+            model.generate(prompt, new, temperature=0.8, top_k=200, seed=0)
         seconds, rate = between(lambda: bandwidth(device),
                                 lambda: clock(generate, device, cfg.seconds, least=3))
         plural = 's' if rows > 1 else ''
         yield Line(f'generate {cfg.model}, {rows} row{plural}, {str(dtype)[6:]}',
-                   64 * rows / seconds, rate / size * rows, 'tok/s')
+                   new * rows / seconds, rate / size * rows, 'tok/s')
+    if cfg.peers:
+        ours = GPT(SIZES[cfg.model]).to(device, dtype).eval()
+        race = {'ours': lambda: ours.generate(ids, new, temperature=0),
+                'transformers': transformers_generation(SIZES[cfg.model], ids, new, dtype)}
+        yield from race_lines(f'generate {cfg.model}, 1 row', race, new, cfg, world)
 
+
+# Peers.
+
+def race_lines(name, race, tokens, cfg, world):
+    """Lines of functions that do the same in turn, with how much slower than the first they are."""
+    times = {who: [] for who in race}
+    for step in race.values():
+        step()                                          # compiles, or warms up
+    ends = time.perf_counter() + cfg.seconds * len(race)
+    while len(times['ours']) < 5 or time.perf_counter() < ends:
+        for who, step in race.items():
+            times[who].append(clock(step, world.device, 0, least=1, warm=False))
+    medians = {who: statistics.median(found) for who, found in times.items()}
+    for who, seconds in medians.items():
+        ratio = '' if who == 'ours' else f': ours {seconds / medians["ours"]:.2f} times as fast'
+        yield Line(f'{name} by {who}{ratio}', tokens / seconds, None, 'tok/s')
+
+
+def peer_updates(config, batch, cfg, world, is_compiled):
+    """{name: function} of updates by AdamW, clipped, as nanoGPT's train.py makes them: by its own
+    model and optimizer, and by GPT2LMHeadModel with torch's."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    spec = importlib.util.spec_from_file_location('nanogpt', Path(cfg.peers) / 'model.py')
+    nanogpt = sys.modules['nanogpt'] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    shape = {key: getattr(config, key) for key in ('n_layer', 'n_head', 'n_embd')}
+    with contextlib.redirect_stdout(sys.stderr):
+        first = nanogpt.GPT(nanogpt.GPTConfig(
+            **shape, block_size=config.block_size, vocab_size=config.padded_vocab_size,
+            dropout=0.0, bias=config.bias)).to(world.device)
+        optimizer = first.configure_optimizers(0.1, 6e-4, (0.9, 0.95), world.device.type)
+    second = GPT2LMHeadModel(GPT2Config(
+        **shape, n_positions=config.block_size, vocab_size=config.vocab_size, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0)).to(world.device)
+    fast = torch.compile(first) if is_compiled else first
+    x, y = batch
+    return {
+        'nanoGPT': peer_update(first, optimizer, lambda: fast(x, y)[1], world),
+        'transformers': peer_update(
+            second, torch.optim.AdamW(second.parameters(), lr=6e-4, fused=True),
+            lambda: torch.nn.functional.cross_entropy(second(x).logits.flatten(0, 1), y.flatten()),
+            world)}
+
+
+def peer_update(net, optim, loss_of, world):
+    half = world.dtype != torch.float32
+
+    def update():
+        with torch.autocast(world.device.type, world.dtype, enabled=half):
+            loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optim.step()
+        optim.zero_grad(set_to_none=True)
+    return update
+
+
+def transformers_generation(config, ids, new, dtype):
+    """Greedy, with the static cache on a GPU, which compiles."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    model = GPT2LMHeadModel(GPT2Config(n_layer=config.n_layer, n_head=config.n_head,
+                                       n_embd=config.n_embd)).to(ids.device, dtype).eval()
+    cache = {'cache_implementation': 'static'} if ids.device.type == 'cuda' else {}
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
+                                  min_new_tokens=new, do_sample=False, pad_token_id=0, **cache)
+
+
+# The other parts.
 
 def evaluate_lines(cfg, world):
     """Questions like HellaSwag's: a context of 70 tokens, four endings of 25, float32."""

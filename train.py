@@ -27,6 +27,7 @@ max_iters = 1000            # updates in all
 eval_interval = 100         # updates between validations; a checkpoint is saved before each
 eval_tokens = 1_000_000     # validation tokens: the first of the split, or all it has
 eval_iters = 0              # nanoGPT's spelling: eval_tokens = eval_iters * batch_size * block_size
+eval_train = False          # True: also the loss of as many training tokens, as nanoGPT prints it
 eval_only = False           # validate once and exit; writes nothing
 plan = False                # check everything, measure 20 updates, report the cost and exit
 minutes = 0.0               # scale max_iters, schedule and eval_interval to end then; 0: as given
@@ -46,6 +47,7 @@ wandb_run_name = ''         # '': the name of out_dir
 # data
 dataset = 'pydocs'          # a folder in data/, made by data/prepare.py; or several with the
                             # fraction of the sequences from each: books:0.7,openwebtext:0.3
+val_datasets = ''           # further data sets, such as a,b, only to validate on
 data_dir = ''               # where prepared data is; '': data/ beside this script
 total_batch_size = 0        # tokens in an update, over all processes; 0: batch_size * block_size
 batch_size = 16             # sequences in a micro-batch of one process, at most
@@ -172,50 +174,51 @@ def start(cfg, world, run, started):
         world.print(line)
     if world.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')      # TF32, where float32 is multiplied
-    data = Data(cfg.dataset, cfg.data_dir)
+    data = Data(cfg.dataset, cfg.data_dir, cfg.val_datasets)
+    questions = load_questions(cfg, world, data.encoding)
     run.lock()
     cfg, model, saved = run.start(data.encoding)
     run.check_data(saved, data)
     data.set_order(cfg.block_size, cfg.seed, cfg.doc_start, world.device.type == 'cuda')
-    questions = load_questions(cfg, world, data.encoding)
-    p = Progress.restore(saved)
-    if saved and not cfg.eval_only and (ended := world.on_main(how_it_ended, cfg, p, saved)):
+    progress = Progress.restore(saved)
+    if saved and not cfg.eval_only and (ended := world.on_main(how_it_ended, cfg, progress, saved)):
         world.print(ended)
         return 0
     world, config = computes(cfg, world, saved)
     run.world = world
     trainer = Trainer(model, world, config, section(cfg, OptimizerConfig))
     if saved and saved['settings']['dataset'] != cfg.dataset:
-        p.forget_validations()                          # of another text
+        progress.forget_validations()                          # of another text
     if cfg.eval_only:
         with trainer.evaluating():
-            validation = validate(model, data.sets, section(cfg, ValidationConfig), world)
-        world.print(f'step {p.step}: {validation}, over {validation.tokens:,} tokens')
+            validation = validate(model, data.sets, section(cfg, ValidationConfig), world,
+                                  val_sets=data.val_sets)
+        world.print(f'step {progress.step}: {validation}, over {validation.tokens:,} tokens')
         return 0
     world.on_main(budget.check_disk, cfg, model)
     if saved:
         trainer.load_state_dict(saved)
-    batches = batch_plan(cfg, world, p.one_shape)
+    batches = batch_plan(cfg, world, progress.one_shape)
     update = '' if cfg.plan else f'an update is {batches.describe()}; '
     world.print(f'{model.num_parameters():,} parameters; {update}'
                 f'{data.describe_epochs(cfg.block_size, batches.full.sequences)}')
 
-    batch = [part.to(world.device) for part in data.order.read(p.position,
+    batch = [part.to(world.device) for part in data.order.read(progress.position,
                                                                batches.full.micro_batch)]
-    micro_batches = batches.full_updates(cfg.max_iters, p.step) * batches.full.micro_steps
+    micro_batches = batches.full_updates(cfg.max_iters, progress.step) * batches.full.micro_steps
     trainer.prepare(batch, 60 * cfg.minutes or micro_batches and
                     micro_batches * trainer.eager_seconds(batch))
     forecast = Forecast(cfg, batches, budget.save_seconds(trainer))
     if cfg.plan or (cfg.minutes and not saved):
-        measure_cost(data, trainer, p, forecast)
+        measure_cost(data, trainer, progress, forecast)
         if cfg.minutes and not saved:
             forecast.ends = started + 60 * cfg.minutes
             cfg = forecast.use(world.on_main(forecast.fit))
-        world.print(world.broadcast(forecast.describe_length(p.step)))
+        world.print(world.broadcast(forecast.describe_length(progress.step)))
     if cfg.plan:
         return 0
-    run.begin(cfg, p, data, is_new=not saved)
-    return train(data, run, trainer, p, questions, forecast)
+    run.begin(cfg, progress, data, is_new=not saved)
+    return train(data, run, trainer, progress, questions, forecast)
 
 
 def batch_plan(cfg, world, one_shape=True):
@@ -239,102 +242,103 @@ def computes(cfg, world, saved):
     return replace(world, dtype=dtype), section(cfg, TrainerConfig, **as_before)
 
 
-def measure_cost(data, trainer, p, forecast):
+def measure_cost(data, trainer, progress, forecast):
     """Measure what an update and a validation take, and print it."""
     cfg, world, batches = forecast.cfg, trainer.world, forecast.plan
-    passes = partial(forward_backward, cfg.seed, data, trainer, p)
+    passes = partial(forward_backward, cfg.seed, data, trainer, progress)
     forecast.cost = budget.measure(trainer, passes, batches, cfg.minutes)
     available = sum(len(part.val) for part in data.sets)
     with trainer.evaluating() as model:
-        evaluate = partial(validate, model, data.sets, world=world)
+        evaluate = partial(validate, model, data.sets, world=world, val_sets=data.val_sets)
         forecast.took['eval_interval'] = budget.time_validation(
             evaluate, section(cfg, ValidationConfig), available, world)
     world.print(budget.describe_cost(trainer, forecast.cost, batches.tokens_per_update))
 
 
-def train(data, run, trainer, p, questions, forecast):
+def train(data, run, trainer, progress, questions, forecast):
     """The loop; returns the exit status: 0, or 3 if the run diverged."""
     cfg, world = forecast.cfg, trainer.world
     metrics, stopwatch = PendingMetrics(world.device), Stopwatch()
     intervals = cfg.eval_interval, cfg.hellaswag_interval, cfg.sample_interval
     evaluate = partial(validate, trainer.model, data.sets, section(cfg, ValidationConfig), world,
-                       lambda: run.stop.requested)
+                       lambda: run.stop.requested, data.val_sets)
     while True:
         # once in a while: save first, so that nothing below can lose work
-        finished = p.step >= cfg.max_iters
-        validation_due = finished or p.due(cfg.eval_interval)
-        hellaswag_due = questions and p.due(cfg.hellaswag_interval)
+        finished = progress.step >= cfg.max_iters
+        validation_due = finished or progress.due(cfg.eval_interval)
+        hellaswag_due = questions and progress.due(cfg.hellaswag_interval)
         save_due = validation_due or hellaswag_due or run.save_requested
-        if finished or run.stop_requested or (save_due and p.is_healthy):
-            run.save(p, trainer)
+        if finished or run.stop_requested or (save_due and progress.is_healthy):
+            run.save(progress, trainer)
         if validation_due and not run.stop_requested:
             with trainer.evaluating(), forecast.pause('eval_interval'):
                 validation = evaluate()
             if validation is None:              # stopped in the middle of it: a resume repeats it
                 run.stop_requested = True
                 continue
-            run.validated(p, validation)
-            finished |= p.out_of_patience(cfg.patience * cfg.eval_interval)
-        run.settle(p)
+            run.validated(progress, validation)
+            finished |= progress.out_of_patience(cfg.patience * cfg.eval_interval)
+        run.settle(progress)
         if not run.stop_requested:
             score_and_sample(questions if hellaswag_due or finished else [], data.encoding, run,
-                             trainer, p, forecast)
+                             trainer, progress, forecast)
         if finished or run.stop_requested:
             break
 
         # one update: forward and backward for each micro-batch, one reduction, one step
-        cfg = refit(run, p, forecast)
+        cfg = refit(run, progress, forecast)
         stopwatch.start()
-        batch = forecast.plan.at(p.step)
-        learning_rate = section(cfg, Schedule).learning_rate_at(p.step)
+        batch = forecast.plan.at(progress.step)
+        learning_rate = section(cfg, Schedule).learning_rate_at(progress.step)
         trainer.set_learning_rate(learning_rate)
-        loss = forward_backward(cfg.seed, data, trainer, p, batch)
+        loss = forward_backward(cfg.seed, data, trainer, progress, batch)
         norm = trainer.grad_norm()
         loss, stop, save = world.reduce(torch.stack([loss / world.size, *run.requests(loss)]))
         trainer.step(loss, norm)                # clipped; skipped on the device if not finite
-        p.advance(batch.sequences)
+        progress.advance(batch.sequences)
 
         # what came of it; on a GPU read one update late, so that it never waits for us
-        metrics.push(p.step, torch.stack([loss, stop, save, norm]))
-        log_due = p.step % cfg.log_interval == 0 or p.step == cfg.max_iters
-        for m in metrics.read(everything=log_due or any(map(p.due, intervals))):
+        metrics.push(progress.step, torch.stack([loss, stop, save, norm]))
+        log_due = progress.step % cfg.log_interval == 0 or progress.step == cfg.max_iters
+        for m in metrics.read(everything=log_due or any(map(progress.due, intervals))):
             run.heed(m)
-            run.event(m.step, p.judge(m, cfg.spike_z))
+            run.event(m.step, progress.judge(m, cfg.spike_z))
         forecast.updated(batch, stopwatch.stop(batch.sequences * cfg.block_size))
         if log_due or run.stop_requested:
-            run.log_update(p, m, learning_rate, stopwatch.read(), trainer, forecast)
-        if p.bad >= cfg.max_skipped:
+            run.log_update(progress, m, learning_rate, stopwatch.read(), trainer, forecast)
+        if progress.bad >= cfg.max_skipped:
             metrics.clear()
-            p = run.recover(p, trainer)
-            if p.diverged:
+            progress = run.recover(progress, trainer)
+            if progress.diverged:
                 break
 
-    run.finish(p)
-    return 3 if p.diverged else 0
+    run.finish(progress)
+    return 3 if progress.diverged else 0
 
 
-def refit(run, p, forecast):
+def refit(run, progress, forecast):
     """Make the rest of the schedule longer or shorter, if the run would not end in time; the
     settings. A resume takes them from the checkpoint."""
     before, fit = forecast.cfg.max_iters, {}
-    if forecast.is_due(p.step):
-        fit = run.world.on_main(forecast.refit, p.step)
+    if forecast.is_due(progress.step):
+        fit = run.world.on_main(forecast.refit, progress.step)
     if fit:
         run.cfg = forecast.use(fit)
         with suppress(OSError):                         # a full disk does not end a run
             run.world.on_main(run.write_config)
-        run.log.event(p.step, 'fit', f"max_iters {before} -> {fit['max_iters']}, to end in time",
-                      **fit)
+        text = f"max_iters {before} -> {fit['max_iters']}, to end in time"
+        run.log.event(progress.step, 'fit', text, **fit)
     return forecast.cfg
 
 
-def forward_backward(seed, data, trainer, p, batch):
+def forward_backward(seed, data, trainer, progress, batch):
     """The forward and backward passes of an update; the mean loss of this rank's micro-batches."""
     world = trainer.world
     loss = torch.zeros((), device=world.device)
-    for number, (index, x, y) in enumerate(data.micro_batches(p.position, batch, world.rank), 1):
+    micro_batches = data.micro_batches(progress.position, batch, world.rank)
+    for number, (index, x, y) in enumerate(micro_batches, 1):
         x, y = (part.to(world.device, non_blocking=True) for part in (x, y))
-        torch.manual_seed(int(draw(f'{seed}:{p.step}:{index}', 1)[0]))          # for dropout
+        torch.manual_seed(int(draw(f'{seed}:{progress.step}:{index}', 1)[0]))          # for dropout
         loss += trainer.backward(x, y, batch.micro_steps, last=number == batch.micro_steps)
     return loss
 
@@ -353,14 +357,14 @@ def load_questions(cfg, world, encoding):
     return questions
 
 
-def score_and_sample(questions, encoding, run, trainer, p, forecast):
+def score_and_sample(questions, encoding, run, trainer, progress, forecast):
     """The score on these questions, if any are given, and a sample, if one is due."""
     if questions:
         with forecast.pause('hellaswag_interval'):
-            run.write_scores(p, score_hellaswag(trainer, encoding, questions))
-    if p.due(run.cfg.sample_interval):
+            run.write_scores(progress, score_hellaswag(trainer, encoding, questions))
+    if progress.due(run.cfg.sample_interval):
         with forecast.pause('sample_interval'):
-            run.log.sample(p.step, draw_sample(trainer, encoding, run.cfg.seed))
+            run.log.sample(progress.step, draw_sample(trainer, encoding, run.cfg.seed))
 
 
 def score_hellaswag(trainer, encoding, questions):

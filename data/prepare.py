@@ -200,16 +200,19 @@ def is_current(folder, plan, ready, replace):
         raise ValueError(f'{folder}: not made by this program{found}; give another --name')
     existing = read_manifest(folder.name, folder.parent)
     before, wanted = existing['settings'], plan['settings']
-    if 0 < wanted.get('shards', 0) < before.get('shards', 0):
+    if 0 < wanted.get('shards', 0) < before.get('shards', 0) and not replace:
         before['shards'] = wanted['shards']                         # it has more than enough
     if not is_same(existing, plan):
         changed = [f'{key}={before.get(key)!r}, given {wanted.get(key)!r}'
                    for key in before | wanted if before.get(key) != wanted.get(key)]
         made = f"{folder}: was made {'with ' + changed[0] if changed else 'from other text'}"
-        if not replace:
+        grows = (before.get('shards', 0) < wanted.get('shards', 0)
+                 and is_same({**existing, 'settings': wanted}, plan))
+        if not (replace or grows):
             raise ValueError(f'{made}; give another --name, or --replace to replace it (a run '
                              f'trained on it cannot be resumed then)')
-        print(f'{made}; it will be replaced')
+        print(f'{made}; ' + (f"shards are added (--shards={before['shards']} --replace goes back)"
+                             if grows else 'it will be replaced'))
         return False
     try:
         is_old = not (ready or documents.PLAIN in existing.get('remarks', {})) and (

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from gpt import hub, steps, tokenizer
 from gpt.cpu import pack
-from gpt.device import pick_dtype
+from gpt.device import pick_dtype, without_memory
 from gpt.files import sha256
 from gpt.hub import WEIGHTS
 from gpt.model_config import config_json, read_config
@@ -84,7 +84,7 @@ def load_folder(folder: str | Path, device: str | torch.device = 'cpu', dropout:
     config = fit(config, weights)
     encoding = load_encoding(folder, config.vocab_size)
     config = replace(config, dropout=dropout, vocab_size=encoding.n_vocab)
-    with torch.device('meta'):                                      # no memory, no random numbers
+    with without_memory():
         model = GPT(config)
     model.to(dtype).to_empty(device=device)
     fill(model, weights)

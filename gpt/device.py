@@ -1,12 +1,15 @@
 """
-Where to compute: the device, its dtype, its peak rate, its memory.
+Where to compute: the device, its dtype, its peak rate, its memory; and models without memory.
 """
 
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from gpt import cpu
 
@@ -108,3 +111,20 @@ def peak_memory(device: torch.device) -> int | None:
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         "can't allocate memory" in str(error) or 'not enough memory' in str(error))
+
+
+class NoInitialValues(TorchFunctionMode):
+    """The functions of torch.nn.init do nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, '__module__', '') == 'torch.nn.init':
+            return args[0] if args else kwargs['tensor']
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules made inside it have shapes alone: torch's meta device. No random number is drawn;
+    for normal_() on that device torch would import its compiler, which takes seconds."""
+    with torch.device('meta'), NoInitialValues():
+        yield

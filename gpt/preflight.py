@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gpt.budget import BatchConfig, BatchPlan, check_disk
 from gpt.curves import read_log
 from gpt.data.order import Data
-from gpt.device import pick_dtype
+from gpt.device import pick_dtype, without_memory
 from gpt.model_config import check_size
 from gpt.progress import Progress
 from gpt.settings import section
@@ -69,7 +67,7 @@ class Preflight:
         return f'{reason}; used if the run is long enough'
 
     def data(self) -> str:
-        self.found['data'] = data = Data(self.cfg.dataset, self.cfg.data_dir)
+        self.found['data'] = data = Data(self.cfg.dataset, self.cfg.data_dir, self.cfg.val_datasets)
         return ', '.join(f'{part.name} {len(part.train):,} training and {len(part.val):,} '
                          f'validation tokens' for part in data.sets)
 
@@ -88,7 +86,7 @@ class Preflight:
         vocab_size = self.found['data'].encoding.n_vocab
         config = section(self.cfg, GPTConfig, vocab_size=vocab_size)
         check_size(config)
-        with torch.device('meta'):
+        with without_memory():
             model = GPT(config)
         return check_disk(self.cfg, model)
 
@@ -112,7 +110,7 @@ def doubtful(cfg: Any) -> list[str]:
     return [f'note: max_iters={end}, {text}' for applies, text in cases if end and applies]
 
 
-def how_it_ended(cfg: Any, p: Progress, saved: dict) -> str:
+def how_it_ended(cfg: Any, progress: Progress, saved: dict) -> str:
     """A line, if the run has ended before and nothing is left to do; else ''. One that was killed
     after its last save has the last validation to do."""
     wanted = {'val_loss', 'hellaswag'} if cfg.hellaswag_interval else {'val_loss'}
@@ -120,14 +118,14 @@ def how_it_ended(cfg: Any, p: Progress, saved: dict) -> str:
         last = read_log(Path(cfg.out_dir) / 'log.jsonl')[-1]
     except (OSError, ValueError):
         return ''
-    if (last['step'] != p.step or not wanted <= set(last)
+    if (last['step'] != progress.step or not wanted <= set(last)
             or saved['settings']['dataset'] != cfg.dataset):
         return ''
-    if p.step >= cfg.max_iters:
-        return (f'finished {p.step} updates before, nothing is left to do; '
-                f'--max_iters={2 * p.step} trains longer')
-    if p.out_of_patience(cfg.patience * cfg.eval_interval) and (
-            last['val_loss'] or math.inf) >= p.lowest_val_loss:
-        return (f'ended at step {p.step} before, no lower loss in {cfg.patience} validations; '
-                f'--patience=0 trains longer')
+    if progress.step >= cfg.max_iters:
+        return (f'finished {progress.step} updates before, nothing is left to do; '
+                f'--max_iters={2 * progress.step} trains longer')
+    if progress.out_of_patience(cfg.patience * cfg.eval_interval) and (
+            last['val_loss'] or math.inf) >= progress.lowest_val_loss:
+        return (f'ended at step {progress.step} before, no lower loss in {cfg.patience} '
+                f'validations; --patience=0 trains longer')
     return ''

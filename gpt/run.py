@@ -188,7 +188,7 @@ class Run:
 
     # While it runs.
 
-    def begin(self, cfg: Any, p: Progress, data: Data, is_new: bool) -> None:
+    def begin(self, cfg: Any, progress: Progress, data: Data, is_new: bool) -> None:
         """Open what the run writes to. cfg: the settings as they are now final."""
         self.cfg, self.data = cfg, data
         self.world.on_main(self.write_config)
@@ -198,8 +198,8 @@ class Run:
         if cfg.wandb_log:
             self.log.start_wandb(cfg.wandb_project, cfg.wandb_run_name, asdict(cfg))
         self.stop = StopSignal(self.world)
-        self.log.start(p.step)
-        self.saved_at, self.saved_time = 0 if is_new else p.step, time.monotonic()
+        self.log.start(progress.step)
+        self.saved_at, self.saved_time = 0 if is_new else progress.step, time.monotonic()
 
     def write_config(self) -> None:
         """The settings, as a config file that repeats the run."""
@@ -217,51 +217,52 @@ class Run:
         """Take the requests of all processes that came with an update."""
         self.stop_requested, self.save_requested = m.stop, m.save
 
-    def write(self, p: Progress, **record: Any) -> None:
-        self.log.write(step=p.step, tokens=p.position * self.cfg.block_size, **record)
+    def write(self, progress: Progress, **record: Any) -> None:
+        self.log.write(step=progress.step, tokens=progress.position * self.cfg.block_size, **record)
 
     def event(self, step: int, event: Event | None) -> None:
         if event:
             self.log.event(step, event.kind, event.text)
 
-    def write_scores(self, p: Progress, scores: dict[str, float]) -> None:
-        self.write(p, **scores)
-        self.world.print(f"step {p.step}: hellaswag {scores['hellaswag']:.2%}")
+    def write_scores(self, progress: Progress, scores: dict[str, float]) -> None:
+        self.write(progress, **scores)
+        self.world.print(f"step {progress.step}: hellaswag {scores['hellaswag']:.2%}")
 
-    def log_update(self, p: Progress, m: Metrics, learning_rate: float, speed: Speed,
+    def log_update(self, progress: Progress, m: Metrics, learning_rate: float, speed: Speed,
                    trainer: Trainer, forecast: Forecast) -> None:
-        (loss_z, norm_z), mfu = p.z_scores, trainer.mfu(speed.tokens_per_second)
-        self.write(p, loss=m.loss, lr=learning_rate, grad_norm=m.norm, loss_z=loss_z,
+        (loss_z, norm_z), mfu = progress.z_scores, trainer.mfu(speed.tokens_per_second)
+        self.write(progress, loss=m.loss, lr=learning_rate, grad_norm=m.norm, loss_z=loss_z,
                    grad_norm_z=norm_z, step_ms=1000 * speed.step_seconds,
                    tokens_per_second=speed.tokens_per_second, mfu=mfu)
         reached = f'mfu {mfu:.0%}  ' if mfu and mfu >= 0.005 else ''
         self.world.print(
-            f'step {p.step}/{self.cfg.max_iters}  loss {m.loss:.4f}  lr {learning_rate:.2e}  '
-            f'norm {m.norm:.2f}  {1000 * speed.step_seconds:.0f} ms  '
-            f'{speed.tokens_per_second:,.0f} tok/s  {reached}{forecast.describe(p.step)}')
+            f'step {progress.step}/{self.cfg.max_iters}  loss {m.loss:.4f}  '
+            f'lr {learning_rate:.2e}  norm {m.norm:.2f}  {1000 * speed.step_seconds:.0f} ms  '
+            f'{speed.tokens_per_second:,.0f} tok/s  {reached}{forecast.describe(progress.step)}')
 
-    def save(self, p: Progress, trainer: Trainer) -> None:
+    def save(self, progress: Progress, trainer: Trainer) -> None:
         """A checkpoint of this step, unless there is one: copied to memory, and written while the
         training goes on; settle() takes note of it."""
         self.save_requested = False
-        if self.saved_at == p.step or p.diverged:
+        if self.saved_at == progress.step or progress.diverged:
             return
-        self.world.on_main(self.settle, p, True)
+        self.world.on_main(self.settle, progress, True)
         model, state = trainer.copied()
         if self.world.is_main:
-            training = {**p.state_dict(), **state, 'settings': asdict(self.cfg),
+            training = {**progress.state_dict(), **state, 'settings': asdict(self.cfg),
                         'shards': self.data.shards, 'block_size_asked': self.block_size_asked}
-            self.writing = self.writer.submit(checkpoints.save, self.cfg.out_dir, p.step, model,
-                                              self.data.encoding, training)
-        self.saved_at, self.saved_time = p.step, time.monotonic()
+            self.writing = self.writer.submit(
+                checkpoints.save, self.cfg.out_dir, progress.step, model, self.data.encoding,
+                training)
+        self.saved_at, self.saved_time = progress.step, time.monotonic()
 
-    def validated(self, p: Progress, validation: Validation) -> None:
-        p.count_validation(validation.loss)
-        self.validation = p.step, validation.loss
-        self.write(p, val_loss=validation.loss, **validation.others)
-        self.world.print(f'step {p.step}: {validation}')
+    def validated(self, progress: Progress, validation: Validation) -> None:
+        progress.count_validation(validation.loss)
+        self.validation = progress.step, validation.loss
+        self.write(progress, val_loss=validation.loss, **validation.others)
+        self.world.print(f'step {progress.step}: {validation}')
 
-    def settle(self, p: Progress, wait: bool = False) -> None:
+    def settle(self, progress: Progress, wait: bool = False) -> None:
         """Take note of the last save on rank 0, once it has ended or after a `wait` for it: mark
         the step if it is the best, and delete checkpoints beyond those to keep. A failure is an
         event and not the end: there may be room for the next one."""
@@ -279,16 +280,16 @@ class Run:
         self.validation = None
         if self.save_error:
             return
-        if step == self.saved_at and loss < p.best_val_loss:
-            self.mark_best(p, step, loss)
-        if p.is_healthy:
-            steps.prune(self.cfg.out_dir, newest_kept(self.cfg), p.best_step)
+        if step == self.saved_at and loss < progress.best_val_loss:
+            self.mark_best(progress, step, loss)
+        if progress.is_healthy:
+            steps.prune(self.cfg.out_dir, newest_kept(self.cfg), progress.best_step)
 
-    def mark_best(self, p: Progress, step: int, val_loss: float) -> None:
+    def mark_best(self, progress: Progress, step: int, val_loss: float) -> None:
         try:
             if step:                                    # step 0 is not saved, but counts
                 steps.mark_best(self.cfg.out_dir, step, val_loss)
-            p.best_step, p.best_val_loss = step, val_loss
+            progress.best_step, progress.best_val_loss = step, val_loss
         except OSError as error:
             self.log.event(step, 'save failed', f'cannot write best.json: {error}; continuing')
 
@@ -298,70 +299,73 @@ class Run:
             self.world.print(f'writing a checkpoint took {seconds:.0f} s: torchrun kills 30 s '
                              f'after it is stopped, unless --shutdown_timeout allows more')
 
-    def recover(self, p: Progress, trainer: Trainer) -> Progress:
+    def recover(self, progress: Progress, trainer: Trainer) -> Progress:
         """After max_skipped bad updates in a row: the progress to continue from. That of the last
         good checkpoint, if rollback is on; else the losses may be a new level, or diverged."""
         cfg = self.cfg
-        back = cfg.rollback and p.rollbacks < MAX_ROLLBACKS and self.roll_back(p, trainer)
-        if back:
+        may_roll_back = cfg.rollback and progress.rollbacks < MAX_ROLLBACKS
+        if may_roll_back and (back := self.roll_back(progress, trainer)):
             return back
-        if cfg.rollback or p.not_finite >= cfg.max_skipped:
-            p.diverged = True
-        elif not p.not_finite:
-            self.log.event(p.step, 'level', f'the loss stays near {p.last_loss:.4f}: new loss '
-                                            f'level; baseline reset')
-            p.accept_level()
-        return p
+        if cfg.rollback or progress.not_finite >= cfg.max_skipped:
+            progress.diverged = True
+        elif not progress.not_finite:
+            self.log.event(progress.step, 'level', f'the loss stays near '
+                           f'{progress.last_loss:.4f}: new loss level; baseline reset')
+            progress.accept_level()
+        return progress
 
-    def roll_back(self, p: Progress, trainer: Trainer) -> Progress | None:
+    def roll_back(self, progress: Progress, trainer: Trainer) -> Progress | None:
         """Load the last checkpoint from before the bad updates; the data since then is left out.
         None if there is no such checkpoint."""
-        self.world.on_main(self.settle, p, True)
-        folder = self.world.on_main(steps.roll_back, self.cfg.out_dir, p.good_until)
+        self.world.on_main(self.settle, progress, True)
+        folder = self.world.on_main(steps.roll_back, self.cfg.out_dir, progress.good_until)
         if not folder:
             return None
         saved = checkpoints.load_training(folder)
         trainer.load_weights(checkpoints.load_folder(folder).model)
         trainer.load_state_dict(saved)
-        back = p.roll_back(saved)
-        left_out = (p.position - saved['progress']['position']) * self.cfg.block_size
-        self.log.event(p.step, 'rollback', f'{p.bad} bad updates in a row: rolled back to '
-                       f'step {back.step}, skipping {left_out:,} tokens', to_step=back.step,
-                       left_out=left_out)
+        back = progress.roll_back(saved)
+        left_out = (progress.position - saved['progress']['position']) * self.cfg.block_size
+        self.log.event(progress.step, 'rollback', f'{progress.bad} bad updates in a row: rolled '
+                       f'back to step {back.step}, skipping {left_out:,} tokens',
+                       to_step=back.step, left_out=left_out)
         self.saved_at, self.stop_requested, self.save_requested = back.step, False, False
         return back
 
-    def finish(self, p: Progress) -> None:
+    def finish(self, progress: Progress) -> None:
         """Wait for the last save, and print the summary."""
-        self.world.on_main(self.settle, p, True)
+        self.world.on_main(self.settle, progress, True)
         self.save_error = self.world.broadcast(self.save_error)
-        self.world.print(self.summary(p))
+        self.world.print(self.summary(progress))
 
-    def summary(self, p: Progress) -> str:
+    def summary(self, progress: Progress) -> str:
         """The last line of a run."""
         cfg, on_disk = self.cfg, steps.all_steps(self.cfg.out_dir)
-        finished = not (p.diverged or self.stop_requested)
-        if p.diverged:
-            bad = 'not finite' if p.not_finite >= cfg.max_skipped else 'not finite or far too high'
+        finished = not (progress.diverged or self.stop_requested)
+        if progress.diverged:
+            bad = 'not finite'
+            if progress.not_finite < cfg.max_skipped:
+                bad += ' or far too high'
             left = (f'The last checkpoint in {cfg.out_dir} is from before' if on_disk else
                     'There is no checkpoint from before')
-            text = (f'stopped at step {p.step}: {cfg.max_skipped} updates in a row were {bad}. '
-                    f'Common causes: a learning rate too high, float16, damaged data. {left}')
+            text = (f'stopped at step {progress.step}: {cfg.max_skipped} updates in a row were '
+                    f'{bad}. Common causes: a learning rate too high, float16, damaged data. '
+                    f'{left}')
         elif not finished:
-            text = f'stopped at step {p.step}, the same command resumes'
-        elif p.step < cfg.max_iters:
-            text = f'ended at step {p.step}, no lower loss in {cfg.patience} validations'
+            text = f'stopped at step {progress.step}, the same command resumes'
+        elif progress.step < cfg.max_iters:
+            text = f'ended at step {progress.step}, no lower loss in {cfg.patience} validations'
         else:
-            text = f'finished {p.step} updates'
-        if finished and p.lowest_step == 0 < p.step:
+            text = f'finished {progress.step} updates'
+        if finished and progress.lowest_step == 0 < progress.step:
             text += (f'; no validation was better than the one before training '
-                     f'({p.lowest_val_loss:.4f}): try a lower --learning_rate, in another '
+                     f'({progress.lowest_val_loss:.4f}): try a lower --learning_rate, in another '
                      f'--out_dir')
-        for what, number in (('skipped', p.skipped), ('spikes', p.spikes),
-                             ('rollbacks', p.rollbacks)):
+        for what, number in (('skipped', progress.skipped), ('spikes', progress.spikes),
+                             ('rollbacks', progress.rollbacks)):
             text += f', {what}: {number}' if number else ''
-        if p.best_step in on_disk:
-            text += (f'; best val_loss {p.best_val_loss:.4f} at step {p.best_step}. '
+        if progress.best_step in on_disk:
+            text += (f'; best val_loss {progress.best_val_loss:.4f} at step {progress.best_step}. '
                      f'`python sample.py --model={cfg.out_dir}` samples from it')
         return text
 

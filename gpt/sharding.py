@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from gpt import cpu
+from gpt.device import without_memory
 
 
 def shard(model, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -55,7 +56,7 @@ def full_model_copy(model, keep: bool = True) -> torch.nn.Module | None:
     """full_copy() of a model."""
     if is_sharded(model):
         model.reshard()                         # a forward pass leaves some parameters gathered
-    with torch.device('meta'):
+    with without_memory():
         gpt = type(model)(model.config)
     weights = {name: full_copy(p.detach(), keep) for name, p in model.named_parameters()}
     if keep:

@@ -25,6 +25,7 @@ class ValidationConfig:
     block_size: int
     eval_tokens: int
     eval_iters: int = 0
+    eval_train: bool = False
 
     @property
     def tokens(self) -> int:
@@ -38,6 +39,8 @@ class Validation(NamedTuple):
 
     def __str__(self) -> str:
         text = f'val_loss {self.loss:.4f}'
+        if 'train_loss' in self.others:
+            text += f", train_loss {self.others['train_loss']:.4f}"
         parts = [f"{key.partition('/')[2]} {loss:.4f}"
                  for key, loss in self.others.items() if '/' in key]
         if parts:
@@ -50,21 +53,34 @@ class Validation(NamedTuple):
 
 
 def validate(model, sets: Sequence[DataSet], config: ValidationConfig, world: World,
-             stopped: Callable[[], bool] = lambda: False) -> Validation | None:
+             stopped: Callable[[], bool] = lambda: False,
+             val_sets: Sequence[DataSet] = ()) -> Validation | None:
     """The loss over all data sets; None if stopped() was true meanwhile, on any rank.
 
     The loss of a mixture is that of its mean token: each data set counts by its fraction, even if
-    its validation split is smaller than its fraction of eval_tokens.
+    its validation split is smaller than its fraction of eval_tokens. val_sets are not part of it.
+    With config.eval_train also the loss on the training split, as nanoGPT prints it.
     """
-    results = [evaluate(model, part.val, config, world, part.fraction, stopped) for part in sets]
-    if None in results:
-        return None
-    loss = sum(loss * part.fraction for (loss, _), part in zip(results, sets))
-    if len(sets) == 1:
-        return Validation(loss, bits_per_byte(*results[0], sets[0].manifest), results[0][1])
-    losses = {f'val_loss/{part.name}': own_loss for (own_loss, _), part in zip(results, sets)}
-    return Validation(loss, {**losses, **mixed_bits_per_byte(loss, sets)},
-                      sum(tokens for _, tokens in results))
+    wanted = [(part.val, part.fraction) for part in sets] + [(part.val, 1.0) for part in val_sets]
+    wanted += [(part.train, part.fraction) for part in sets if config.eval_train]
+    results = []
+    for tokens, fraction in wanted:
+        results.append(evaluate(model, tokens, config, world, fraction, stopped))
+        if results[-1] is None:
+            return None
+    losses, counts = zip(*results)
+    n, loss = len(sets), mean_loss(losses, sets)
+    others = bits_per_byte(loss, counts[0], sets[0].manifest) if n == 1 else {
+        **{f'val_loss/{part.name}': own for part, own in zip(sets, losses)},
+        **mixed_bits_per_byte(loss, sets)}
+    others |= {f'val_loss/{part.name}': own for part, own in zip(val_sets, losses[n:])}
+    if config.eval_train:
+        others['train_loss'] = mean_loss(losses[-n:], sets)
+    return Validation(loss, others, sum(counts[:n]))
+
+
+def mean_loss(losses: Sequence[float], sets: Sequence[DataSet]) -> float:
+    return sum(loss * part.fraction for loss, part in zip(losses, sets))
 
 
 @torch.no_grad()
@@ -86,24 +102,26 @@ def evaluate(model, tokens: Tokens, config: ValidationConfig, world: World, frac
     mine, sharded = spans[world.rank::world.size], is_sharded(model)
     if sharded and len(mine) < -(-len(spans) // world.size):
         mine.append((0, 0, min(size, count)))           # takes part and does not count
-    sums = torch.zeros(2, dtype=torch.float64)          # nats, and whether to stop
+    on_gpu = world.device.type == 'cuda'
+    nats = torch.zeros((), dtype=torch.float64, device=world.device if on_gpu else 'cpu')
+    stop = False
     begun = said = time.monotonic()
     for number, (start, n, length) in enumerate(mine):
         if number and time.monotonic() - said > SECONDS_TO_A_LINE:
             said = time.monotonic()
             left = (said - begun) * (len(mine) / number - 1)
             world.print(f'validating: {number / len(mine):.0%}, {left:.0f} s left')
-        sums[1] = stopped()
+        stop = stopped()
         if sharded:                                     # no rank may stop alone
-            sums[1] = world.any(sums[1])
-        if sums[1]:
+            stop = world.any(stop)
+        if stop:
             break
         ids = torch.from_numpy(tokens.read(start, max(n, 1) * length + 1)).to(world.device)
         with world.autocast():
             loss = model(ids[:-1].view(-1, length), ids[1:].view(-1, length))
-        sums[0] += loss.item() * n * length
-    sums = world.reduce(sums.to(world.device) if world.device.type == 'cuda' else sums)
-    return None if sums[1] else (sums[0].item() / count, count)
+        nats += loss.to(nats.device).double() * n * length      # a GPU is not waited for
+    nats, stops = world.reduce(torch.stack([nats, torch.full_like(nats, stop)])).tolist()
+    return None if stops else (nats / count, count)
 
 
 def bits_per_byte(loss: float, count: int, manifest: dict) -> dict[str, float]:

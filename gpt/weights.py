@@ -24,6 +24,7 @@ from typing import IO, Any, NamedTuple, TypedDict
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gpt.device import without_memory
 from gpt.files import read_json
 from gpt.hub import INDEX, PICKLED, PICKLED_INDEX, WEIGHTS
 from gpt.shapes import FileName, in_words
@@ -243,7 +244,7 @@ def write_safetensors(file: IO[bytes], tensors: dict[str, torch.Tensor]) -> None
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the parameters of a model, without the padding of the vocabulary."""
-    with torch.device('meta'):                          # no memory, no random numbers
+    with without_memory():
         one = dict(GPT(replace(config, n_layer=1)).named_parameters())
     return {(name if i is None else f'h.{i}{name[3:]}'): tuple(p.shape)
             for name, p in one.items()

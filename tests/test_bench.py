@@ -36,6 +36,48 @@ def test_every_part_has_its_lines(capsys):
         assert measured > 0 and abs(100 * measured / limit - float(percent)) < 1 + 60 / limit
 
 
+PEER = '''
+from dataclasses import dataclass
+import torch
+import torch.nn as nn
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate)
+
+    def forward(self, x, y):
+        logits = self.wte(x) @ self.wte.weight.t()
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+'''
+
+
+def test_peers_race_in_turn(tmp_path, capsys):
+    """Against real transformers, and a model with the interface of nanoGPT's."""
+    (tmp_path / 'model.py').write_text(PEER)
+    bench.main(bench.Config(parts=('train', 'generate'), seconds=0.05, device='cpu', compile=False,
+                            block_size=32, peers=str(tmp_path)))
+    text = capsys.readouterr().out
+    for name, others in (('train gpt2', ('nanoGPT', 'transformers')),
+                         ('generate gpt2, 1 row', ('transformers',))):
+        assert re.search(rf'{name} by ours +[\d,.]+ tok/s', text), text
+        for other in others:
+            assert re.search(rf'{name} by {other}: ours [\d.]+ times as fast +[\d,.]+ tok/s', text)
+
+
 def test_one_part_and_what_is_refused(capsys):
     bench.main(bench.Config(parts=('prepare',), device='cpu'))
     assert len(capsys.readouterr().out.splitlines()) == 3

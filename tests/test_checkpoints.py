@@ -117,6 +117,18 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs /proc')
+def test_nothing_but_torch_is_imported_on_the_way_to_a_word(tmp_path):
+    """Not its compiler, which takes seconds."""
+    _, folder = save(tmp_path)
+    code = ('import sys, torch; from gpt import checkpoints\n'
+            'model, _ = checkpoints.load_model(sys.argv[1])\n'
+            'model.generate(torch.tensor([[1]]), 3, temperature=0.8, top_k=5)\n'
+            'print({"torch._dynamo", "sympy", "transformers", "datasets"} & {*sys.modules})')
+    done = subprocess.run([sys.executable, '-c', code, str(folder)], cwd=ROOT, check=True,
+                          capture_output=True, text=True)
+    assert done.stdout == 'set()\n'
+
+
 def test_the_weights_are_never_twice_in_memory(tmp_path):
     """A new process loads 150 MB, of tensors up to 17 MB: its peak memory."""
     config = GPTConfig(block_size=16, vocab_size=257, n_layer=3, n_head=2, n_embd=1024)

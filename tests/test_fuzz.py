@@ -33,6 +33,7 @@ import train
 from data import explore, prepare
 from gpt import curves, report, results, tokenizer
 from gpt import settings as gpt_settings
+from gpt.config_file import as_config_file
 from gpt.data import benchmarks, documents, order, shards
 from gpt.settings import raised_here
 
@@ -493,7 +494,7 @@ def test_config_files_and_flags(tmp_path):
             module.Config, [str(path), *flags], getattr(module, 'SHORT', None),
             getattr(module, 'COLLECT', '')))
         if cfg:
-            path.write_text(gpt_settings.as_config_file(cfg, f'{flags}\nseed = 3'))
+            path.write_text(as_config_file(cfg, f'{flags}\nseed = 3'))
             assert vars(gpt_settings.configure(module.Config, [str(path)])) == vars(cfg)
 
     def of(module):

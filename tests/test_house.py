@@ -152,9 +152,10 @@ def test_settings_of_a_run_are_read_by_train_alone(name):
 
 @pytest.mark.parametrize('name', HOUSE)
 def test_what_is_never_written(name):
-    """No pickle, no executed text, no shell, no unsafe load."""
-    tree = TREES[name]
-    assert not {'pickle', 'marshal', 'shelve', 'runpy', 'importlib'} & set(imports(tree))
+    """No pickle, no executed text, no shell, no unsafe load. bench.py runs the model.py of a peer,
+    if a user names its folder."""
+    tree, loads = TREES[name], 'importlib.util' if name != 'bench' else ''
+    assert not {'pickle', 'marshal', 'shelve', 'runpy', 'importlib', loads} & set(imports(tree))
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)

@@ -22,8 +22,8 @@ COMMANDS = [line.partition('  #')[0].strip()
 HEADERS = [line[2:].partition('   #')[0] for path in sorted(ROOT.glob('config/*.py'))
            for line in path.read_text().splitlines() if re.match(r'# (python|torchrun) ', line)]
 NEEDS_A_HUB = ('--dataset=shakespeare', 'gpt2', 'shakespeare_char', 'out/finetune', 'fineweb',
-               'openwebtext', 'hub:', '--contamination', '--compare', '--minutes')
-                                                                # or GPUs, results, half an hour
+               'openwebtext', 'hub:', '--contamination', '--compare', '--minutes',
+               'plot.py out/notes')                             # or GPUs, results, half an hour
 
 
 def script_and_arguments(command):
@@ -114,7 +114,7 @@ def test_the_commands_run_one_after_another(tmp_path):
         extra = (['--max_iters=3', '--eval_interval=3', '--eval_tokens=4096', '--compile=False']
                  if name == 'train.py' else [])
         # the default tokenizer is downloaded
-        extra += ['--tokenizer=bpe:300'] if re.search('--name=(mine|web)', command) else []
+        extra += ['--tokenizer=bpe:300'] if re.search('--name=(mine|notes|web)', command) else []
         launcher = (['-m', 'torch.distributed.run', *shlex.split(command)[1:3]]
                     if command.startswith('torchrun') else [])
         done = subprocess.run([sys.executable, *launcher, name, *arguments, *extra], cwd=tmp_path,

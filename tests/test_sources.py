@@ -184,7 +184,9 @@ def test_ready_shards_are_downloaded_verified_and_added_to(hub, tmp_path, root, 
     assert 'is up to date' in prepare(hub, tmp_path, '--dataset=fineweb-10B',
                                          '--shards=1').stdout
     hub.requests.clear()
-    prepare(hub, tmp_path, '--dataset=fineweb-10B')
+    before = (folder / 'manifest.json').read_bytes()
+    said = prepare(hub, tmp_path, '--dataset=fineweb-10B').stdout
+    assert 'shards are added (--shards=2 --replace goes back)' in said
     assert {path.rpartition('/')[2] for method, path, _ in hub.requests
             if method == 'GET' and path.endswith('.bin')} == {'fineweb_train_000003.bin'}
     manifest = json.loads((folder / 'manifest.json').read_text())
@@ -192,6 +194,10 @@ def test_ready_shards_are_downloaded_verified_and_added_to(hub, tmp_path, root, 
     text = tokenizer.gpt2().decode_bytes(ids[ids != 50256].tolist())
     assert manifest['splits']['val']['bytes'] == len(text)
     assert manifest['splits']['train']['tokens'] == 15_000
+    hub.requests.clear()
+    prepare(hub, tmp_path, '--dataset=fineweb-10B', '--shards=2', '--replace')
+    assert (folder / 'manifest.json').read_bytes() == before, 'a run on two shards resumes'
+    assert not any('.bin' in path for method, path, _ in hub.requests if method == 'GET')
 
 
 @pytest.mark.slow

@@ -1,12 +1,16 @@
 """The validation loss and bits per byte, against sums by hand."""
 
+import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import losses
 
-from gpt import validation
+import train
+from gpt import checkpoints, validation
 from gpt.data.order import DataSet
 from gpt.data.shards import Tokens, read_manifest
 from gpt.validation import Validation, ValidationConfig, bits_per_byte, evaluate, validate
@@ -69,6 +73,28 @@ def test_a_mixture_counts_each_data_set_by_its_fraction(net, stories):
     assert found.others == {'val_loss/a': a, 'val_loss/b': b}
     assert found.tokens == tokens_a + tokens_b
     assert str(found) == f'val_loss {found.loss:.4f} (a {a:.4f}, b {b:.4f})'
+
+
+def test_other_sets_and_the_training_split_are_validated_beside_it(config, two_sets, tmp_path,
+                                                                   capsys):
+    """They are in the log and change no loss; eval_train is as many tokens of the training split.
+    """
+    cfg = config(data_dir=str(two_sets), max_iters=4)
+    train.main(cfg)
+    train.main(replace(cfg, val_datasets='other', eval_train=True, out_dir=str(tmp_path / 'both')))
+    both = [json.loads(line) for line in (tmp_path / 'both/log.jsonl').read_text().splitlines()]
+    assert losses(tmp_path / 'both') == losses(tmp_path / 'run')
+    assert losses(tmp_path / 'both', 'val_loss') == losses(tmp_path / 'run', 'val_loss')
+    model, _ = checkpoints.load_folder(tmp_path / 'both/step_0000004')
+    size = ValidationConfig(cfg.batch_size, cfg.block_size, cfg.eval_tokens)
+    for key, place in (('val_loss/other', ('other', 'val')), ('train_loss', ('tiny', 'train'))):
+        expected, _ = evaluate(model, Tokens(*place, 300, two_sets), size, World())
+        assert both[-1][key] == pytest.approx(expected, rel=1e-6)
+    assert f"train_loss {both[-1]['train_loss']:.4f} (other " in capsys.readouterr().out
+    for name, message in (('bytes', 'bytes holds tokens of bpe:257'),
+                          ('tiny', 'tiny is trained on')):
+        with pytest.raises(ValueError, match=f'val_datasets: {message}'):
+            train.main(replace(cfg, val_datasets=name))
 
 
 def test_a_validation_is_described():

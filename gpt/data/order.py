@@ -42,9 +42,18 @@ class Data:
     """What a run trains and validates on: the data sets, their tokenizer, and the training
     sequences in order, read ahead."""
 
-    def __init__(self, text: str, data_dir: str | Path = ''):
-        """text: the name of a data set, or of several with weights (see mixture())."""
+    def __init__(self, text: str, data_dir: str | Path = '', val_datasets: str = ''):
+        """text: the name of a data set, or of several with weights (see mixture()). val_datasets:
+        names of others, which are only validated on."""
         self.sets, self.encoding = load_sets(text, data_dir)
+        self.val_sets, encoding = load_sets(val_datasets, data_dir) if val_datasets else ([], None)
+        for part in self.val_sets:
+            if part.name in [own.name for own in self.sets]:
+                raise ValueError(f'val_datasets: {part.name} is trained on, and validated anyway')
+        if encoding and tokenizer.fingerprint(encoding) != tokenizer.fingerprint(self.encoding):
+            raise ValueError(f'val_datasets: {val_datasets} holds tokens of {encoding.name}, '
+                             f'{text} those of {self.encoding.name}; prepare it again with '
+                             f'--tokenizer={Path(data_dir or "data") / self.sets[0].name}')
 
     @property
     def shards(self) -> list[str]:

@@ -11,8 +11,9 @@ import os
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -253,10 +254,8 @@ def converted_files(repo: str, config: str, split: str) -> list[File]:
 def list_repo(repo: str, revision: str) -> tuple[str, list[str]]:
     """(commit, names of all files) of a data set repository."""
     from huggingface_hub import HfApi
-    try:
+    with hub_errors(f'hub:{repo}'):
         info = HfApi().dataset_info(repo, revision=revision)
-    except Exception as error:
-        raise hub_error(f'hub:{repo}', error) from None
     return info.sha, sorted(file.rfilename for file in info.siblings)
 
 
@@ -264,16 +263,22 @@ def describe_files(repo: str, revision: str, names: list[str]) -> list[File]:
     """The Files of these names, in this order, with their sizes and hashes."""
     from huggingface_hub import HfApi
     found = {}
-    try:
+    with hub_errors(f'hub:{repo}'):
         for i in range(0, len(names), 500):
             for info in HfApi().get_paths_info(repo, names[i:i + 500], revision=revision,
                                                repo_type='dataset'):
                 found[info.path] = File(info.path, None, info.size,
                                         info.lfs.sha256 if info.lfs else info.blob_id,
                                         repo=repo, revision=revision)
-    except Exception as error:
-        raise hub_error(f'hub:{repo}', error) from None
     return [found[name] for name in names]
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise hub_error(what, error) from None
 
 
 def hub_error(what: str, error: Exception) -> Exception:
@@ -316,11 +321,9 @@ def download_from_hub(file: File, folder: Path, tries: int = 2) -> Path:
     """The path in `folder` of a file of the hub, or in its cache; size and sha256 are checked."""
     from huggingface_hub import hf_hub_download
     for _ in range(tries):
-        try:
+        with hub_errors(f'{file.repo}: {file.name}'):
             path = Path(hf_hub_download(file.repo, file.name, repo_type='dataset',
                                         revision=file.revision, local_dir=folder))
-        except Exception as error:
-            raise hub_error(f'{file.repo}: {file.name}', error) from None
         found = sha256(path)
         has_sha256 = len(file.hash) == 64
         if path.stat().st_size == file.size and (found == file.hash or not has_sha256):
