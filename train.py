@@ -105,7 +105,7 @@ from gpt.log import Stopwatch
 from gpt.optim import OptimizerConfig, Schedule
 from gpt.preflight import Preflight, doubtful, how_it_ended
 from gpt.progress import PendingMetrics, Progress
-from gpt.run import Run
+from gpt.run import Run, is_fine_tune
 from gpt.trainer import Trainer, TrainerConfig
 from gpt.validation import ValidationConfig, validate
 from gpt.world import World
@@ -168,13 +168,16 @@ def check(cfg):
 def start(cfg, world, run, started):
     """All that comes before the first update, what fails fast first; then train(). Or validate, or
     report the cost, if only that was asked for. started: time.monotonic() of the command."""
-    batches = batch_plan(cfg, world)
+    if not is_fine_tune(cfg):                           # whose model may have a smaller block
+        batch_plan(cfg, world)
     crowded = cpu.crowded() if world.device.type == 'cpu' else ''
     for line in [*doubtful(cfg), *filter(None, [crowded])]:
         world.print(line)
     if world.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')      # TF32, where float32 is multiplied
     data = Data(cfg.dataset, cfg.data_dir, cfg.val_datasets)
+    for line in data.doubtful(cfg.block_size):
+        world.print(line)
     questions = load_questions(cfg, world, data.encoding)
     run.lock()
     cfg, model, saved = run.start(data.encoding)
@@ -199,7 +202,7 @@ def start(cfg, world, run, started):
     if saved:
         trainer.load_state_dict(saved)
     batches = batch_plan(cfg, world, progress.one_shape)
-    update = '' if cfg.plan else f'an update is {batches.describe()}; '
+    update = '' if cfg.plan and not is_fine_tune(cfg) else f'an update is {batches.describe()}; '
     world.print(f'{model.num_parameters():,} parameters; {update}'
                 f'{data.describe_epochs(cfg.block_size, batches.full.sequences)}')
 
@@ -249,9 +252,9 @@ def measure_cost(data, trainer, progress, forecast):
     forecast.cost = budget.measure(trainer, passes, batches, cfg.minutes)
     available = sum(len(part.val) for part in data.sets)
     with trainer.evaluating() as model:
-        evaluate = partial(validate, model, data.sets, world=world, val_sets=data.val_sets)
+        run_validation = partial(validate, model, data.sets, world=world, val_sets=data.val_sets)
         forecast.took['eval_interval'] = budget.time_validation(
-            evaluate, section(cfg, ValidationConfig), available, world)
+            run_validation, section(cfg, ValidationConfig), available, world)
     world.print(budget.describe_cost(trainer, forecast.cost, batches.tokens_per_update))
 
 
@@ -260,8 +263,8 @@ def train(data, run, trainer, progress, questions, forecast):
     cfg, world = forecast.cfg, trainer.world
     metrics, stopwatch = PendingMetrics(world.device), Stopwatch()
     intervals = cfg.eval_interval, cfg.hellaswag_interval, cfg.sample_interval
-    evaluate = partial(validate, trainer.model, data.sets, section(cfg, ValidationConfig), world,
-                       lambda: run.stop.requested, data.val_sets)
+    run_validation = partial(validate, trainer.model, data.sets, section(cfg, ValidationConfig),
+                             world, lambda: run.signal.received, data.val_sets)
     while True:
         # once in a while: save first, so that nothing below can lose work
         finished = progress.step >= cfg.max_iters
@@ -272,7 +275,7 @@ def train(data, run, trainer, progress, questions, forecast):
             run.save(progress, trainer)
         if validation_due and not run.stop_requested:
             with trainer.evaluating(), forecast.pause('eval_interval'):
-                validation = evaluate()
+                validation = run_validation()
             if validation is None:              # stopped in the middle of it: a resume repeats it
                 run.stop_requested = True
                 continue
@@ -323,7 +326,7 @@ def refit(run, progress, forecast):
     if forecast.is_due(progress.step):
         fit = run.world.on_main(forecast.refit, progress.step)
     if fit:
-        run.cfg = forecast.use(fit)
+        run.cfg, run.has_changed = forecast.use(fit), True
         with suppress(OSError):                         # a full disk does not end a run
             run.world.on_main(run.write_config)
         text = f"max_iters {before} -> {fit['max_iters']}, to end in time"

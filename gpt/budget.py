@@ -305,9 +305,10 @@ class Forecast:
         updates = int((room - (1 + visits) * visit) / each)
         if updates < 1:
             spent, ends = 60 * cfg.minutes - (self.ends - now), 2 * visit + self.save
-            raise ValueError(f'minutes: given {cfg.minutes}; starting and measuring ({spent:.0f} '
-                             f's), two validations ({ends:.0f} s) and one update ({each:.1f} s) '
-                             f'take {(spent + ends + each) / 60:.2f}')
+            raise ValueError(f'minutes: given {cfg.minutes}, expected more than '
+                             f'{(spent + ends + each) / 60:.2f}, which starting and measuring '
+                             f'({spent:.0f} s), two validations ({ends:.0f} s) and one update '
+                             f'({each:.1f} s) take')
         return {**self.stretched(0, updates), 'eval_interval': -(-updates // visits)}
 
     def is_due(self, step: int) -> bool:

@@ -14,6 +14,7 @@ from gpt.data.order import Data
 from gpt.device import pick_dtype, without_memory
 from gpt.model_config import check_size
 from gpt.progress import Progress
+from gpt.run import is_fine_tune
 from gpt.settings import section
 from gpt.trainer import should_compile
 from gpt.world import World
@@ -76,12 +77,14 @@ class Preflight:
         return f'{encoding.name}, {encoding.n_vocab:,} tokens'
 
     def batch(self) -> str:
+        if is_fine_tune(self.cfg):
+            return f'not known before {self.cfg.init_from} is loaded'
         warmup = self.cfg.batch_warmup_iters
         text = BatchPlan(section(self.cfg, BatchConfig), self.world.size).describe()
         return text + (f'; less in the first {warmup:,} updates' if warmup else '')
 
     def disk(self) -> str:
-        if self.cfg.init_from not in ('auto', 'scratch', 'resume'):
+        if is_fine_tune(self.cfg):
             return f'not known before {self.cfg.init_from} is loaded'
         vocab_size = self.found['data'].encoding.n_vocab
         config = section(self.cfg, GPTConfig, vocab_size=vocab_size)
@@ -104,7 +107,7 @@ def doubtful(cfg: Any) -> list[str]:
         (cfg.batch_warmup_iters >= end,
          f'batch_warmup_iters={cfg.batch_warmup_iters}: the batch never is the full one'),
         (cfg.patience * cfg.eval_interval > end,
-         f'patience={cfg.patience}, eval_interval={cfg.eval_interval}: the run ends before'),
+         f'patience={cfg.patience}, eval_interval={cfg.eval_interval}: patience has no effect'),
         (cfg.eval_interval > end and not cfg.save_minutes,
          f'eval_interval={cfg.eval_interval}, save_minutes=0: no checkpoint before the end')]
     return [f'note: max_iters={end}, {text}' for applies, text in cases if end and applies]
@@ -122,8 +125,9 @@ def how_it_ended(cfg: Any, progress: Progress, saved: dict) -> str:
             or saved['settings']['dataset'] != cfg.dataset):
         return ''
     if progress.step >= cfg.max_iters:
+        fixed = '--minutes=0 ' if cfg.minutes else ''
         return (f'finished {progress.step} updates before, nothing is left to do; '
-                f'--max_iters={2 * progress.step} trains longer')
+                f'{fixed}--max_iters={2 * progress.step} trains longer')
     if progress.out_of_patience(cfg.patience * cfg.eval_interval) and (
             last['val_loss'] or math.inf) >= progress.lowest_val_loss:
         return (f'ended at step {progress.step} before, no lower loss in {cfg.patience} '

@@ -46,11 +46,11 @@ class Run:
         """
         self.cfg, self.world = cfg, world
         self.read_only, self.block_size_asked = cfg.eval_only or cfg.plan, cfg.block_size
-        self.lock_file = self.log = self.stop = None
+        self.lock_file = self.log = self.signal = None
         self.writer, self.writing = ThreadPoolExecutor(1), None     # of rank 0: one save at a time
         self.saved_at, self.saved_time, self.save_error = -1, time.monotonic(), None
         self.validation = None                      # (step, loss) of one whose save is not settled
-        self.is_warned = False
+        self.is_warned = self.has_changed = False           # has_changed: the settings, on the way
         self.stop_requested = self.save_requested = False       # by any rank, as all ranks know
 
     def __enter__(self) -> 'Run':
@@ -60,8 +60,8 @@ class Run:
         if error:
             self.world.output.log(f'{kind.__name__}: {error}')
         self.world.output.close()
-        if self.stop:
-            self.stop.restore()
+        if self.signal:
+            self.signal.restore()
         self.writer.shutdown(wait=kind is not KeyboardInterrupt)
         if self.log and kind is not KeyboardInterrupt:          # a second Ctrl-C ends at once
             self.log.close(failed=error is not None)
@@ -149,7 +149,9 @@ class Run:
         check_shape(model.config, section(cfg, GPTConfig, vocab_size=encoding.n_vocab), folder)
         before = {field.name: field.default for field in fields(cfg)} | before      # of old runs
         changed = [f'{key} {before[key]!r} -> {value!r}'
-                   for key, value in asdict(cfg).items() if before[key] != value]
+                   for key, value in asdict(cfg).items()
+                   if before[key] != value and key not in ('eval_only', 'plan')]
+        self.has_changed = bool(changed)
         note = f"; changed: {', '.join(changed)}" if changed else ''
         self.world.print(f'resuming from {folder}{note}')
         return Start(cfg, model, saved)
@@ -161,6 +163,8 @@ class Run:
             lambda folder: (folder, self.load_checked(folder, encoding)))
         given, longest = given_by(model, cfg), model.config.block_size
         note = f' (up to --block_size={longest} is possible)' if cfg.block_size < longest else ''
+        if cfg.block_size > longest:
+            note = f", the model's (given {cfg.block_size})"
         own = ', '.join(f'{key}={value!r}' for key, value in given.items() if key != 'block_size')
         self.announce(f'new run in {cfg.out_dir}, from the weights in {source}, which set {own}; '
                       f'block_size {given["block_size"]}{note}')
@@ -197,21 +201,25 @@ class Run:
         self.log = Log(cfg.out_dir, self.world)
         if cfg.wandb_log:
             self.log.start_wandb(cfg.wandb_project, cfg.wandb_run_name, asdict(cfg))
-        self.stop = StopSignal(self.world)
+        self.signal = StopSignal(self.world)
         self.log.start(progress.step)
         self.saved_at, self.saved_time = 0 if is_new else progress.step, time.monotonic()
 
     def write_config(self) -> None:
         """The settings, as a config file that repeats the run."""
         path = Path(self.cfg.out_dir) / 'config.py'
-        comment = f'python train.py {path} --out_dir=out/again   # repeats this run'
+        repeats = 'python train.py THIS_FILE --out_dir=out/again   # repeats this run'
+        if path.exists():
+            self.has_changed |= '# repeats this run' not in files.read_text(path)
+        comment = 'the last settings of this run; some changed on the way' if (
+            self.has_changed) else repeats
         files.atomic_write(path, as_config_file(replace(self.cfg, minutes=0.0), comment))
 
     def requests(self, like: torch.Tensor) -> list[torch.Tensor]:
         """Whether this process asks to stop, and to save: 0 or 1, as tensors like this one."""
         minutes = (time.monotonic() - self.saved_time) / 60
         save = self.world.is_main and 0 < self.cfg.save_minutes < minutes
-        return [torch.full_like(like, request) for request in (self.stop.requested, save)]
+        return [torch.full_like(like, request) for request in (self.signal.received, save)]
 
     def heed(self, m: Metrics) -> None:
         """Take the requests of all processes that came with an update."""
@@ -336,7 +344,7 @@ class Run:
         """Wait for the last save, and print the summary."""
         self.world.on_main(self.settle, progress, True)
         self.save_error = self.world.broadcast(self.save_error)
-        self.world.print(self.summary(progress))
+        self.world.print(self.summary(progress), last=True)
 
     def summary(self, progress: Progress) -> str:
         """The last line of a run."""
@@ -375,7 +383,7 @@ class StopSignal:
     once. Signals that this process was started to ignore (nohup) stay ignored."""
 
     def __init__(self, world: World):
-        self.world, self.requested, self.since, self.before = world, False, 0.0, {}
+        self.world, self.received, self.since, self.before = world, False, 0.0, {}
         self.debounce_seconds = 2 if world.under_torchrun else 0    # it sends one Ctrl-C twice
         if threading.current_thread() is threading.main_thread():
             for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
@@ -384,15 +392,15 @@ class StopSignal:
                     self.before[number] = signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: Any) -> None:
-        again = self.requested and time.monotonic() - self.since > self.debounce_seconds
+        again = self.received and time.monotonic() - self.since > self.debounce_seconds
         if again and number == signal.SIGINT:
             self.say('ended, without a checkpoint')
             raise KeyboardInterrupt
-        if not self.requested:                                      # an update may take long
+        if not self.received:                                      # an update may take long
             hint = '; Ctrl-C again ends at once, without one' if number == signal.SIGINT else ''
             self.say(f'ending after this update, with a checkpoint{hint}')
         self.since = self.since or time.monotonic()
-        self.requested = True
+        self.received = True
 
     def say(self, text: str) -> None:
         if self.world.is_main:

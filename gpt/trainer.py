@@ -223,7 +223,7 @@ def logits_that_fit(memory: int) -> int:
 def should_compile(wanted: bool | str, world: World, seconds: float) -> tuple[bool, str]:
     """(whether to compile, reason) for a run that takes `seconds` without."""
     if isinstance(wanted, bool):
-        return wanted, 'as set'
+        return wanted, 'as set, or as before'
     if world.device.type == 'cuda':
         return True, 'on a GPU'
     if world.device.type != 'cpu':

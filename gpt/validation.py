@@ -39,12 +39,12 @@ class Validation(NamedTuple):
 
     def __str__(self) -> str:
         text = f'val_loss {self.loss:.4f}'
-        if 'train_loss' in self.others:
-            text += f", train_loss {self.others['train_loss']:.4f}"
         parts = [f"{key.partition('/')[2]} {loss:.4f}"
                  for key, loss in self.others.items() if '/' in key]
         if parts:
             text += f" ({', '.join(parts)})"
+        if 'train_loss' in self.others:
+            text += f", train_loss {self.others['train_loss']:.4f}"
         if 'val_bits_per_byte' in self.others:
             text += f", {self.others['val_bits_per_byte']:.3f} bits per byte"
         if 'xz_bits_per_byte' in self.others:

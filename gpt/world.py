@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from gpt import cpu
 from gpt.device import pick_device
+from gpt.settings import complain
 
 
 class Output:
@@ -24,15 +25,18 @@ class Output:
     fails: a reader, terminal or disk that is gone costs lines, not the run."""
 
     def __init__(self):
-        self.file, self.before_file = None, []
+        self.file, self.before_file, self.is_lost = None, [], False
 
-    def print(self, *words: object) -> None:
+    def print(self, *words: object, last: bool = False) -> None:
+        """last: if standard output is lost, to standard error."""
         text = ' '.join(map(str, words))
         self.log(text)
         try:
             print(text, flush=True)
         except (OSError, ValueError):           # from now on there is nobody to print to
-            sys.stdout = open(os.devnull, 'w')
+            sys.stdout, self.is_lost = open(os.devnull, 'w'), True
+        if last and self.is_lost:
+            complain(f'{text}\n')
 
     def log(self, text: str) -> None:
         """A line for train.log alone."""
@@ -91,10 +95,10 @@ class World:
     def under_torchrun(self) -> bool:
         return dist.is_initialized()
 
-    def print(self, *words: object) -> None:
+    def print(self, *words: object, last: bool = False) -> None:
         """Print on rank 0, see Output."""
         if self.is_main:
-            self.output.print(*words)
+            self.output.print(*words, last=last)
 
     def autocast(self) -> torch.autocast:
         """Forward passes run under it. Its cache is off: a weight is used once in a pass."""

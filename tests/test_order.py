@@ -24,6 +24,13 @@ def test_permuted_is_a_permutation_that_depends_on_its_key(size):
     assert size < 64 or (once != permuted(np.arange(size), size, 'b')).mean() > 0.9
 
 
+def test_validation_splits_that_say_little_are_named(two_sets):
+    data = Data('tiny', two_sets)
+    assert not data.doubtful(16)
+    note, = data.doubtful(10 ** 6)
+    assert note.startswith('note: tiny has ') and '--val_fraction' in note
+
+
 def test_permuted_mixes_well():
     """Neighbours are as far apart as in a uniform permutation: mean distance size / 3, no
     correlation between positions."""

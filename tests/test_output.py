@@ -74,6 +74,15 @@ def test_lines_are_in_a_file_when_they_are_written(start, tmp_path):
         assert process.poll() is None
 
 
+def test_the_last_line_is_seen_though_the_reader_has_left(start, tmp_path):
+    """`| tee log` dies of the same Ctrl-C; the terminal still has standard error."""
+    process = start(max_iters=10 ** 6, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(tmp_path / 'run/train.log', 'step 1/')
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert b'the same command resumes' in process.stderr.read() and process.wait(60) == 0
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SLOW),
                                     pytest.param(signal.SIGHUP, marks=SLOW)])
 def test_a_signal_after_the_reader_has_left(start, tmp_path, number):

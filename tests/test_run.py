@@ -215,6 +215,15 @@ def test_a_slow_save_under_torchrun_is_said_once(capsys):
     assert text.count('took') == 1
 
 
+def test_config_py_says_if_it_repeats_the_run(config, tmp_path):
+    path = tmp_path / 'run/config.py'
+    train.main(config(max_iters=4))
+    assert path.read_text().startswith('# python train.py THIS_FILE --out_dir=out/again   # repea')
+    for learning_rate in (1e-3, 1e-3):                  # also after an unchanged resume
+        train.main(config(max_iters=8, learning_rate=learning_rate))
+        assert path.read_text().startswith('# the last settings of this run; some changed on the')
+
+
 # Signals.
 
 def test_a_second_ctrl_c_ends_at_once_but_not_the_one_that_torchrun_repeats(capfd):
@@ -223,7 +232,7 @@ def test_a_second_ctrl_c_ends_at_once_but_not_the_one_that_torchrun_repeats(capf
         stop.debounce_seconds = 2 * under_torchrun
         try:
             signal.raise_signal(signal.SIGINT)
-            assert stop.requested
+            assert stop.received
             if under_torchrun:
                 signal.raise_signal(signal.SIGINT)
                 stop.since -= 3                                  # later

@@ -162,7 +162,7 @@ def test_a_run_that_has_ended_does_nothing_more(config, tmp_path, monkeypatch, c
     ({'schedule': 'wsd', 'cooldown_iters': 10},
      'warmup_iters=3, cooldown_iters=10: the cooldown follows the warmup, in 9 updates'),
     ({'batch_warmup_iters': 12}, 'the batch never is the full one'),
-    ({'patience': 4}, 'patience=4, eval_interval=4: the run ends before'),
+    ({'patience': 4}, 'patience=4, eval_interval=4: patience has no effect'),
     ({'eval_interval': 13}, 'save_minutes=0: no checkpoint before the end')])
 def test_settings_that_contradict_each_other_are_named(config, changes, note):
     assert not doubtful(config())
@@ -397,7 +397,7 @@ def test_fine_tuning_takes_the_block_of_a_model_that_has_a_smaller_one(config, t
     tune = config(init_from=str(tmp_path / 'run'), out_dir=str(tmp_path / 'tuned'), block_size=64,
                   total_batch_size=0, max_iters=4)
     train.main(tune)
-    assert '; block_size 16\n' in capsys.readouterr().out
+    assert "; block_size 16, the model's (given 64)\n" in capsys.readouterr().out
     assert 'block_size = 16\n' in (tmp_path / 'tuned/config.py').read_text()
     train.main(replace(tune, max_iters=6))
     assert 'resuming from' in capsys.readouterr().out

@@ -90,9 +90,11 @@ def test_other_sets_and_the_training_split_are_validated_beside_it(config, two_s
     for key, place in (('val_loss/other', ('other', 'val')), ('train_loss', ('tiny', 'train'))):
         expected, _ = evaluate(model, Tokens(*place, 300, two_sets), size, World())
         assert both[-1][key] == pytest.approx(expected, rel=1e-6)
-    assert f"train_loss {both[-1]['train_loss']:.4f} (other " in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert re.search(rf"val_loss \S+ \(other \S+\), train_loss {both[-1]['train_loss']:.4f}", text)
     for name, message in (('bytes', 'bytes holds tokens of bpe:257'),
-                          ('tiny', 'tiny is trained on')):
+                          ('tiny', 'tiny is trained on'), ('other:0.5', "given 'other:0.5'"),
+                          ('other,other', "given 'other,other'")):
         with pytest.raises(ValueError, match=f'val_datasets: {message}'):
             train.main(replace(cfg, val_datasets=name))
 

@@ -46,6 +46,10 @@ class Data:
         """text: the name of a data set, or of several with weights (see mixture()). val_datasets:
         names of others, which are only validated on."""
         self.sets, self.encoding = load_sets(text, data_dir)
+        names = val_datasets.split(',') if val_datasets else []
+        if ':' in val_datasets or len(set(names)) < len(names):
+            raise ValueError(f'val_datasets: given {val_datasets!r}, expected names of data sets, '
+                             f'each once, without weights')
         self.val_sets, encoding = load_sets(val_datasets, data_dir) if val_datasets else ([], None)
         for part in self.val_sets:
             if part.name in [own.name for own in self.sets]:
@@ -54,6 +58,13 @@ class Data:
             raise ValueError(f'val_datasets: {val_datasets} holds tokens of {encoding.name}, '
                              f'{text} those of {self.encoding.name}; prepare it again with '
                              f'--tokenizer={Path(data_dir or "data") / self.sets[0].name}')
+
+    def doubtful(self, block_size: int) -> list[str]:
+        """Notes on validation splits that say little."""
+        sizes = [(part.name, len(part.train), len(part.val)) for part in self.sets]
+        return [f'note: {name} has {n_train:,} tokens to train on and {n_val:,} to validate on: '
+                f'prepare more text, or with another --val_fraction'
+                for name, n_train, n_val in sizes if n_val < block_size or n_val > n_train]
 
     @property
     def shards(self) -> list[str]:
