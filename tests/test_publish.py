@@ -3,11 +3,12 @@
 import json
 import math
 import re
+import resource
 import shutil
 
 import pytest
 import torch
-from conftest import TINY, command
+from conftest import TINY, command, script
 
 from gpt import checkpoints, steps
 import publish
@@ -140,6 +141,17 @@ def test_it_is_replaced_and_nothing_else_is(published):
             command(publish, f'--model={other}', '--to=x')
     with pytest.raises(ValueError, match='expected a run and a folder'):
         command(publish, f'--model={run}')
+
+
+def test_a_full_disk_is_named(published, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    run = published.with_name('run')
+    done = script('publish.py', f'--model={run}', f'--to={tmp_path}/given', '--prompts=',
+                  '--data_dir=/none', check=False, preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        f"publish.py: [Errno 27] File too large: '{tmp_path}/given'"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_step_between_two_lines_of_the_log_can_be_published(published, tmp_path):
