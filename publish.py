@@ -34,7 +34,7 @@ import torch
 
 from gpt import checkpoints, steps, tokenizer
 from gpt.curves import read_log, seconds_to
-from gpt.data.order import load_sets
+from gpt.data.order import Data, check_tokenizer
 from gpt.device import pick_device, pick_dtype
 from gpt.files import given_text, read_text
 from gpt.log import duration
@@ -75,7 +75,7 @@ class Step(NamedTuple):
     encoding: tokenizer.Encoding
     training: dict
     texts: dict             # {name: text} of the run's files
-    run: Path
+    folder: Path
 
 
 def read_step(folder, device, dtype):
@@ -83,7 +83,7 @@ def read_step(folder, device, dtype):
     model, encoding = checkpoints.load_folder(folder, device, dtype=dtype)
     texts = {name: read_text(folder.parent / name) for name in FROM_THE_RUN
              if (folder.parent / name).exists()}
-    return Step(model.float(), encoding, checkpoints.load_training(folder), texts, folder.parent)
+    return Step(model.float(), encoding, checkpoints.load_training(folder), texts, folder)
 
 
 def step_folder(name):
@@ -116,17 +116,17 @@ def card(cfg, about, rows, samples):
         f'`python train.py {cfg.to}/config.py --out_dir=out/again` trains it again, where that '
         f'data set is prepared. It is a Hugging Face model: '
         f'`AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` read this folder.', '',
-        '## Samples', '', f'Not chosen: the first {cfg.num_samples} of each prompt, '
-        f'temperature 0.8, top-k 200, as `python sample.py --model={cfg.to} -p "…" '
-        f'-m {cfg.max_new_tokens} --num_samples={cfg.num_samples}` draws them in float32.', '',
-        *samples, ''])
+        *(['## Samples', '', f'Not chosen: the first {cfg.num_samples} of each prompt, '
+           f'temperature 0.8, top-k 200, as `python sample.py --model={cfg.to} -p "…" '
+           f'-m {cfg.max_new_tokens} --num_samples={cfg.num_samples}` draws them in float32.', '',
+           *samples, ''] if samples else [])])
 
 
 def properties(cfg, step, dtype, world):
     """[(key, value)] of what the card says of the model, whose file is in `dtype`."""
     progress, run_settings = step.training['progress'], step.training['settings']
     tokens = progress['position'] * run_settings['block_size']
-    seconds = seconds_to(read_log(step.run / 'log.jsonl'), tokens)
+    seconds = seconds_to(read_log(step.folder.parent / 'log.jsonl'), tokens)
     c, n_parameters = step.model.config, step.model.num_parameters()
     return [('parameters', f'{n_parameters:,}, {n_parameters * dtype.itemsize / 1e6:.1f} MB as '
                            f'{str(dtype)[6:]}: {c.n_layer} layers, {c.n_head} heads, '
@@ -135,24 +135,34 @@ def properties(cfg, step, dtype, world):
             ('trained', f"{progress['step']:,} updates, {tokens:,} tokens, "
                         f'{duration(seconds)} of updates'),
             ('data set', run_settings['dataset']),
-            *validation(cfg, run_settings['dataset'], step.model, world),
+            *validation(cfg, step, world),
             ('published with', f'torch {torch.__version__}, Python {platform.python_version()}')]
 
 
-def validation(cfg, dataset, model, world):
-    """Properties measured on the validation text; none if it is not at hand."""
+def validation(cfg, step, world):
+    """Properties measured on the validation text, or why there are none."""
+    name, reason = step.training['settings']['dataset'], 'is not at hand'
     try:
-        sets, _ = load_sets(dataset, cfg.data_dir)
+        data = Data(name, cfg.data_dir)
+        reason = 'was prepared again since the training'
+        check_tokenizer(name, data.encoding, step.folder, step.encoding)
+        if data.shards != step.training['shards']:
+            raise ValueError(f'the data set {name} {reason}')
     except (OSError, ValueError) as error:
         print(f'not validated: {error}')
-        return []
-    config = ValidationConfig(batch_size=16, block_size=model.config.block_size,
+        return [('not validated', f'the data set {reason}')]
+    config = ValidationConfig(batch_size=16, block_size=step.model.config.block_size,
                               eval_tokens=cfg.eval_tokens or 2 ** 60)
-    result, total = validate(model, sets, config, world), sum(len(part.val) - 1 for part in sets)
+    result = validate(step.model, data.sets, config, world)
+    total = sum(len(part.val) - 1 for part in data.sets)
     part = 'all' if result.tokens == total else f'the first {result.tokens:,} of'
+    where = f'over {part} {total:,} tokens of the validation text'
+    if len(data.sets) > 1:
+        shares = ', '.join(f'{one.name} {one.fraction:.1%}' for one in data.sets)
+        where = f'the mean of its data sets weighted as in training ({shares}), {where}s'
     rows = [('validation loss', f'{result.loss:.4f} nats a token, a perplexity of '
-                                f'{math.exp(result.loss):.1f}, over {part} {total:,} tokens of the '
-                                f'validation text, which it was not trained on')]
+                                f'{math.exp(result.loss):.1f}, {where}, which it was not trained '
+                                f'on')]
     if 'val_bits_per_byte' in result.others:
         rows.append(('bits per byte', f"{result.others['val_bits_per_byte']:.3f}"))
     return rows

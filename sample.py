@@ -33,7 +33,8 @@ top_p = 1.0             # sample among the most likely that together have this p
 seed = 1337             # sample k is drawn with seed + k; -1: a new one each time
 stop = ''               # text that ends a sample, as <|endoftext|> does; it is not printed
 interactive = False     # also -i; ask for one prompt after another
-explain = False         # under each sample: every token's probability, rank and alternatives
+explain = False         # under each sample: every token's probability, rank and alternatives, as
+                        # the model gave them, before temperature, top_k and top_p
 json = False            # a line of JSON for each sample instead of text
 batch_size = 8          # samples drawn at once
 device = 'auto'         # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
@@ -291,7 +292,8 @@ def token_text(encoding, i):
 
 def print_table(tokens):
     if tokens:
-        print('\n        token            probability    rank   the most likely')
+        print('\nprobabilities before temperature, top_k and top_p\n'
+              '        token            probability    rank   the most likely')
     for token in tokens:
         alternatives = '  '.join(f'{text!r} {p:.1%}' for text, p in token['most_likely'])
         print(f"{'new' if token['new'] else 'given':6}  {token['token']!r:16} "

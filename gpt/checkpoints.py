@@ -277,6 +277,9 @@ def publish(target: Path, model: GPT, encoding: tokenizer.Encoding, texts: dict[
             card.replace(next(path for path in old if not path.exists()))
         for file in sorted(partial.iterdir()):
             file.replace(target / file.name)
+    except OSError as error:
+        error.filename = error.filename or str(target)              # of a full disk
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

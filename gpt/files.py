@@ -137,8 +137,10 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):              # that of a write does not say of which file
+            error.filename = error.filename or str(path)
         raise
 
 

@@ -274,8 +274,13 @@ def format_measure(measure: Measure, interval: bool = True) -> str:
 # Results: measures with all that identifies them, as JSON.
 
 def result_path(result: dict) -> Path:
-    """Where a result is kept by default; the bare name is for all of the official data."""
+    """Where a result is kept by default; the bare name is for all of the official data, in float32
+    and with shared contexts."""
     name = result['name']
+    if not result['settings'].get('share', True):
+        name += '-unshared'
+    if result['model']['dtype'] != 'float32':
+        name += f"-{result['model']['dtype']}"
     if result['first']:
         name += f"-first{result['first']}"
     if not result['data']['official']:

@@ -18,7 +18,7 @@ import torch
 from gpt import checkpoints, files, steps, tokenizer
 from gpt.budget import Forecast, fitted, newest_kept
 from gpt.config_file import as_config_file
-from gpt.data.order import Data
+from gpt.data.order import Data, check_tokenizer
 from gpt.log import Log, Speed
 from gpt.model_config import check_size
 from gpt.progress import MAX_ROLLBACKS, Event, Metrics, Progress
@@ -175,11 +175,7 @@ class Run:
         """The model in `folder`, whose tokenizer must be that of the data set."""
         device = 'cpu' if self.cfg.parallel == 'fsdp' else self.world.device    # before sharding
         model, own = checkpoints.load_folder(folder, device, dropout=self.cfg.dropout)
-        if tokenizer.fingerprint(own) != tokenizer.fingerprint(encoding):
-            raise ValueError(f'{folder} was trained on tokens of {own.name} ({own.n_vocab:,}), '
-                             f'the data set {self.cfg.dataset} holds those of another tokenizer, '
-                             f'{encoding.name} ({encoding.n_vocab:,}); prepare it with '
-                             f'--tokenizer={folder}')
+        check_tokenizer(self.cfg.dataset, encoding, folder, own)
         return model
 
     def check_data(self, saved: dict, data: Data) -> None:

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from gpt.files import read_bytes
 from gpt.settings import complain
 from gpt.sharding import is_sharded
 from gpt.world import World
@@ -36,7 +37,7 @@ from gpt.world import World
 MAX_LOGITS = 2 ** 25        # made at once: the head is applied to slices of positions
 PROGRESS_LINES = {          # without a terminal: a line every ten seconds instead of a bar
     'mininterval': 10, 'delay': 10,
-    'bar_format': '{percentage:3.0f} % of {total_fmt} tokens, {rate_fmt}, {remaining} left\n'}
+    'bar_format': '{percentage:3.0f} % of {total_fmt} tokens, {rate_fmt}, {remaining} left'}
 
 Item = tuple[Sequence[int], Sequence[Sequence[int]]]                # (context, endings), of ids
 
@@ -82,7 +83,7 @@ class Kept:
         self.tokens = self.tokens_before = 0            # read in all, and before a kill
 
     def read(self) -> dict[bytes, list[bytes]]:
-        lines = self.path.read_bytes().split(b'\n') if self.path.exists() else []
+        lines = read_bytes(self.path).split(b'\n') if self.path.exists() else []
         return {name: rest for name, *rest in map(bytes.split, filter(bytes.strip, lines))}
 
     def name(self, rows: Iterable[Row]) -> bytes:
@@ -289,8 +290,15 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
 
 
 class Stderr:
-    """Standard error for a bar; its terminal or disk may be gone."""
-    write, flush = staticmethod(complain), staticmethod(lambda: None)
+    """Standard error for a bar; its terminal or disk may be gone. A file gets lines, without what
+    moves the cursor and erases."""
+    flush = staticmethod(lambda: None)
+
+    def write(self, text: str) -> None:
+        if sys.stderr.isatty():
+            complain(text)
+        elif text.strip():
+            complain(f'{text.strip()}\n')
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)

@@ -17,6 +17,7 @@ assignments (literals, arithmetic, settings assigned before): it is evaluated, n
 
 import ast
 import difflib
+import io
 import os
 import signal
 import sys
@@ -215,7 +216,8 @@ def finish(task: Callable) -> None:
     except BrokenPipeError:
         status = 141
     except OSError as error:                    # a full disk: what was printed is lost
-        complain(f'{Path(sys.argv[0]).name}: standard output: {error}\n')
+        if not status:                          # else it has been said why it failed
+            complain(f'{Path(sys.argv[0]).name}: {error}\n')
         status = status or 2
     os._exit(status)
 
@@ -226,9 +228,23 @@ def open_standard_streams() -> None:
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
-    for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors='backslashreplace')
+    out = sys.stdout
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(StandardOutput(out.fileno(), 'w', closefd=False)), out.encoding,
+        'backslashreplace', line_buffering=out.isatty(), write_through=out.write_through)
+    sys.stderr.reconfigure(errors='backslashreplace')
     sys.stdin.reconfigure(errors='surrogateescape')     # who reads a line says what is wrong in it
+
+
+class StandardOutput(io.FileIO):
+    """A standard output whose errors say that they are its own, as those of a file name it."""
+
+    def write(self, content: Any) -> int | None:
+        try:
+            return super().write(content)
+        except OSError as error:
+            error.filename = 'standard output'
+            raise
 
 
 def complain(text: str) -> None:

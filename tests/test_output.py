@@ -133,8 +133,13 @@ def test_why_a_run_ended_is_in_its_log(start, tmp_path):
     assert 'stopped at step' in text or 'ended, without a checkpoint' in text
 
 
-def test_other_scripts_say_when_their_output_is_lost(tmp_path):
+@pytest.mark.parametrize('command', [['plot.py', '--help'],
+                                     ['sample.py', '--model=checkpoint', '-m', '1']])
+def test_other_scripts_say_when_their_output_is_lost(command):
     with open('/dev/full', 'w') as full:
-        done = subprocess.run([sys.executable, 'plot.py', '--help'], cwd=ROOT, stdout=full,
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=full,
                               stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 2 and done.stderr.count('No space left on device') == 1
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"{command[0]}: [Errno 28] No space left on device: 'standard output'")
+    assert done.stderr.count('No space') == 1

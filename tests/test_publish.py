@@ -3,16 +3,18 @@
 import json
 import math
 import re
+import resource
 import shutil
 
 import pytest
 import torch
-from conftest import TINY, command
+from conftest import TINY, command, script
 
 from gpt import checkpoints, steps
 import publish
 import sample
 import train
+from data import prepare
 from gpt.data.shards import Tokens
 from gpt.scoring import rolling_loglikelihood
 
@@ -89,6 +91,34 @@ def test_how_many_tokens_its_loss_is_of(published, stories, tmp_path):
         command(publish, *flags, '--to=x', '--about=FILE:/dev/zero')
 
 
+def test_a_data_set_that_was_prepared_again_is_not_validated_on(published, tmp_path, capsys):
+    run = published.with_name('run')
+    text = tmp_path / 'other.txt'
+    text.write_text(''.join(f'{i} ducks swam over the lake; {i % 7} came back. ' for i in range(900)))
+    flags = [f'--model={run}', f'--to={tmp_path}/given', '--prompts=', f'--data_dir={tmp_path}']
+    for kind in (run, 'bytes', 'bpe:310'):     # the same tokenizer, a smaller, a larger
+        prepare.main(prepare.Config(input=(str(text),), name='tiny', tokenizer=str(kind),
+                                    val_fraction=0.2, data_dir=str(tmp_path), replace=True))
+        capsys.readouterr()
+        command(publish, *flags)
+        assert re.search('^not validated: .*(prepared again|another tokenizer)',
+                         capsys.readouterr().out)
+        card = (tmp_path / 'given/README.md').read_text()
+        assert '| not validated | the data set was prepared again since the training |' in card
+        assert 'validation loss' not in card and '## Samples' not in card
+
+
+def test_the_loss_of_a_mixture_is_called_a_weighted_mean(two_sets, tmp_path):
+    train.main(train.Config(**{**TINY, 'data_dir': str(two_sets), 'max_iters': 2,
+                               'dataset': 'tiny:0.75,other:0.25', 'out_dir': f'{tmp_path}/run'}))
+    command(publish, f'--model={tmp_path}/run', f'--to={tmp_path}/given', PROMPTS,
+            '--max_new_tokens=1', f'--data_dir={two_sets}')
+    total = sum(len(Tokens(name, 'val', 300, str(two_sets))) - 1 for name in ('tiny', 'other'))
+    assert (f'the mean of its data sets weighted as in training (tiny 75.0%, other 25.0%), over '
+            f'all {total:,} tokens of the validation texts') in (
+                tmp_path / 'given/README.md').read_text()
+
+
 def test_it_is_replaced_and_nothing_else_is(published):
     again = (published / 'README.md').read_text()
     (published / 'README.md').write_text('old')
@@ -111,6 +141,17 @@ def test_it_is_replaced_and_nothing_else_is(published):
             command(publish, f'--model={other}', '--to=x')
     with pytest.raises(ValueError, match='expected a run and a folder'):
         command(publish, f'--model={run}')
+
+
+def test_a_full_disk_is_named(published, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    run = published.with_name('run')
+    done = script('publish.py', f'--model={run}', f'--to={tmp_path}/given', '--prompts=',
+                  '--data_dir=/none', check=False, preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        f"publish.py: [Errno 27] File too large: '{tmp_path}/given'"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_step_between_two_lines_of_the_log_can_be_published(published, tmp_path):

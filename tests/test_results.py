@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import random
 import resource
 import signal
@@ -237,7 +238,8 @@ def test_numbers_are_printed_before_they_are_written(kinds, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     name, *flags = kinds('hellaswag')
     done = script(ROOT / name, *flags, cwd=tmp_path, check=False, preexec_fn=limit)
-    assert done.returncode == 2 and 'acc_norm' in done.stdout and 'File too large' in done.stderr
+    assert done.returncode == 2 and 'acc_norm' in done.stdout and 'File too large: ' in done.stderr
+    assert 'hellaswag-completion-rows' in done.stderr       # the file
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.rglob('*.json'))
 
 
@@ -264,6 +266,31 @@ def test_lost_output_costs_no_result(kinds, tmp_path, monkeypatch):
         patch.setattr(sys, 'stderr', Full())
         command(hellaswag, *kinds('hellaswag')[1:])
     assert list(tmp_path.rglob('*.json'))
+
+
+def test_progress_in_a_file_is_lines(monkeypatch):
+    """Nothing that moves the cursor or erases a line."""
+    monkeypatch.setattr(sys, 'stderr', io.StringIO())
+    monkeypatch.setitem(scoring.PROGRESS_LINES, 'delay', 0)
+    monkeypatch.setitem(scoring.PROGRESS_LINES, 'mininterval', 0)
+    rows = [scoring.Row(np.arange(3), np.arange(3), np.arange(3)) for _ in range(5)]
+    scoring.score_rows(lambda ids: torch.zeros(*ids.shape, 9), rows,
+                       scoring.ScoringOptions(batch_tokens=3, progress=True))
+    lines = sys.stderr.getvalue().split('\n')
+    assert len(lines) > 4 and not lines[-1] and '\r' not in sys.stderr.getvalue()
+    assert all(' % of 15.0 tokens' in line and line == line.strip() for line in lines[:-1])
+
+
+def test_what_is_kept_must_be_a_plain_file(kinds, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [*kinds('hellaswag')[1:], '--out=a.json']
+    os.mkfifo('a.json.partial')
+    with pytest.raises(ValueError, match='a.json.partial: is a device, pipe or socket, expected'):
+        command(hellaswag, *flags)
+    os.remove('a.json.partial')
+    os.mkdir('a.json.partial')
+    with pytest.raises(ValueError, match='a.json.partial: is a folder, expected'):
+        command(hellaswag, *flags)
 
 
 def test_damage_to_what_is_kept_is_noticed(tmp_path):
@@ -300,6 +327,15 @@ def test_a_finished_evaluation_is_not_repeated(kinds, tmp_path, monkeypatch, cap
     (tmp_path / 'rows').unlink()
     with pytest.raises(TypeError):
         command(hellaswag, *flags)
+
+
+def test_results_of_other_numbers_are_other_files(kinds, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flag in ('--dtype=float32', '--share=False', '--dtype=bfloat16'):
+        command(hellaswag, *kinds('hellaswag')[1:], '--limit=2', flag)
+    names = [path.name.partition('-first2')[0] for path in Path('out/results').rglob('*.json')]
+    assert sorted(names) == ['hellaswag-completion', 'hellaswag-completion-bfloat16',
+                             'hellaswag-completion-unshared']
 
 
 def test_results_of_two_files_are_two_files(kinds, tmp_path, monkeypatch, capsys):

@@ -81,7 +81,8 @@ def test_json_holds_what_is_printed_and_explain_what_the_model_gave_each_token(t
         assert [p for _, p in fact['most_likely']] == pytest.approx(
             probs[order[:3]].tolist(), rel=1e-3)
     table = say(capsys, *flags, '--explain').removeprefix(text).splitlines()
-    assert len(table) == 2 + len(ids) - 1 and sum(row.startswith('new') for row in table) == 6
+    assert table[1] == 'probabilities before temperature, top_k and top_p'
+    assert len(table) == 3 + len(ids) - 1 and sum(row.startswith('new') for row in table) == 6
 
 
 def test_a_conversation_goes_on_with_the_text_on_an_empty_line(trained, capsys, monkeypatch):

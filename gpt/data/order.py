@@ -132,6 +132,16 @@ def load_sets(text: str, data_dir: str | Path = '') -> tuple[list[DataSet], toke
     return sets, encoding
 
 
+def check_tokenizer(name: str, encoding: tokenizer.Encoding, folder: Path,
+                    own: tokenizer.Encoding) -> None:
+    """Refuse a data set whose tokens, of `encoding`, are not those of the model in `folder`."""
+    if tokenizer.fingerprint(own) != tokenizer.fingerprint(encoding):
+        raise ValueError(f'{folder} was trained on tokens of {own.name} ({own.n_vocab:,}), '
+                         f'the data set {name} holds those of another tokenizer, '
+                         f'{encoding.name} ({encoding.n_vocab:,}); prepare it with '
+                         f'--tokenizer={folder}')
+
+
 def mixture(text: str) -> dict[str, int]:
     """{name: sequences of every CYCLE} for 'books:0.7,openwebtext:0.3'; no weights: equal ones."""
     parts = [[word.strip() for word in part.partition(':')] for part in text.split(',')]
