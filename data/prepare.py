@@ -41,7 +41,8 @@ from gpt.tokenizer import (HFTokenizer, build, eot_id, fingerprint, gpt2, load, 
                            stored, to_json, token_bytes)
 
 # -----------------------------------------------------------------------------
-dataset = 'pydocs'          # pydocs, shakespeare; fineweb-10B, fineweb-edu-10B (tokens, ready);
+dataset = ''                # pydocs (as is '' without input), shakespeare; fineweb-10B,
+                            # fineweb-edu-10B (tokens, ready);
                             # openwebtext, tinystories, wikitext-103, fineweb-sample-10BT, -100BT,
                             # fineweb-edu-sample-10BT, -100BT; hub:OWNER/NAME[:CONFIG]; or a path
 input = ()                  # files, folders, '*.patterns' instead, or as plain arguments:
@@ -125,12 +126,16 @@ def main(cfg):
     if cfg.verify:
         return report(cfg.verify, root)
     check_bounds(cfg, BOUNDS)
+    if cfg.name and not (cfg.input or cfg.dataset):
+        raise ValueError(f'name: given {cfg.name!r} alone, expected also files or folders of text, '
+                         f'or --dataset=pydocs')
     source = sources.find(cfg.dataset, cfg.input, cfg.split, root / '.downloads')
     plan = make_plan(cfg, source)
     folder = root / plan['name']
     with locked(root / '.locks' / plan['name'], folder):
         if folder.exists() and is_current(folder, plan, source.ready, cfg.replace):
             return
+        print(f'{folder}: preparing {describe_source(source)}', flush=True)
         partial = open_partial(folder.with_name(f'.{folder.name}.partial'), plan)
         with keep_partial(partial):
             if not (partial / 'manifest.json').exists():
@@ -203,11 +208,13 @@ def is_current(folder, plan, ready, replace):
     if 0 < wanted.get('shards', 0) < before.get('shards', 0) and not replace:
         before['shards'] = wanted['shards']                         # it has more than enough
     if not is_same(existing, plan):
-        changed = [f'{key}={before.get(key)!r}, given {wanted.get(key)!r}'
+        same_text = is_same({**existing, 'settings': wanted}, plan)
+        changed = [f'{key} {before.get(key)!r} -> {wanted.get(key)!r}'
                    for key in before | wanted if before.get(key) != wanted.get(key)]
-        made = f"{folder}: was made {'with ' + changed[0] if changed else 'from other text'}"
-        grows = (before.get('shards', 0) < wanted.get('shards', 0)
-                 and is_same({**existing, 'settings': wanted}, plan))
+        if not same_text:
+            changed.insert(0, 'other text' if has_other_text(existing, plan) else 'other vocabulary')
+        made = f"{folder}: was made otherwise ({', '.join(changed)})"
+        grows = before.get('shards', 0) < wanted.get('shards', 0) and same_text
         if not (replace or grows):
             raise ValueError(f'{made}; give another --name, or --replace to replace it (a run '
                              f'trained on it cannot be resumed then)')
@@ -251,6 +258,12 @@ def is_same(a, b):
         [name.rpartition('/')[2], *facts] for name, *facts in plan['source'].get('files', [])]})
         for plan in (a, b))
     return a == b
+
+
+def has_other_text(a, b):
+    """Whether two plans differ in more of their sources than a tokenizer's sha256."""
+    a, b = ({'settings': {}, 'source': {**plan['source'], 'tokenizer': ''}} for plan in (a, b))
+    return not is_same(a, b)
 
 
 def open_partial(partial, plan):
@@ -505,6 +518,14 @@ def check_disk(files, *folders):
 
 
 # What is printed.
+
+def describe_source(source):
+    facts = source.facts
+    if 'pydocs' in facts:
+        return f"the documentation of {facts['pydocs']}"
+    place = f" of hub:{facts['hub']}" if 'hub' in facts else f' ({source.files[0].name}, …)'
+    return number_of(len(source.files), 'file') + place
+
 
 def describe(counts):
     """': 2 empty (the first: a.txt), …', '' without remarks."""

@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, command, script
 from test_files import Server, server
 
 from data import explore, prepare
@@ -130,10 +131,13 @@ def test_the_same_settings_again_do_nothing_and_others_replace_if_asked(tmp_path
     command = ['data/prepare.py', f'--data_dir={tmp_path}', '--name=d', '--tokenizer=bytes', source]
     done = script(*command, '--seed=4', check=False)
     assert done.returncode == 2 and done.stderr.count('\n') == 1
-    assert 'd: was made with seed=1337, given 4; give another --name, or --replace' in done.stderr
+    assert ('d: was made otherwise (seed 1337 -> 4); give another --name, or --replace'
+            in done.stderr)
     source.write_text(source.read_text().replace('Document', 'documenT'))       # of the same size
-    with pytest.raises(ValueError, match='d: was made from other text; give another --name'):
+    with pytest.raises(ValueError, match=r'otherwise .other text.; give another --name'):
         run(tmp_path, source)
+    with pytest.raises(ValueError, match="other text, tokenizer 'bytes' -> 'chars', seed 1337 -> 4"):
+        run(tmp_path, source, tokenizer='chars', seed=4)
     assert files_in(tmp_path / 'd') == before
     assert 'it will be replaced' in script(*command, '--seed=4', '--replace').stdout
     assert files_in(tmp_path / 'd') != before
@@ -431,7 +435,7 @@ def test_a_manifest_with_base_names_is_up_to_date(tmp_path, capsys):
     assert 'is up to date' in capsys.readouterr().out
     manifest['source']['files'] = manifest['source']['files'][::-1]
     (tmp_path / 'd/manifest.json').write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match='was made from other text'):
+    with pytest.raises(ValueError, match='otherwise .other text'):
         run(tmp_path, tmp_path / 'texts')
 
 
@@ -563,6 +567,23 @@ def test_settings_that_are_not_utf_8_are_named(tmp_path):
         done = script('data/prepare.py', f'--data_dir={tmp_path}', f'--{key}=\udcff', check=False)
         assert done.returncode == 2
         assert done.stderr == f"prepare.py: {key}: given '\\udcff', expected a text in UTF-8\n"
+
+
+def test_a_name_alone_makes_nothing(tmp_path, capsys, monkeypatch):
+    """The files may have been forgotten; without a name it is pydocs."""
+    flags = f'--data_dir={tmp_path}', '--tokenizer=bytes'
+    for more in ((), ('--replace',)):
+        with pytest.raises(ValueError, match="'mine' alone, expected also files .* --dataset=pyd"):
+            command(prepare, '--name=mine', *more, *flags)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sources, 'python_files', lambda: [Path(json.__file__), Path(re.__file__)])
+    command(prepare, *flags)
+    command(prepare, '--dataset=pydocs', '--name=mine', *flags)
+    assert {'pydocs', 'mine'} <= {path.name for path in tmp_path.iterdir()}
+    words = capsys.readouterr().out
+    assert 'mine: preparing the documentation of Python 3.' in words
+    with pytest.raises(ValueError, match="given 'pydocs' and 'a.txt', expected one of them"):
+        command(prepare, '--dataset=pydocs', 'a.txt', *flags)
 
 
 def test_missing_inputs_are_refused(tmp_path):
