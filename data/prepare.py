@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
 from gpt.data import documents, sources
-from gpt.data.encode import SplitRule, cores, divide, tokenized, val_threshold
+from gpt.data.encode import CUT, SplitRule, cores, divide, is_near, tokenized, val_range
 from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, leaked, load_facts,
                              read_manifest, read_shard)
 from gpt.data.shards import verify as find_problems
@@ -80,7 +80,6 @@ SAMPLE_CHARACTERS = 2 ** 28         # of the training text, from which a tokeniz
 LARGE_BYTES = 2 ** 25       # a larger corpus is tokenized by one process per core
 SAVE_SECONDS = 2            # between writes of progress.json
 READER = 2                  # in plan.json: how text is read; 1 kept carriage returns
-COARSE = 2                  # a split this many times larger or smaller than asked is announced
 SEARCHED_TOKENS = 2 ** 28   # of a split, for these
 BOUNDS = (
     ("'strict', 'replace' or 'skip'", ('strict', 'replace', 'skip').__contains__, 'errors'),
@@ -104,12 +103,13 @@ class Note(TypedDict):
 @dataclass
 class Progress:
     """How far the shards have come; kept in progress.json."""
-    threshold: float                            # of encode.SplitRule
+    threshold: float                            # of encode.SplitRule, as is `low`
     after: tuple = (0, 0, 0)                    # the position after the last batch written
     counts: dict = field(default_factory=dict)  # remarks, see documents.texts()
     writers: dict = field(default_factory=dict)     # what ShardWriter.sync() returned, by split
     splits: dict = field(default_factory=lambda: {
         split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in ('train', 'val')})
+    low: float = 0.0
 
     def add(self, after, encoded, counts):
         """Count a batch as written."""
@@ -212,7 +212,8 @@ def is_current(folder, plan, ready, replace):
         changed = [f'{key} {before.get(key)!r} -> {wanted.get(key)!r}'
                    for key in before | wanted if before.get(key) != wanted.get(key)]
         if not same_text:
-            changed.insert(0, 'other text' if has_other_text(existing, plan) else 'other vocabulary')
+            what = 'text' if has_other_text(existing, plan) else 'vocabulary'
+            changed.insert(0, f'other {what}')
         made = f"{folder}: was made otherwise ({', '.join(changed)})"
         grows = before.get('shards', 0) < wanted.get('shards', 0) and same_text
         if not (replace or grows):
@@ -339,7 +340,7 @@ def write_dataset(cfg, source, plan, folder):
 
     chosen, vocabulary = plan['settings'], folder / 'tokenizer.json'
     progress = read_progress(folder) or start_progress(folder, texts, chosen)
-    rule = SplitRule(chosen['seed'], chosen['val_fraction'], progress.threshold)
+    rule = SplitRule(chosen['seed'], chosen['val_fraction'], progress.threshold, progress.low)
     if not vocabulary.exists():
         make_tokenizer(vocabulary, chosen['tokenizer'], texts, rule)
     encoding = gpt2() if chosen['tokenizer'] == 'gpt2' else load(vocabulary)
@@ -376,13 +377,19 @@ def start_progress(folder, texts, chosen):
         path.unlink()
     counts = {}
     raws = (raw for _, raw in texts(counts))
-    threshold = val_threshold(raws, chosen['seed'], chosen['val_fraction'])
-    if threshold is None:
+    found = val_range(raws, chosen['seed'], chosen['val_fraction'])
+    if found is None:
         message = f'there is no text to prepare{describe(counts)}'
         if documents.TOO_LONG in counts:
             message += '; --max_document_mb allows longer ones, --separator divides a file'
         raise ValueError(message)
-    return Progress(threshold)
+    low, high = found
+    if found == CUT:
+        print(f"too few documents to choose from: the last {chosen['val_fraction']:.1%} of each "
+              f"long one is to validate on")
+    elif low:
+        print('few documents: those to validate on are chosen by size too, not by hash alone')
+    return Progress(high, low=low)
 
 
 def make_tokenizer(file, kind, texts, rule):
@@ -551,10 +558,10 @@ def print_summary(folder, manifest):
         print("if <|endoftext|> separates documents there, give --separator='<|endoftext|>'")
     asked = manifest['settings'].get('val_fraction')                # not of ready shards
     found = val['bytes'] / (train['bytes'] + val['bytes'])
-    if asked and not asked / COARSE <= found <= asked * COARSE:
-        print(f'validation has {found:.1%} of the text, val_fraction is {asked:.1%}: with few '
-              f'documents, or very long ones, their hashes decide; try another --seed, --separator '
-              f'to divide files, or one file, which is cut in two')
+    if asked and not is_near(found, asked):
+        print(f'validation has {found:.1%} of the text, val_fraction is {asked:.1%}: of many '
+              f'documents hashes alone decide, and very short ones are not cut; divide long files '
+              f'(--separator does too), or give another --val_fraction or --seed, with --replace')
 
 
 def report(name, root):
