@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
 from gpt.data import documents, sources
-from gpt.data.encode import SplitRule, cores, divide, tokenized, val_threshold
+from gpt.data.encode import CUT, SplitRule, cores, divide, is_near, tokenized, val_range
 from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, leaked, load_facts,
                              read_manifest, read_shard)
 from gpt.data.shards import verify as find_problems
@@ -41,7 +41,8 @@ from gpt.tokenizer import (HFTokenizer, build, eot_id, fingerprint, gpt2, load, 
                            stored, to_json, token_bytes)
 
 # -----------------------------------------------------------------------------
-dataset = 'pydocs'          # pydocs, shakespeare; fineweb-10B, fineweb-edu-10B (tokens, ready);
+dataset = ''                # pydocs (as is '' without input), shakespeare; fineweb-10B,
+                            # fineweb-edu-10B (tokens, ready);
                             # openwebtext, tinystories, wikitext-103, fineweb-sample-10BT, -100BT,
                             # fineweb-edu-sample-10BT, -100BT; hub:OWNER/NAME[:CONFIG]; or a path
 input = ()                  # files, folders, '*.patterns' instead, or as plain arguments:
@@ -79,7 +80,6 @@ SAMPLE_CHARACTERS = 2 ** 28         # of the training text, from which a tokeniz
 LARGE_BYTES = 2 ** 25       # a larger corpus is tokenized by one process per core
 SAVE_SECONDS = 2            # between writes of progress.json
 READER = 2                  # in plan.json: how text is read; 1 kept carriage returns
-COARSE = 2                  # a split this many times larger or smaller than asked is announced
 SEARCHED_TOKENS = 2 ** 28   # of a split, for these
 BOUNDS = (
     ("'strict', 'replace' or 'skip'", ('strict', 'replace', 'skip').__contains__, 'errors'),
@@ -103,12 +103,13 @@ class Note(TypedDict):
 @dataclass
 class Progress:
     """How far the shards have come; kept in progress.json."""
-    threshold: float                            # of encode.SplitRule
+    threshold: float                            # of encode.SplitRule, as is `low`
     after: tuple = (0, 0, 0)                    # the position after the last batch written
     counts: dict = field(default_factory=dict)  # remarks, see documents.texts()
     writers: dict = field(default_factory=dict)     # what ShardWriter.sync() returned, by split
     splits: dict = field(default_factory=lambda: {
         split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in ('train', 'val')})
+    low: float = 0.0
 
     def add(self, after, encoded, counts):
         """Count a batch as written."""
@@ -125,12 +126,16 @@ def main(cfg):
     if cfg.verify:
         return report(cfg.verify, root)
     check_bounds(cfg, BOUNDS)
+    if cfg.name and not (cfg.input or cfg.dataset):
+        raise ValueError(f'name: given {cfg.name!r} alone, expected also files or folders of text, '
+                         f'or --dataset=pydocs')
     source = sources.find(cfg.dataset, cfg.input, cfg.split, root / '.downloads')
     plan = make_plan(cfg, source)
     folder = root / plan['name']
     with locked(root / '.locks' / plan['name'], folder):
         if folder.exists() and is_current(folder, plan, source.ready, cfg.replace):
             return
+        print(f'{folder}: preparing {describe_source(source)}', flush=True)
         partial = open_partial(folder.with_name(f'.{folder.name}.partial'), plan)
         with keep_partial(partial):
             if not (partial / 'manifest.json').exists():
@@ -203,11 +208,14 @@ def is_current(folder, plan, ready, replace):
     if 0 < wanted.get('shards', 0) < before.get('shards', 0) and not replace:
         before['shards'] = wanted['shards']                         # it has more than enough
     if not is_same(existing, plan):
-        changed = [f'{key}={before.get(key)!r}, given {wanted.get(key)!r}'
+        same_text = is_same({**existing, 'settings': wanted}, plan)
+        changed = [f'{key} {before.get(key)!r} -> {wanted.get(key)!r}'
                    for key in before | wanted if before.get(key) != wanted.get(key)]
-        made = f"{folder}: was made {'with ' + changed[0] if changed else 'from other text'}"
-        grows = (before.get('shards', 0) < wanted.get('shards', 0)
-                 and is_same({**existing, 'settings': wanted}, plan))
+        if not same_text:
+            what = 'text' if has_other_text(existing, plan) else 'vocabulary'
+            changed.insert(0, f'other {what}')
+        made = f"{folder}: was made otherwise ({', '.join(changed)})"
+        grows = before.get('shards', 0) < wanted.get('shards', 0) and same_text
         if not (replace or grows):
             raise ValueError(f'{made}; give another --name, or --replace to replace it (a run '
                              f'trained on it cannot be resumed then)')
@@ -251,6 +259,12 @@ def is_same(a, b):
         [name.rpartition('/')[2], *facts] for name, *facts in plan['source'].get('files', [])]})
         for plan in (a, b))
     return a == b
+
+
+def has_other_text(a, b):
+    """Whether two plans differ in more of their sources than a tokenizer's sha256."""
+    a, b = ({'settings': {}, 'source': {**plan['source'], 'tokenizer': ''}} for plan in (a, b))
+    return not is_same(a, b)
 
 
 def open_partial(partial, plan):
@@ -326,7 +340,7 @@ def write_dataset(cfg, source, plan, folder):
 
     chosen, vocabulary = plan['settings'], folder / 'tokenizer.json'
     progress = read_progress(folder) or start_progress(folder, texts, chosen)
-    rule = SplitRule(chosen['seed'], chosen['val_fraction'], progress.threshold)
+    rule = SplitRule(chosen['seed'], chosen['val_fraction'], progress.threshold, progress.low)
     if not vocabulary.exists():
         make_tokenizer(vocabulary, chosen['tokenizer'], texts, rule)
     encoding = gpt2() if chosen['tokenizer'] == 'gpt2' else load(vocabulary)
@@ -363,13 +377,19 @@ def start_progress(folder, texts, chosen):
         path.unlink()
     counts = {}
     raws = (raw for _, raw in texts(counts))
-    threshold = val_threshold(raws, chosen['seed'], chosen['val_fraction'])
-    if threshold is None:
+    found = val_range(raws, chosen['seed'], chosen['val_fraction'])
+    if found is None:
         message = f'there is no text to prepare{describe(counts)}'
         if documents.TOO_LONG in counts:
             message += '; --max_document_mb allows longer ones, --separator divides a file'
         raise ValueError(message)
-    return Progress(threshold)
+    low, high = found
+    if found == CUT:
+        print(f"too few documents to choose from: the last {chosen['val_fraction']:.1%} of each "
+              f"long one is to validate on")
+    elif low:
+        print('few documents: those to validate on are chosen by size too, not by hash alone')
+    return Progress(high, low=low)
 
 
 def make_tokenizer(file, kind, texts, rule):
@@ -506,6 +526,14 @@ def check_disk(files, *folders):
 
 # What is printed.
 
+def describe_source(source):
+    facts = source.facts
+    if 'pydocs' in facts:
+        return f"the documentation of {facts['pydocs']}"
+    place = f" of hub:{facts['hub']}" if 'hub' in facts else f' ({source.files[0].name}, …)'
+    return number_of(len(source.files), 'file') + place
+
+
 def describe(counts):
     """': 2 empty (the first: a.txt), …', '' without remarks."""
     remarks = [f'{count:,} {remark} (the first: {name})'
@@ -530,10 +558,10 @@ def print_summary(folder, manifest):
         print("if <|endoftext|> separates documents there, give --separator='<|endoftext|>'")
     asked = manifest['settings'].get('val_fraction')                # not of ready shards
     found = val['bytes'] / (train['bytes'] + val['bytes'])
-    if asked and not asked / COARSE <= found <= asked * COARSE:
-        print(f'validation has {found:.1%} of the text, val_fraction is {asked:.1%}: with few '
-              f'documents, or very long ones, their hashes decide; try another --seed, --separator '
-              f'to divide files, or one file, which is cut in two')
+    if asked and not is_near(found, asked):
+        print(f'validation has {found:.1%} of the text, val_fraction is {asked:.1%}: of many '
+              f'documents hashes alone decide, and very short ones are not cut; divide long files '
+              f'(--separator does too), or give another --val_fraction or --seed, with --replace')
 
 
 def report(name, root):

@@ -6,10 +6,13 @@ does not have, so that a model without a tokenizer of its own is known to be com
 HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE do what they always do.
 """
 
+import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 SIZES = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
 FULL_NAMES = {**{name: f'openai-community/{name}' for name in SIZES},
@@ -19,6 +22,7 @@ PICKLED, PICKLED_INDEX = 'pytorch_model.bin', 'pytorch_model.bin.index.json'
 # GPT-2's pair, with tokens added to it, and files that show another kind of tokenizer
 OLDER_TOKENIZERS = ('vocab.json', 'merges.txt', 'added_tokens.json', 'vocab.txt', 'spiece.model',
                     'tokenizer.model', 'sentencepiece.bpe.model')
+CONNECT_SECONDS = 3
 ADDITIONAL = ('tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json')
 
 
@@ -30,10 +34,13 @@ def model_folder(name: str, read_config: Callable, weight_files: Callable) -> Pa
     names the files that hold them. Raises ValueError that says what to do.
     """
     from huggingface_hub import errors
+    from huggingface_hub.utils import validate_repo_id
     repo = FULL_NAMES.get(name, name)
     try:
         with suppress(errors.LocalEntryNotFoundError, ValueError):
             return download_model(repo, read_config, weight_files, local_files_only=True)
+        validate_repo_id(repo)
+        check_reachable()
         return download_model(repo, read_config, weight_files)
     except Exception as error:                          # the client has a class for each failure
         if type(error) is ValueError:
@@ -44,6 +51,20 @@ def model_folder(name: str, read_config: Callable, weight_files: Callable) -> Pa
             repo.split('/')[-1], FULL_NAMES, 1)
         hint = f'. Did you mean {near[0]}?' if near else ''
         raise ValueError(f'{repo}: {what_to_do(repo, error)}{hint}') from None
+
+
+def check_reachable() -> None:
+    """Raise ConnectionError if the hub's host takes no connection: its client would try for long.
+    """
+    from huggingface_hub import constants
+    if constants.HF_HUB_OFFLINE or {'http', 'https', 'all'} & getproxies().keys():
+        return
+    place = urlsplit(constants.ENDPOINT)
+    port = place.port or (80 if place.scheme == 'http' else 443)
+    try:
+        socket.create_connection((place.hostname, port), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f'{constants.ENDPOINT}: {error}') from None
 
 
 def download_model(repo: str, read_config: Callable, weight_files: Callable[[Path], Iterable[str]],

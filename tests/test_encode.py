@@ -11,7 +11,7 @@ from conftest import script
 from gpt import tokenizer
 from gpt.data import encode
 from gpt.data.documents import Batch, Options, Position
-from gpt.data.encode import SplitRule, divide, document_hash, val_threshold
+from gpt.data.encode import SplitRule, divide, document_hash, val_range
 
 RAWS = [f'document {i}'.encode() for i in range(50)]
 
@@ -27,7 +27,8 @@ def test_a_split_depends_on_the_text_and_the_seed_alone():
 @pytest.mark.parametrize('n', [2, 3, 50])
 @pytest.mark.parametrize('val_fraction', [0.001, 0.5, 0.999])
 def test_the_threshold_leaves_no_split_empty(n, val_fraction):
-    threshold = val_threshold(RAWS[:n], 1337, val_fraction)
+    low, threshold = val_range(RAWS[:n], 1337, val_fraction)
+    assert low == 0.0
     below = sum(document_hash(raw, 1337) < threshold for raw in RAWS[:n])
     assert 0 < below < n
     hashes = [document_hash(raw, 1337) for raw in RAWS[:n]]
@@ -35,10 +36,33 @@ def test_the_threshold_leaves_no_split_empty(n, val_fraction):
 
 
 def test_one_document_is_cut_and_an_empty_corpus_has_no_threshold():
-    assert val_threshold([], 1337, 0.1) is None
-    assert val_threshold([b'same', b'same'], 1337, 0.1) == 0.0
+    assert val_range([], 1337, 0.1) is None
+    assert val_range([b'same', b'same'], 1337, 0.1) == (0.0, 0.0)
     parts = divide('a' * 9 + 'é', ('a' * 9 + 'é').encode(), SplitRule(1337, 0.1, 0.0))
     assert parts == [('train', 'a' * 9, 9), ('val', 'é', 2)]
+
+
+@pytest.mark.parametrize('sizes', [
+    [500, 800, 700, 900, 60_000], [9000, 9000, 9000], [100_000, 3, 3, 2], [5000] * 12, [1700] * 10])
+@pytest.mark.parametrize('seed', range(6))
+def test_few_documents_are_split_about_as_asked(sizes, seed):
+    """Whatever the seed; where hashes alone do, they decide; no text is lost, none is in both."""
+    raws = [(bytes([97 + i]) + b'.-') * (size // 3 + 1) for i, size in enumerate(sizes)]
+    low, high = val_range(raws, seed, 0.05)
+    assert (low, high) == val_range(reversed(raws), seed, 0.05)
+    parts = [divide(raw.decode(), raw, SplitRule(seed, 0.05, high, low)) for raw in raws]
+    assert [''.join(text for _, text, _ in part).encode() for part in parts] == raws
+    found = {split: [text for part in parts for name, text, _ in part if name == split]
+             for split in ('train', 'val')}
+    share = sum(map(len, found['val'])) / sum(map(len, raws))
+    assert 0.025 <= share <= 0.1 and not set(found['train']) & set(found['val'])
+    by_hash = sum(len(raw) for raw in raws if document_hash(raw, seed) < 0.05) / sum(sizes)
+    assert not 0.025 <= by_hash <= 0.1 or (low, high) == (0.0, 0.05)
+
+
+def test_many_documents_are_split_by_hash_alone():
+    raws = [b'%d' % i for i in range(1001)] + [b'a' * 10 ** 6]
+    assert val_range(raws, 1337, 0.05) == (0.0, 0.05)
 
 
 def test_any_number_of_workers_gives_the_same(tmp_path):

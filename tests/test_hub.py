@@ -5,6 +5,7 @@ The client reads its environment when it is imported: it runs in processes of it
 """
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -19,6 +20,7 @@ from conftest import ROOT, script
 from loopback_hub import serving
 
 from gpt import tokenizer
+from gpt.hub import check_reachable
 
 transformers = pytest.importorskip('transformers')
 pytest.importorskip('huggingface_hub')
@@ -212,7 +214,8 @@ def test_a_token_opens_a_private_model(hub, models):
 
 
 def test_a_hub_that_cannot_be_reached_is_named(hub):
-    found = load(hub, 'gpt2', HF_ENDPOINT='http://127.0.0.1:9')
+    found = load(hub, 'gpt2', 'not a name', HF_ENDPOINT='http://127.0.0.1:9')
+    assert 'no such folder, and no such model' in found['not a name']
     assert ('http://127.0.0.1:9 cannot be reached. Run this once with a network, name a mirror in '
             'HF_ENDPOINT, or give a folder that holds config.json') in found['gpt2']
 
@@ -264,3 +267,23 @@ def test_fine_tuning_from_download_to_sample(hub, tmp_path):
     done = script('sample.py', f'--model={tmp_path}/run', '-p', 'To be', '-m', '60',
                   '--temperature=0', '--device=cpu', env={**hub.env, 'HF_HUB_OFFLINE': '1'})
     assert done.stdout.startswith('To be') and len(done.stdout) > 60
+
+
+@pytest.mark.parametrize('env, is_refused', [
+    ({}, True), ({'https_proxy': 'http://127.0.0.1:9'}, False), ({'no_proxy': 'a.org'}, True)])
+def test_a_hub_is_tried_once_before_its_client_tries_for_long(monkeypatch, env, is_refused):
+    """Through a proxy its host need not be reachable from here."""
+    from huggingface_hub import constants
+    for name in [name for name in os.environ if name.lower().endswith('_proxy')]:
+        monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    if is_refused:
+        with pytest.raises(ConnectionError, match='http://127.0.0.1:9: .*refused'):
+            check_reachable()
+    else:
+        check_reachable()
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    check_reachable()

@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, command, script
 from test_files import Server, server
 
 from data import explore, prepare
@@ -130,10 +131,13 @@ def test_the_same_settings_again_do_nothing_and_others_replace_if_asked(tmp_path
     command = ['data/prepare.py', f'--data_dir={tmp_path}', '--name=d', '--tokenizer=bytes', source]
     done = script(*command, '--seed=4', check=False)
     assert done.returncode == 2 and done.stderr.count('\n') == 1
-    assert 'd: was made with seed=1337, given 4; give another --name, or --replace' in done.stderr
+    assert ('d: was made otherwise (seed 1337 -> 4); give another --name, or --replace'
+            in done.stderr)
     source.write_text(source.read_text().replace('Document', 'documenT'))       # of the same size
-    with pytest.raises(ValueError, match='d: was made from other text; give another --name'):
+    with pytest.raises(ValueError, match=r'otherwise .other text.; give another --name'):
         run(tmp_path, source)
+    with pytest.raises(ValueError, match="text, tokenizer 'bytes' -> 'chars', seed 1337 -> 4"):
+        run(tmp_path, source, tokenizer='chars', seed=4)
     assert files_in(tmp_path / 'd') == before
     assert 'it will be replaced' in script(*command, '--seed=4', '--replace').stdout
     assert files_in(tmp_path / 'd') != before
@@ -158,11 +162,11 @@ def test_a_tokenizer_is_not_trained_on_validation_text(tmp_path):
     texts = TEXTS
     run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', texts), val_fraction=0.3)
     val = set(decoded(tmp_path)['val'])
-    threshold = encode.val_threshold((text.encode() for text in texts), 1337, 0.3)
+    _, high = encode.val_range((text.encode() for text in texts), 1337, 0.3)
     marked = []
     for i in range(4000):
         text = f'zqzqzq {i} zqzqzq'
-        if encode.document_hash(text.encode(), 1337) < threshold:
+        if encode.document_hash(text.encode(), 1337) < high:
             marked.append(text)
     run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', texts + marked), val_fraction=0.3,
         tokenizer='bpe:400', replace=True)
@@ -322,6 +326,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
 
 
 def test_strict_stops_and_errors_skip_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encode, 'FEW', 9)           # read before the first batch is written
     monkeypatch.setattr(documents, 'BATCH_BYTES', 600)
     monkeypatch.setattr(prepare, 'SAVE_SECONDS', -1)
     source = write_jsonl(tmp_path / 'a.jsonl')
@@ -431,7 +436,7 @@ def test_a_manifest_with_base_names_is_up_to_date(tmp_path, capsys):
     assert 'is up to date' in capsys.readouterr().out
     manifest['source']['files'] = manifest['source']['files'][::-1]
     (tmp_path / 'd/manifest.json').write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match='was made from other text'):
+    with pytest.raises(ValueError, match='otherwise .other text'):
         run(tmp_path, tmp_path / 'texts')
 
 
@@ -563,6 +568,23 @@ def test_settings_that_are_not_utf_8_are_named(tmp_path):
         done = script('data/prepare.py', f'--data_dir={tmp_path}', f'--{key}=\udcff', check=False)
         assert done.returncode == 2
         assert done.stderr == f"prepare.py: {key}: given '\\udcff', expected a text in UTF-8\n"
+
+
+def test_a_name_alone_makes_nothing(tmp_path, capsys, monkeypatch):
+    """The files may have been forgotten; without a name it is pydocs."""
+    flags = f'--data_dir={tmp_path}', '--tokenizer=bytes'
+    for more in ((), ('--replace',)):
+        with pytest.raises(ValueError, match="'mine' alone, expected also files .* --dataset=pyd"):
+            command(prepare, '--name=mine', *more, *flags)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sources, 'python_files', lambda: [Path(json.__file__), Path(re.__file__)])
+    command(prepare, *flags)
+    command(prepare, '--dataset=pydocs', '--name=mine', *flags)
+    assert {'pydocs', 'mine'} <= {path.name for path in tmp_path.iterdir()}
+    words = capsys.readouterr().out
+    assert 'mine: preparing the documentation of Python 3.' in words
+    with pytest.raises(ValueError, match="given 'pydocs' and 'a.txt', expected one of them"):
+        command(prepare, '--dataset=pydocs', 'a.txt', *flags)
 
 
 def test_missing_inputs_are_refused(tmp_path):
@@ -700,21 +722,48 @@ def test_it_says_what_is_skipped_or_lopsided(tmp_path, capsys):
     (tmp_path / 'texts/a.TXT').write_text('A short note.')
     (tmp_path / 'texts/b.txt').write_text('A long book. ' * 1000)
     (tmp_path / 'texts/c.csv').write_text('1,2')
-    seed = next(seed for seed in range(99) if encode.document_hash(
-        b'A long book. ' * 1000, seed) < encode.document_hash(b'A short note.', seed))
-    run(tmp_path, tmp_path / 'texts', tmp_path / 'texts/b.txt', seed=seed)
+    run(tmp_path, tmp_path / 'texts', tmp_path / 'texts/b.txt')
     words = capsys.readouterr().out
-    assert 'skipped 1 .csv' in words and 'validation has 99.9% of the text, val_f' in words
-    assert sum(map(len, decoded(tmp_path).values())) == 2, 'a file given twice is read once'
+    assert 'skipped 1 .csv' in words
+    assert 'too few documents to choose from: the last 5.0% of each long one' in words
+    assert sum(map(len, decoded(tmp_path).values())) == 3, 'a file given twice is read once'
+
+
+@pytest.mark.parametrize('sizes, words', [
+    ([9000] * 3, 'the last 5.0% of each long one'), ([500] * 9 + [50_000], 'chosen by size')])
+def test_few_documents_are_split_as_asked_also_when_resumed(tmp_path, monkeypatch, capsys, sizes,
+                                                            words):
+    texts = [f'Chapter {i}. ' * (size // 12) for i, size in enumerate(sizes)]
+    source = write_jsonl(tmp_path / 'a.jsonl', texts)
+    splits = run(tmp_path, source, name='whole', workers=2)['splits']
+    assert 0.025 < splits['val']['bytes'] / sum(map(len, texts)) < 0.1
+    monkeypatch.setattr(documents, 'BATCH_BYTES', 600)
+    monkeypatch.setattr(prepare, 'SAVE_SECONDS', -1)
+    save, calls = prepare.save_progress, []
+
+    def stops(*arguments):
+        save(*arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(prepare, 'save_progress', stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, source)
+    assert run(tmp_path, source)['splits'] == splits
+    printed = capsys.readouterr().out
+    assert words in printed and 'resuming' in printed and 'val_fraction' not in printed
 
 
 def test_a_split_far_from_what_was_asked_is_announced(tmp_path, capsys):
-    novels = [f'Chapter {i}. ' * 500 for i in range(3)]
-    run(tmp_path, write_jsonl(tmp_path / 'novels.jsonl', novels))
+    """Hashes alone decide for many documents."""
+    long = 'A long book. ' * 9000
+    seed = next(seed for seed in range(99) if encode.document_hash(long.encode(), seed) < 0.05)
+    notes = [f'{i}, a note.' for i in range(2000)]
+    run(tmp_path, write_jsonl(tmp_path / 'a.jsonl', [*notes, long]), seed=seed)
     words = capsys.readouterr().out
-    assert re.search(r'validation has 3\d.\d% of the text, val_fraction is 5.0%: ', words)
-    assert 'try another --seed, --separator' in words
-    (tmp_path / 'novel.txt').write_text(novels[0])
+    assert re.search(r'validation has \d\d.\d% of the text, val_fraction is 5.0%: ', words)
+    assert 'divide long files' in words and 'with --replace' in words
+    (tmp_path / 'novel.txt').write_text('Chapter 1. ' * 500)
     run(tmp_path, tmp_path / 'novel.txt', name='one')
     run(tmp_path, write_jsonl(tmp_path / 'many.jsonl', LONG), name='many')
     assert 'val_fraction' not in capsys.readouterr().out

@@ -234,3 +234,14 @@ def test_documents_refuse_ids_outside_of_the_vocabulary(tmp_path):
     write(tmp_path / 'd', [0, 1, 9])
     with pytest.raises(ValueError, match='holds token id 9, the vocabulary ends at 8'):
         list(documents(Tokens('d', 'train', 9, tmp_path), 0))
+
+
+def test_what_is_available_are_data_sets_alone(stories, tmp_path):
+    """Models have a manifest.json as well; nanoGPT's data sets have none."""
+    shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
+    for name, file in (('model', 'manifest.json'), ('model', 'model.safetensors'),
+                       ('older', 'train.bin'), ('.killed.partial', 'train_000000.bin')):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / file).write_bytes(b'{}')
+    with pytest.raises(ValueError, match='\nAvailable: older, tiny$'):
+        Tokens('nowhere', 'train', 300, tmp_path)

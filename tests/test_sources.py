@@ -143,11 +143,11 @@ def test_configurations_lines_and_converted_data_sets(hub, tmp_path):
 
 
 def test_without_a_hub_it_says_what_to_do(hub, tmp_path):
-    done = prepare(hub, tmp_path, '--dataset=fineweb-10B', check=False,
-                   HF_ENDPOINT='http://127.0.0.1:9')
-    assert done.returncode == 2 and 'Traceback' not in done.stderr
-    last = done.stderr.splitlines()[-1]         # after the client's messages
-    assert 'cannot be reached' in last and 'give them instead' in last
+    for dataset in ('fineweb-10B', 'hub:someone/parquet'):
+        done = prepare(hub, tmp_path, f'--dataset={dataset}', check=False,
+                       HF_ENDPOINT='http://127.0.0.1:9')
+        assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
+        assert 'cannot be reached' in done.stderr and 'give them instead' in done.stderr
 
 
 @pytest.mark.slow

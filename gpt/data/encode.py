@@ -6,14 +6,16 @@ depend on the number of processes.
 """
 
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,10 @@ from gpt.data import documents
 from gpt.tokenizer import encode_documents, load
 
 IN_FLIGHT_BYTES = 2 ** 26   # of batches that wait for a process or for being written
+FEW = 1000                  # documents: up to these their sizes count in the split
+COARSE = 2                  # a split is not to be this many times larger or smaller than asked
+CUT = 1.0, 0.0              # of val_range(): long documents are cut in two
+LEAST = 64                  # characters of a document's part, which no short document equals
 WORKER = {}                 # what a process needs for every batch, see begin()
 
 
@@ -28,7 +34,8 @@ class SplitRule(NamedTuple):
     """The rule by which a document is train or validation."""
     seed: int
     val_fraction: float
-    threshold: float        # of document_hash(): lower ones are validation; 0: cut one document
+    threshold: float        # of document_hash(): lower ones are validation; 0: cut documents
+    low: float = 0.0        # but those below are not; of CUT: short documents are not cut
 
 
 class Encoded(NamedTuple):
@@ -141,7 +148,7 @@ def cores() -> int:
 
 
 # Documents with a small hash are validation: adding documents moves none, and equal texts are in
-# the same split.
+# the same split. Of few documents it is a range of hashes that gives the split about its size.
 
 def document_hash(raw: bytes, seed: int) -> float:
     """A number from 0 to 1 that depends on (seed, text as UTF-8) alone."""
@@ -150,30 +157,62 @@ def document_hash(raw: bytes, seed: int) -> float:
     return int.from_bytes(digest.digest()) / 2 ** 64
 
 
-def val_threshold(raws: Iterable[bytes], seed: int, val_fraction: float) -> float | None:
-    """The document_hash() below which a document (text as UTF-8) is validation.
+def val_range(raws: Iterable[bytes], seed: int, val_fraction: float) -> tuple | None:
+    """(low, high): a document (text as UTF-8) is validation if its document_hash() is in between.
 
-    val_fraction, unless one split would be empty; 0 for a corpus of one distinct document, which
-    is split by position; None for an empty one. Reads until it has seen a document of each split.
+    (0, val_fraction), unless one split would be empty or, of at most FEW documents, COARSE times
+    larger or smaller than that in bytes; CUT where no range is better; (0, 0) for a corpus of one
+    distinct document, which is cut; None for an empty one. Of many it reads FEW, and until both
+    splits have one.
     """
     lowest, highest = [], -1.0                      # the two lowest hashes, and the highest
-    for raw in raws:
+    sizes, longest = Counter(), 0
+    for count, raw in enumerate(raws, 1):
         value = document_hash(raw, seed)
         lowest, highest = sorted({*lowest, value})[:2], max(highest, value)
-        if lowest[0] < val_fraction <= highest:
-            return val_fraction
+        longest = max(longest, len(raw))
+        if count <= FEW:
+            sizes[value] += len(raw)
+        elif lowest[0] < val_fraction <= highest:
+            return 0.0, val_fraction
     if not lowest:
         return None
     if len(lowest) == 1:
-        return 0.0
-    return highest if highest < val_fraction else lowest[1]
+        return 0.0, 0.0
+    high = val_fraction
+    if not lowest[0] < val_fraction <= highest:
+        high = highest if highest < val_fraction else lowest[1]
+    return (0.0, high) if count > FEW else few_range(sizes, high, val_fraction, longest)
+
+
+def few_range(sizes: dict[float, int], high: float, val_fraction: float,
+              longest: int) -> tuple[float, float]:
+    """val_range() of documents whose hashes have these `sizes`; (0, high) if it is near enough."""
+    hashes, total = sorted(sizes), sum(sizes.values())
+    if is_near(sum(sizes[value] for value in hashes if value < high) / total, val_fraction):
+        return 0.0, high
+    best, found = math.inf, (0.0, high) if longest * val_fraction < 4 * LEAST else CUT
+    for i, low in enumerate(hashes):                # every run of neighbours but that of all
+        size = 0
+        for value, following in pairwise(hashes[i:] + [2.0] * (i > 0)):
+            size += sizes[value]
+            distance = abs(math.log(size / total / val_fraction))
+            if distance < best and is_near(size / total, val_fraction):
+                best, found = distance, (low, following)
+    return found
+
+
+def is_near(found: float, val_fraction: float) -> bool:
+    return val_fraction / COARSE <= found <= val_fraction * COARSE
 
 
 def divide(text: str, raw: bytes, rule: SplitRule) -> list[tuple[str, str, int]]:
     """[('train' or 'val', text, its bytes)] of one document; `raw` is the text as UTF-8."""
     if rule.threshold == 0.0:
         cut = int(len(text) * (1 - rule.val_fraction))
+        if rule.low and len(text) - cut < LEAST:
+            return [('train', text, len(raw))]
         parts = ('train', text[:cut]), ('val', text[cut:])
         return [(split, part, len(part.encode())) for split, part in parts]
-    is_val = document_hash(raw, rule.seed) < rule.threshold
+    is_val = rule.low <= document_hash(raw, rule.seed) < rule.threshold
     return [('val' if is_val else 'train', text, len(raw))]

@@ -291,7 +291,8 @@ def missing(name: str, split: str, data_dir: str | Path) -> str:
         return f'{folder}: has no {split}.bin and no *{split}_*.bin beside the other split'
     message = (f'{folder}: the data set {name!r} is not prepared; run\n'
                f'    {prepare_command(name, data_dir)}')
-    others = sorted(path.parent.name for path in folder.parent.glob('[!.]*/manifest.json'))
+    others = sorted({path.parent.name for pattern in ('*train_*.bin', 'train.bin')
+                     for path in folder.parent.glob(f'[!.]*/{pattern}')})   # models are not
     return f'{message}\nAvailable: {", ".join(others)}' if others else message
 
 

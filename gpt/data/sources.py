@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from gpt.data.documents import EXPECTED, SUFFIXES
 from gpt.files import download, plain_file, sha256
+from gpt.hub import check_reachable
 from gpt.shapes import bounded, is_text
 
 READY = {       # shards of GPT-2's tokens in our own format: the hub's repository
@@ -64,12 +65,12 @@ class Source(NamedTuple):
 
 
 def find(dataset: str, inputs: Sequence[str], split: str, downloads: Path) -> Source:
-    """The Source of these inputs, or without any of the data set of that name.
+    """The Source of these inputs, or without any of the data set of that name ('': pydocs).
 
     downloads: a folder for what is not on the hub. Raises ValueError for an unknown name or file,
     ConnectionError without the hub.
     """
-    if inputs and dataset not in ('pydocs', 'shakespeare'):
+    if inputs and dataset not in ('', 'shakespeare'):
         raise ValueError(f'dataset: given {dataset!r} and {inputs[0]!r}, expected one of them; '
                          f'--name={Path(dataset).name} names the result')
     if dataset == 'shakespeare':
@@ -78,13 +79,13 @@ def find(dataset: str, inputs: Sequence[str], split: str, downloads: Path) -> So
         return from_files(inputs)._replace(name=dataset)
     if inputs:
         return from_files(inputs)
-    if dataset == 'pydocs':
+    if dataset in ('', 'pydocs'):
         files = [File(str(path), path, path.stat().st_size, '') for path in python_files()]
-        return Source(dataset, files, {'pydocs': f'Python {sys.version.split()[0]}'})
-    if dataset in READY:
-        return ready_shards(dataset)
-    if dataset in HUB or dataset.startswith('hub:'):
-        return from_hub(dataset, split)
+        return Source('pydocs', files, {'pydocs': f'Python {sys.version.split()[0]}'})
+    if dataset in READY or dataset in HUB or dataset.startswith('hub:'):
+        with hub_errors(dataset):
+            check_reachable()
+        return ready_shards(dataset) if dataset in READY else from_hub(dataset, split)
     if not Path(dataset).expanduser().exists() and not glob.has_magic(dataset):
         close = difflib.get_close_matches(dataset, NAMES, n=1)
         hint = f', did you mean {close[0]!r}' if close else ''
