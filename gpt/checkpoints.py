@@ -278,7 +278,8 @@ def publish(target: Path, model: GPT, encoding: tokenizer.Encoding, texts: dict[
         for file in sorted(partial.iterdir()):
             file.replace(target / file.name)
     except OSError as error:
-        error.filename = error.filename or str(target)              # of a full disk
+        if error.errno and not error.filename:          # a full disk
+            error.filename = str(target)
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

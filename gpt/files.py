@@ -139,8 +139,8 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):              # that of a write does not say of which file
-            error.filename = error.filename or str(path)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)              # that of a write does not say of which file
         raise
 
 
