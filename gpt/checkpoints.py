@@ -86,7 +86,9 @@ def load_folder(folder: str | Path, device: str | torch.device = 'cpu', dropout:
     config = replace(config, dropout=dropout, vocab_size=encoding.n_vocab)
     with without_memory():
         model = GPT(config)
-    model.to(dtype).to_empty(device=device)
+    # not to_empty(), which imports sympy
+    model.load_state_dict({name: torch.empty(p.shape, dtype=dtype, device=device)
+                           for name, p in model.named_parameters()}, assign=True)
     fill(model, weights)
     check_output(model.eval(), folder)
     return Loaded(model, encoding)
