@@ -34,7 +34,7 @@ from gpt.shapes import bounded, is_text
 ROOT = Path(__file__).resolve().parent.parent
 SWITCHES = ('compile', 'detok', 'half_residual')    # 'auto', True or False; other 'auto's: a text
 PATHS = frozenset('compare contamination data data_dir dataset dump file hellaswag_data init_from '
-                  'input model out out_dir peers runs to tokenizer'.split())      # ~ is the home folder
+                  'input model out out_dir peers runs to tokenizer'.split())  # ~ is the home folder
 
 
 def settings(script: dict[str, Any]) -> type:
