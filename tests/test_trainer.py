@@ -204,7 +204,7 @@ class Text:
 
 
 class Data:
-    sets = [DataSet('text', 1.0, {}, Text(), Text())]
+    sets, val_sets = [DataSet('text', 1.0, {}, Text(), Text())], []
 
     def micro_batches(self, position, batch, rank):
         for i in range(batch.micro_steps):
