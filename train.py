@@ -191,7 +191,7 @@ def start(cfg, world, run, started):
     run.world = world
     trainer = Trainer(model, world, config, section(cfg, OptimizerConfig))
     if saved and saved['settings']['dataset'] != cfg.dataset:
-        progress.forget_validations()                          # of another text
+        progress.forget_validations()                   # of another text
     if cfg.eval_only:
         with trainer.evaluating():
             validation = validate(model, data.sets, section(cfg, ValidationConfig), world,
@@ -341,7 +341,7 @@ def forward_backward(seed, data, trainer, progress, batch):
     micro_batches = data.micro_batches(progress.position, batch, world.rank)
     for number, (index, x, y) in enumerate(micro_batches, 1):
         x, y = (part.to(world.device, non_blocking=True) for part in (x, y))
-        torch.manual_seed(int(draw(f'{seed}:{progress.step}:{index}', 1)[0]))          # for dropout
+        torch.manual_seed(int(draw(f'{seed}:{progress.step}:{index}', 1)[0]))   # for dropout
         loss += trainer.backward(x, y, batch.micro_steps, last=number == batch.micro_steps)
     return loss
 

@@ -19,13 +19,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
-from gpt import tokenizer
-from gpt.data import benchmarks, overlap, shards
-from gpt.files import atomic_write, check_output, picture_path, write_picture
 from gpt.settings import check_bounds, run, settings
 
 # -----------------------------------------------------------------------------
@@ -40,6 +34,13 @@ out = ''                # '': lengths.png or contamination.json in the folder of
 data_dir = ''           # where prepared data is; '': data/ beside this script
 # -----------------------------------------------------------------------------
 Config = settings(globals())
+
+import numpy as np
+from tqdm import tqdm
+
+from gpt import tokenizer
+from gpt.data import benchmarks, overlap, shards
+from gpt.files import atomic_write, check_output, picture_path, write_picture
 
 COLLECT = 'name'        # takes the argument without a flag
 BOUNDS = (('1 or more', lambda value: value >= 1, 'count'),

@@ -25,20 +25,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-import numpy as np
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
-from gpt.data import documents, sources
-from gpt.data.encode import CUT, SplitRule, cores, divide, is_near, tokenized, val_range
-from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, leaked, load_facts,
-                             read_manifest, read_shard)
-from gpt.data.shards import verify as find_problems
-from gpt.files import atomic_write, lock, plain_text, read_json, sha256
 from gpt.settings import check_bounds, run, settings
-from gpt.shapes import is_text
-from gpt.tokenizer import (HFTokenizer, build, eot_id, fingerprint, gpt2, load, special_names,
-                           stored, to_json, token_bytes)
 
 # -----------------------------------------------------------------------------
 dataset = ''                # pydocs (as is '' without input), shakespeare; fineweb-10B,
@@ -69,6 +57,19 @@ verify = ''                 # a data set to check against its manifest, instead 
 data_dir = ''               # where prepared data is; '': data/ beside this script
 # -----------------------------------------------------------------------------
 Config = settings(globals())
+
+import numpy as np
+from tqdm import tqdm
+
+from gpt.data import documents, sources
+from gpt.data.encode import CUT, SplitRule, cores, divide, is_near, tokenized, val_range
+from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, leaked, load_facts,
+                             read_manifest, read_shard)
+from gpt.data.shards import verify as find_problems
+from gpt.files import atomic_write, lock, plain_text, read_json, sha256
+from gpt.shapes import is_text
+from gpt.tokenizer import (HFTokenizer, build, eot_id, fingerprint, gpt2, load, special_names,
+                           stored, to_json, token_bytes)
 
 COLLECT = 'input'           # takes the arguments without a flag
 OUR_FILES = (r'manifest\.json|tokenizer(_config)?\.json|(\w+_)?(train|val)_\d{6}\.bin|'

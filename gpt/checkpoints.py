@@ -34,18 +34,8 @@ from gpt.hub import WEIGHTS
 from gpt.model_config import config_json, read_config
 from gpt.shapes import bounded
 from gpt.steps import MANIFEST, ONLY_FOR_RESUME, TRAINING
-from gpt.weights import (
-    NANOGPT,
-    HashedFile,
-    file_in,
-    fill,
-    fit,
-    load_pickle,
-    open_weights,
-    to_hugging_face,
-    weight_files,
-    write_safetensors,
-)
+from gpt.weights import (NANOGPT, HashedFile, file_in, fill, fit, load_pickle, open_weights,
+                         to_hugging_face, weight_files, write_safetensors)
 from gpt.world import World
 from model import GPT, SIZES
 

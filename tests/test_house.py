@@ -64,7 +64,7 @@ def parameters(function):
 
 # Floors.
 
-@pytest.mark.parametrize('name', sorted({*SCRIPTS} - {'data.prepare', 'data.explore'}))
+@pytest.mark.parametrize('name', SCRIPTS)
 def test_scripts_import_what_takes_long_after_their_settings(name):
     """So that --help and Ctrl-C do not wait for it."""
     body = TREES[name].body
