@@ -223,7 +223,7 @@ def test_a_run_whose_speed_changes_ends_in_time_and_resumes(config, tmp_path, mo
     start = time.monotonic()
     cfg = config(minutes=0.2, max_iters=1000, log_interval=1000)
     train.main(cfg)
-    assert 0.7 * 12 < time.monotonic() - start < 1.3 * 12
+    assert 0.5 * 12 < time.monotonic() - start < 2 * 12   # about five times without a new fit
     records = [json.loads(line) for line in (tmp_path / 'run/log.jsonl').open()]
     last = [record['max_iters'] for record in records if record.get('event') == 'fit'][-1]
     newest, _ = steps.newest(tmp_path / 'run')
