@@ -34,7 +34,7 @@ import torch
 
 from gpt import checkpoints, steps, tokenizer
 from gpt.curves import read_log, seconds_to
-from gpt.data.order import Data, check_tokenizer
+from gpt.data.sets import Data, check_tokenizer
 from gpt.device import pick_device, pick_dtype
 from gpt.files import given_text, read_text
 from gpt.log import duration

@@ -99,7 +99,8 @@ import torch
 
 from gpt import budget, cpu, tokenizer
 from gpt.budget import BatchConfig, BatchPlan, Forecast
-from gpt.data.order import Data, draw
+from gpt.data.order import draw
+from gpt.data.sets import Data
 from gpt.device import is_out_of_memory, pick_dtype
 from gpt.log import Stopwatch
 from gpt.optim import OptimizerConfig, Schedule

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpt.budget import BatchConfig, BatchPlan, check_disk
 from gpt.curves import read_log
-from gpt.data.order import Data
+from gpt.data.sets import Data
 from gpt.device import pick_dtype, without_memory
 from gpt.model_config import check_size
 from gpt.progress import Progress

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from gpt.files import read_bytes
-from gpt.settings import complain
+from gpt.script import complain
 from gpt.sharding import is_sharded
 from gpt.world import World
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from gpt.data.order import DataSet
+from gpt.data.sets import DataSet
 from gpt.data.shards import Tokens
 from gpt.sharding import is_sharded
 from gpt.world import World

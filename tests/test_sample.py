@@ -124,7 +124,7 @@ def test_ctrl_c_in_a_conversation_keeps_what_was_written(trained):
     begun += process.stdout.readline()                  # the rest of the first turn
     begun += process.stdout.read(len(begun) + 50)       # and the second, a little on its way
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     first, second = (begun + out).split('\n')[:2]
     assert process.returncode == 0 and err.count('tokens per second') == 2
     assert first.startswith('The fox') and second.startswith(first)

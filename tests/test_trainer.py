@@ -186,7 +186,7 @@ from torch._dynamo.utils import counters
 
 import train
 from gpt import tokenizer
-from gpt.data.order import DataSet
+from gpt.data.sets import DataSet
 from gpt.optim import OptimizerConfig
 from gpt.progress import Progress
 from gpt.trainer import Trainer, TrainerConfig

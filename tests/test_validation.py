@@ -11,7 +11,7 @@ from conftest import losses
 
 import train
 from gpt import checkpoints, validation
-from gpt.data.order import DataSet
+from gpt.data.sets import DataSet
 from gpt.data.shards import Tokens, read_manifest
 from gpt.validation import Validation, ValidationConfig, bits_per_byte, evaluate, validate
 from gpt.world import World
