@@ -106,7 +106,8 @@ from gpt.log import Stopwatch
 from gpt.optim import OptimizerConfig, Schedule
 from gpt.preflight import Preflight, doubtful, how_it_ended
 from gpt.progress import PendingMetrics, Progress
-from gpt.run import Run, is_fine_tune
+from gpt.run import Run
+from gpt.start import is_fine_tune, starting_point
 from gpt.trainer import Trainer, TrainerConfig
 from gpt.validation import ValidationConfig, validate
 from gpt.world import World
@@ -181,8 +182,7 @@ def start(cfg, world, run, started):
         world.print(line)
     questions = load_questions(cfg, world, data.encoding)
     run.lock()
-    cfg, model, saved = run.start(data.encoding)
-    run.check_data(saved, data)
+    cfg, model, saved, run.has_changed = starting_point(cfg, world, data)
     data.set_order(cfg.block_size, cfg.seed, cfg.doc_start, world.device.type == 'cuda')
     progress = Progress.restore(saved)
     if saved and not cfg.eval_only and (ended := world.on_main(how_it_ended, cfg, progress, saved)):

@@ -23,7 +23,7 @@ FLOORS = [                  # each module imports only from those before it
     'gpt.model_config', 'gpt.checkpoints', 'gpt.scoring',
     # training
     'gpt.optim', 'gpt.trainer', 'gpt.validation', 'gpt.progress', 'gpt.log', 'gpt.budget',
-    'gpt.stop_signal', 'gpt.run', 'gpt.preflight',
+    'gpt.stop_signal', 'gpt.start', 'gpt.run', 'gpt.preflight',
     # results
     'gpt.results', 'gpt.report']
 SCRIPTS = ['train', 'sample', 'plot', 'publish', 'hellaswag', 'eval_cbt', 'eval_lm', 'bench',
@@ -32,7 +32,7 @@ FROM_SCRIPTS = {'train': {'hellaswag'}, 'bench': {'data.prepare'}}      # which 
 HOUSE = [*FLOORS, *SCRIPTS]
 SOURCES = {name: ROOT / f"{name.replace('.', '/')}.py" for name in HOUSE}
 TREES = {name: ast.parse(path.read_text(encoding='utf-8')) for name, path in SOURCES.items()}
-WHOLE_CONFIG = {'gpt.run', 'gpt.budget', 'gpt.preflight'}   # they keep, plan and check a whole run
+WHOLE_CONFIG = {'gpt.start', 'gpt.run', 'gpt.budget', 'gpt.preflight'}    # of a whole run
 
 
 def imports(*nodes):
