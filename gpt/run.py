@@ -153,7 +153,8 @@ class Run:
                    if before[key] != value and key not in ('eval_only', 'plan')]
         self.has_changed = bool(changed)
         note = f"; changed: {', '.join(changed)}" if changed else ''
-        self.world.print(f'resuming from {folder}{note}')
+        verb = 'reading' if self.read_only else 'resuming from'
+        self.world.print(f'{verb} {folder}{note}')
         return Start(cfg, model, saved)
 
     def fine_tune(self, encoding: tokenizer.Encoding) -> Start:
@@ -198,6 +199,9 @@ class Run:
         if cfg.wandb_log:
             self.log.start_wandb(cfg.wandb_project, cfg.wandb_run_name, asdict(cfg))
         self.signal = StopSignal(self.world)
+        if cfg.optimizer == 'muon':
+            self.world.print(f"lr is AdamW's; Muon's is "
+                             f'{cfg.muon_learning_rate / cfg.learning_rate:.3g} times as high')
         self.log.start(progress.step)
         self.saved_at, self.saved_time = 0 if is_new else progress.step, time.monotonic()
 
