@@ -112,6 +112,7 @@ from gpt.trainer import Trainer, TrainerConfig
 from gpt.validation import ValidationConfig, validate
 from gpt.world import World
 
+NOTABLE = 0.1               # a change of max_iters that is printed, with --minutes
 OLDER = {'half_residual': False, 'logits_per_slice': 2 ** 26}   # of checkpoints without these
 BOUNDS = (                  # what is expected, whether a value fits, of which settings
     ('1 or more', lambda value: value >= 1,
@@ -243,7 +244,8 @@ def computes(cfg, world, saved):
         world.print(f'device {world.device}; {str(dtype)[6:]}: {reason}')
     as_before = {key: before[key] for key in ('compile', 'half_residual', 'logits_per_slice')
                  if same and getattr(cfg, key, 'auto') == 'auto'}
-    return replace(world, dtype=dtype), section(cfg, TrainerConfig, **as_before)
+    return replace(world, dtype=dtype), section(
+        cfg, TrainerConfig, **as_before, compile_as_before='compile' in as_before)
 
 
 def measure_cost(data, trainer, progress, forecast):
@@ -331,7 +333,8 @@ def refit(run, progress, forecast):
         with suppress(OSError):                         # a full disk does not end a run
             run.world.on_main(run.write_config)
         text = f"max_iters {before} -> {fit['max_iters']}, to end in time"
-        run.log.event(progress.step, 'fit', text, **fit)
+        notable = abs(fit['max_iters'] - before) > NOTABLE * before
+        run.log.event(progress.step, 'fit', text, quiet=not notable, **fit)
     return forecast.cfg
 
 

@@ -84,6 +84,9 @@ class Run:
         if cfg.wandb_log:
             self.log.start_wandb(cfg.wandb_project, cfg.wandb_run_name, asdict(cfg))
         self.signal = StopSignal(self.world)
+        if cfg.optimizer == 'muon':
+            self.world.print(f"lr is AdamW's; Muon's is "
+                             f'{cfg.muon_learning_rate / cfg.learning_rate:.3g} times as high')
         self.log.start(progress.step)
         self.saved_at, self.saved_time = 0 if is_new else progress.step, time.monotonic()
 

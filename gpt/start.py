@@ -105,7 +105,7 @@ def resume(cfg: Any, world: World, folder: Path, data: Data) -> Start:
     changed = [f'{key} {before[key]!r} -> {value!r}' for key, value in asdict(cfg).items()
                if before[key] != value and key not in ('eval_only', 'plan')]
     note = f"; changed: {', '.join(changed)}" if changed else ''
-    world.print(f'resuming from {folder}{note}')
+    world.print(f"{'reading' if is_read_only(cfg) else 'resuming from'} {folder}{note}")
     return Start(cfg, model, saved, bool(changed))
 
 

@@ -29,6 +29,7 @@ from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, pre_toke
 from gpt.hf_tokenizer import (EOT, MAX_VOCAB_SIZE, HFTokenizer, TokenizerFile, byte_characters,
                               check_ids, check_vocab_size, read_folder, read_object, template_ids,
                               tokenizer_files)
+from gpt.hub import cached_or_mirrored
 from gpt.shapes import parse_json
 
 Encoding = tiktoken.Encoding | HFTokenizer
@@ -84,10 +85,7 @@ def gpt2() -> tiktoken.Encoding:
         return tiktoken.get_encoding('gpt2')
     except Exception as error:      # requests has many errors for a missing network
         with suppress(Exception):   # and so has the hub
-            from huggingface_hub import constants, hf_hub_download
-            no_mirror = constants.ENDPOINT == 'https://huggingface.co'
-            found = load(hf_hub_download('openai-community/gpt2', 'tokenizer.json',
-                                         local_files_only=no_mirror))
+            found = load(cached_or_mirrored('openai-community/gpt2', 'tokenizer.json'))
             if found.name == 'gpt2':                    # from_json() has checked its sha256
                 return found
         raise ValueError(
@@ -393,7 +391,7 @@ def byte_pairs_of(data: dict[str, Any]) -> BytePairs | None:
     to_byte = {char: byte for byte, char in byte_characters().items()}
     tokens = b' '.join(bytes(map(to_byte.get, name)) for name in sorted(vocab, key=vocab.get))
     known = added and hashlib.sha256(tokens).hexdigest() == GPT2_TOKENS
-    name = 'gpt2' if known else f'bpe:{len(vocab) + len(added)}'
+    name = 'gpt2' if known else f'bpe:{len(vocab) + len(added)}' if longer else 'bytes'
     return BytePairs(name, vocab, merges, added.get(EOT))
 
 

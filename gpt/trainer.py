@@ -27,6 +27,7 @@ MIN_SECONDS_TO_COMPILE = {'half': 200, 'float32': 600}  # of training on a CPU w
 class TrainerConfig:
     """Settings of train.py, by the same names."""
     compile: bool | str = 'auto'
+    compile_as_before: bool = False     # no setting: `compile` is what the resumed run did
     parallel: str = 'ddp'
     checkpoint_activations: bool = False
     half_residual: bool | str = 'auto'
@@ -87,6 +88,7 @@ class Trainer:
         """
         world = self.world
         wanted, reason = world.on_main(should_compile, self.config.compile, world, seconds)
+        reason = 'as before' if self.config.compile_as_before else reason
         if wanted and self.config.plan and world.device.type == 'cpu':
             wanted, reason = False, f'in the plan, to save time; the run compiles: {reason}'
         world.print(f'compile: {"on" if wanted else "off"} ({reason})')
@@ -223,7 +225,7 @@ def logits_that_fit(memory: int) -> int:
 def should_compile(wanted: bool | str, world: World, seconds: float) -> tuple[bool, str]:
     """(whether to compile, reason) for a run that takes `seconds` without."""
     if isinstance(wanted, bool):
-        return wanted, 'as set, or as before'
+        return wanted, 'as set'
     if world.device.type == 'cuda':
         return True, 'on a GPU'
     if world.device.type != 'cpu':

@@ -150,6 +150,20 @@ def test_the_vocabulary_of_gpt2_comes_from_a_mirror_and_is_verified(gpt2, tmp_pa
             assert bool(printed) or 'name a mirror of the hub' in done.stderr
 
 
+def test_a_mirror_that_cannot_be_reached_is_not_waited_for(tmp_path):
+    env = {key: value for key, value in os.environ.items() if not key.lower().endswith('_proxy')}
+    env |= {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '0', 'HF_HOME': str(tmp_path),
+            'TIKTOKEN_CACHE_DIR': str(tmp_path)}
+    code = ('import time, tiktoken.load; from gpt import tokenizer; start = time.monotonic()\n'
+            'tiktoken.load.read_file = None                         # not over the network\n'
+            'try: tokenizer.gpt2()\n'
+            'except ValueError as error: print(error, time.monotonic() - start, sep="\\n")')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, env=env,
+                          capture_output=True)
+    words, seconds = done.stdout.splitlines()
+    assert 'name a mirror of the hub' in words and float(seconds) < 5
+
+
 @pytest.mark.slow
 def test_weights_cached_without_their_tokenizer_get_it_from_the_hub(hub, models):
     """As transformers' from_pretrained() leaves them. GPT-2's own would be wrong."""

@@ -206,6 +206,15 @@ def test_the_newest_checkpoint_under_out_is_found(trained, tmp_path, capsys, mon
     assert 'model: out/copy/step_0000040' in capsys.readouterr().err
 
 
+def test_it_says_which_step_of_a_run_it_took(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / 'run')
+    newest = max(run.glob('step_*'))
+    for best, said in ((40, 'best'), (7, 'newest')):                # 7 is not there
+        (run / 'best.json').write_text(json.dumps({'step': best, 'val_loss': 1.0}))
+        sample.main(sample.Config(model=str(run), max_new_tokens=3, device='cpu'))
+        assert f'model: {newest}, the {said} step of its run; seed' in capsys.readouterr().err
+
+
 def test_end_of_text_begins_a_prompt_as_a_token(trained, capsys):
     line = json.loads(say(capsys, f'--model={trained}', '-p', '<|endoftext|>The', '-m', 1, '--json',
                           '--explain'))

@@ -148,6 +148,19 @@ def test_a_plan_does_not_compile_on_a_cpu(monkeypatch, capsys):
         capsys.readouterr().out)
 
 
+def test_a_choice_to_compile_is_said_to_be_a_setting_or_that_of_the_resumed_run(capsys):
+    trainer = make()
+    for before, reason in ((False, 'as set'), (True, 'as before')):
+        trainer.config = TrainerConfig(compile=False, compile_as_before=before)
+        trainer.prepare((IDS[:, :-1], IDS[:, 1:]), math.inf)
+        assert f'compile: off ({reason})\n' in capsys.readouterr().out
+    saved = {'computes': {'device': 'cpu', 'dtype': 'float32', 'compile': False},
+             'settings': {'max_iters': 1000}}
+    for wanted, expected in (('auto', True), (False, False)):
+        cfg = train.Config(compile=wanted, device='cpu', dtype='float32')
+        assert train.computes(cfg, World(), saved)[1].compile_as_before is expected
+
+
 def test_compiling_is_decided_by_the_length_of_the_run(monkeypatch):
     monkeypatch.setattr(trainer_module.shutil, 'which', lambda name: '/usr/bin/g++')
     for dtype, name in ((torch.bfloat16, 'half'), (torch.float32, 'float32')):

@@ -99,11 +99,9 @@ def load_sets(text: str, data_dir: str | Path = '') -> tuple[list[DataSet], toke
     (first, (_, encoding)), *others = loaded.items()
     for name, (_, other) in others:
         if tokenizer.fingerprint(other) != tokenizer.fingerprint(encoding):
-            kinds = [manifest['tokenizer']['name'] if manifest else 'gpt2'
-                     for manifest, _ in (loaded[first], loaded[name])]
-            same = 'gpt2' if kinds[0] == 'gpt2' else Path(data_dir or 'data') / first
+            same = 'gpt2' if encoding.name == 'gpt2' else Path(data_dir or 'data') / first
             raise ValueError(f'the data sets {first} and {name} have different tokenizers, '
-                             f'{kinds[0]} ({encoding.n_vocab:,}) and {kinds[1]} '
+                             f'{encoding.name} ({encoding.n_vocab:,}) and {other.name} '
                              f'({other.n_vocab:,}); prepare {name} again with --tokenizer={same}')
     sets = [DataSet(name, count / CYCLE, loaded[name][0],
                     *(Tokens(name, split, encoding.n_vocab, data_dir)
