@@ -193,7 +193,7 @@ def on_shares(function: Callable, matrices: torch.Tensor, p: torch.Tensor) -> to
         share = matrices[each * dist.get_rank():][:each]
         mine[:len(share)] = function(share)
         result = torch.empty_like(mine).repeat(processes(), 1, 1)
-        dist.all_gather_into_tensor(result, mine)
+        dist.all_gather(list(result.split(each)), mine)
         return result[:len(matrices)]
     from torch.distributed.tensor import DTensor, Shard
     shape, stride = torch.Size([len(matrices), *p.shape]), (p.numel(), p.size(1), 1)
