@@ -111,12 +111,12 @@ class Trainer:
         model, world = self.model, self.world
         if world.device.type == 'cpu':      # recompute elementwise work in the backward pass:
             config.activation_memory_budget = 0.85              # 40 % less memory, 1 % slower
-        if world.size > 1:
+        if world.size > 1:                  # dynamic: a shape that changes would split the graph
             for block in model.h:
-                block.compile()
-            model.loss = torch.compile(model.loss)
+                block.compile(dynamic=False)
+            model.loss = torch.compile(model.loss, dynamic=False)
         else:
-            self.replica = torch.compile(model)
+            self.replica = torch.compile(model, dynamic=False)
         with world.autocast():
             self.is_compiled = self.compiles('', lambda: self.replica(*batch).backward())
         if self.is_compiled:

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from gpt import generate
 from gpt.generate import Cache, next_logits, sample
@@ -92,6 +91,7 @@ def test_a_fixed_step_writes_the_same(monkeypatch, lengths, cuts):
 @pytest.mark.slow
 def test_a_compiled_step_is_compiled_once_and_writes_the_same(monkeypatch):
     """Over several windows, by rows of different lengths, when the text to come is long enough."""
+    from torch._dynamo.utils import counters            # takes seconds
     net, _ = pair(replace(TINY, n_layer=1), std=0.3)
     ids, graphs = random_ids(TINY, 3, 6), []
     monkeypatch.setattr(generate, 'captures', lambda model, tokens: True)

@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 from conftest import ROOT, script
-from torch._dynamo.utils import counters
 
 import train
 from gpt import trainer as trainer_module
@@ -166,7 +165,7 @@ def test_compiling_is_decided_by_the_length_of_the_run(monkeypatch):
 
 def test_a_compiler_that_fails_leaves_an_eager_run_and_one_line(
         config, tmp_path, monkeypatch, capsys):
-    def broken(model):
+    def broken(model, dynamic):
         def call(*_):
             raise RuntimeError('no compiler\nand a long story')
         return call
@@ -188,6 +187,7 @@ class Text:
 @pytest.mark.slow
 def test_validations_are_compiled_beside_training(monkeypatch, capsys):
     """Once, for full batches; neither the others nor training are compiled again."""
+    from torch._dynamo.utils import counters            # takes seconds
     trainer, batch, losses, graphs = make(), (IDS[:, :-1], IDS[:, 1:]), [], []
     trainer.config = TrainerConfig(compile=True)
     trainer.prepare(batch, math.inf)
@@ -195,7 +195,9 @@ def test_validations_are_compiled_beside_training(monkeypatch, capsys):
     trainer.compile_validation((3, 16), 1e6)
     assert trainer.validator is trainer.model           # on a CPU it does not pay
     monkeypatch.setitem(trainer_module.MIN_VALIDATION_FLOPS, 'cpu', 0.0)
+    before = counters['stats']['unique_graphs']
     trainer.compile_validation((3, 16), 1e6)
+    assert counters['stats']['unique_graphs'] == before + 1     # of another shape, in one graph
     assert 'compiled for validation in ' in capsys.readouterr().out
     assert trainer.model.training and trainer.validator is not trainer.model
     for _ in range(3):
@@ -210,7 +212,6 @@ def test_validations_are_compiled_beside_training(monkeypatch, capsys):
         assert a == pytest.approx(b, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_a_validation_that_cannot_be_compiled_is_eager(monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError('no compiler')
