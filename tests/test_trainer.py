@@ -106,6 +106,35 @@ def test_how_many_logits_fit_a_card():
     assert [round(n) for n in found] == [67, 125, 208, 417, 734]
 
 
+@pytest.mark.parametrize('recomputed', [False, True])
+def test_what_a_layer_keeps_for_the_backward_pass(recomputed):
+    """In bfloat16, bytes a token: of C channels and h heads 32 C + 4 h and the normalizers of
+    LayerNorms, or 2 C. And its weights, in bfloat16. docs/benchmarks.md computes with this."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    found, C, h, tokens = [], 768, 12, 2 * 1024
+    for n_layer in (1, 2):
+        with FakeTensorMode():
+            model, ids = GPT(GPTConfig(1024, 61, n_layer, h, C)), torch.zeros(2, 1024).long()
+            model.half_residual, model.checkpoint_activations = True, recomputed
+            sizes, params = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+
+            def keep(tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in params:
+                    sizes[storage._cdata] = storage.nbytes()
+                return tensor
+            with (torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+                  World(dtype=torch.bfloat16).autocast()):
+                loss = model(ids, ids)                  # holds what is kept
+        found.append(sum(sizes.values()))
+        del loss
+    per_layer = found[1] - found[0]
+    if recomputed:
+        assert per_layer == 2 * C * tokens
+    else:
+        assert (32 * C + 4 * h) * tokens < per_layer - 24 * C * C <= (32 * C + 4 * h + 16) * tokens
+
+
 def test_how_it_computes_is_in_its_state():
     config = TrainerConfig(compile=False, half_residual=True, logits_per_slice=2 ** 20)
     trainer = Trainer(GPT(TINY), World(), config, OptimizerConfig())
