@@ -117,12 +117,10 @@ def evaluate(model, tokens: Tokens, config: ValidationConfig, world: World, frac
         if stop:
             break
         ids = torch.from_numpy(tokens.read(start, max(n, 1) * length + 1))
-        if on_gpu:                                      # which is not waited for
-            ids = ids.pin_memory().to(world.device, non_blocking=True)
-        ids = ids.to(world.device)
+        ids = (ids.pin_memory() if on_gpu else ids).to(world.device, non_blocking=on_gpu)
         with world.autocast():
             loss = model(ids[:-1].view(-1, length), ids[1:].view(-1, length))
-        nats += loss.to(nats.device).double() * n * length
+        nats += loss.to(nats.device).double() * n * length      # a GPU is not waited for
     nats, stops = world.reduce(torch.stack([nats, torch.full_like(nats, stop)])).tolist()
     return None if stops else (nats / count, count)
 

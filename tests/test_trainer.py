@@ -253,6 +253,19 @@ def test_a_validation_that_cannot_be_compiled_is_eager(monkeypatch, capsys):
     assert text in capsys.readouterr().out
 
 
+def test_a_run_validates_by_what_was_compiled_for_it(config, monkeypatch):
+    """It says in which batches, and on how many tokens in all: 12 updates, 3 validations."""
+    asked, used = [], []
+
+    def compile_validation(trainer, shape, tokens):
+        asked.append((shape, tokens))
+        trainer.validator = lambda x, y: used.append(x.shape) or trainer.model(x, y)
+    monkeypatch.setattr(Trainer, 'compile_validation', compile_validation)
+    cfg = config(eval_tokens=100)
+    train.main(cfg)
+    assert asked == [((4, 16), 300)] and used == 4 * [(4, 16), (2, 16), (1, 4)]     # and at step 0
+
+
 COMPILED = """
 import json
 import math
