@@ -213,6 +213,9 @@ def start(cfg, world, run, started):
     micro_batches = batches.full_updates(cfg.max_iters, progress.step) * batches.full.micro_steps
     trainer.prepare(batch, 60 * cfg.minutes or micro_batches and
                     micro_batches * trainer.eager_seconds(batch))
+    tokens = min(section(cfg, ValidationConfig).tokens, sum(len(part.val) for part in data.sets))
+    trainer.compile_validation((cfg.batch_size, cfg.block_size),
+                               cfg.max_iters / cfg.eval_interval * tokens)
     forecast = Forecast(cfg, batches, budget.save_seconds(trainer))
     if cfg.plan or (cfg.minutes and not saved):
         measure_cost(data, trainer, progress, forecast)
@@ -254,8 +257,9 @@ def measure_cost(data, trainer, progress, forecast):
     passes = partial(forward_backward, cfg.seed, data, trainer, progress)
     forecast.cost = budget.measure(trainer, passes, batches, cfg.minutes)
     available = sum(len(part.val) for part in data.sets)
-    with trainer.evaluating() as model:
-        run_validation = partial(validate, model, data.sets, world=world, val_sets=data.val_sets)
+    with trainer.evaluating():
+        run_validation = partial(validate, trainer.validator, data.sets, world=world,
+                                 val_sets=data.val_sets)
         forecast.took['eval_interval'] = budget.time_validation(
             run_validation, section(cfg, ValidationConfig), available, world)
     world.print(budget.describe_cost(trainer, forecast.cost, batches.tokens_per_update))
@@ -266,7 +270,7 @@ def train(data, run, trainer, progress, questions, forecast):
     cfg, world = forecast.cfg, trainer.world
     metrics, stopwatch = PendingMetrics(world.device), Stopwatch()
     intervals = cfg.eval_interval, cfg.hellaswag_interval, cfg.sample_interval
-    run_validation = partial(validate, trainer.model, data.sets, section(cfg, ValidationConfig),
+    run_validation = partial(validate, trainer.validator, data.sets, section(cfg, ValidationConfig),
                              world, lambda: run.signal.received, data.val_sets)
     while True:
         # once in a while: save first, so that nothing below can lose work
