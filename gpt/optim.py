@@ -13,6 +13,7 @@ from gpt.sharding import full_copy, shard_like
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Muon's quintic (Jordan)
 MAX_ELEMENTS = 2 ** 25                  # of the matrices that are orthogonalized together
+MIN_ELEMENTS_TO_SHARE = 2 ** 18         # of them; with fewer the exchange takes longer
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,10 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def on_shares(function: Callable, matrices: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """function of matrices (n, out, in), of which each process computes its share; a collective. If
     p is sharded, a process gives and gets its rows of all matrices, else all rows."""
-    if processes() == 1:
+    is_replicated = not hasattr(p, 'to_local')
+    if processes() == 1 or is_replicated and matrices.numel() < MIN_ELEMENTS_TO_SHARE:
         return function(matrices)
-    if not hasattr(p, 'to_local'):
+    if is_replicated:
         each = -(-len(matrices) // processes())
         mine = torch.zeros_like(matrices[:1]).repeat(each, 1, 1)        # the last may have fewer
         share = matrices[each * dist.get_rank():][:each]
