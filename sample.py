@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from json import dumps
 from random import randrange
 
@@ -31,7 +32,6 @@ temperature = 0.8       # 0 always takes the most likely token, 1 samples as the
 top_k = 200             # sample among the k most likely tokens, 0: all
 top_p = 1.0             # sample among the most likely that together have this probability
 seed = 1337             # sample k is drawn with seed + k; -1: a new one each time
-stop = ''               # text that ends a sample, as <|endoftext|> does; it is not printed
 interactive = False     # also -i; ask for one prompt after another
 explain = False         # under each sample: every token's probability, rank and alternatives, as
                         # the model gave them, before temperature, top_k and top_p
@@ -64,8 +64,8 @@ def main(cfg):
     dtype, _ = pick_dtype('float32' if exact else cfg.dtype, device)
     text = read_prompt(cfg.prompt)
     model, encoding, origin = load(cfg.model, device, dtype)
-    cfg = replace(cfg, seed=randrange(2 ** 31) if cfg.seed == -1 else cfg.seed,
-                  stop=cfg.stop.replace('\\n', '\n').replace('\\t', '\t'))
+    if cfg.seed == -1:
+        cfg = replace(cfg, seed=randrange(2 ** 31))
     print(f'model: {origin}; seed {cfg.seed}', file=sys.stderr)
     if dtype == torch.float32 or min(cfg.num_samples, cfg.batch_size) > 1:
         pack(model)                                     # one row in bfloat16 is faster unpacked
@@ -139,75 +139,42 @@ def write(cfg, model, encoding, text, ids):
     if start:
         print(f'the prompt has {len(ids):,} tokens, the block {model.config.block_size:,}: the '
               f'model reads the last {len(ids) - start:,}', file=sys.stderr)
-    seconds, count = [], 0                              # seconds: of each row of tokens
-    for k, new_ids in enumerate(generate(cfg, model, encoding, ids, seconds)):
-        sample = Sample(new_ids, encoding, cfg.stop)
-        if not cfg.json:
-            title = f'--- sample {k + 1}\n' if cfg.num_samples > 1 else ''
-            print(title + text, end='', flush=True)
+    eot, seconds, count = tokenizer.eot_id(encoding), [], 0         # seconds: of each row of tokens
+    show = (lambda piece: None) if cfg.json else partial(print, end='', flush=True)
+    for k, drawn in enumerate(generate(cfg, model, encoding, ids, seconds)):
+        show(f'--- sample {k + 1}\n{text}' if cfg.num_samples > 1 else text)
+        new, sample = [], ''
         try:
-            for piece in sample.pieces():
-                if not cfg.json:
-                    print(piece, end='', flush=True)
+            for piece in decoded(drawn, encoding, new):
+                sample += piece
+                show(piece)
         except KeyboardInterrupt:
             if not cfg.interactive:
                 raise
-        count += len(sample.ids)
-        tokens = explain_tokens(model, encoding, ids, sample.ids) if cfg.explain else []
+        show('\n')
+        count += len(new)
+        tokens = explain_tokens(model, encoding, ids, new) if cfg.explain else []
         if cfg.json:
-            record = {'prompt': text, 'text': sample.text, 'seed': cfg.seed + k,
-                      'new_tokens': len(sample.ids),
-                      'ended': sample.stopped or sample.eot in sample.ids[-1:]}
+            record = {'prompt': text, 'text': sample, 'seed': cfg.seed + k,
+                      'new_tokens': len(new), 'ended': eot in new[-1:]}
             print(dumps({**record, 'tokens': tokens} if cfg.explain else record), flush=True)
         else:
-            print(flush=True)
             print_table(tokens)
     if count:
         print(f'{count} tokens in {sum(seconds):.2f} s: {count / sum(seconds):.1f} tokens per '
               f'second, the first after {seconds[0]:.2f} s', file=sys.stderr)
-    return text + sample.text, ids + sample.printed_ids()
+    return text + sample, ids + [i for i in new if i != eot]
 
 
-class Sample:
-    """A sample, whose ids and text grow while pieces() is read."""
-
-    def __init__(self, new_ids, encoding, stop=''):
-        self.new_ids, self.encoding, self.stop = new_ids, encoding, stop
-        self.eot = tokenizer.eot_id(encoding)
-        self.ids, self.text, self.stopped = [], '', False
-
-    def pieces(self):
-        """Yield the text in pieces of whole characters, up to <|endoftext|> or the text `stop`.
-
-        What may be the beginning of `stop` is held back until the next piece decides.
-        """
-        held, stop = '', self.stop
-        for piece in self.decoded():
-            held += piece
-            if stop and stop in held:
-                held, self.stopped = held.partition(stop)[0], True
-                break
-            n = next((n for n in range(len(stop) - 1, 0, -1) if held.endswith(stop[:n])), 0)
-            ready, held = held[:len(held) - n], held[len(held) - n:]
-            self.text += ready
-            yield ready
-        self.text += held
-        yield held
-
-    def decoded(self):
-        decode = codecs.getincrementaldecoder('utf-8')('replace').decode
-        for i in self.new_ids:
-            self.ids.append(i)
-            if i == self.eot:
-                break
-            yield decode(self.encoding.decode_single_token_bytes(i))
-        yield decode(b'', final=True)
-
-    def printed_ids(self):
-        """The ids of what was printed, which `stop` and <|endoftext|> are not."""
-        if self.stopped:
-            return tokenizer.encode(self.encoding, self.text).tolist()
-        return [i for i in self.ids if i != self.eot]
+def decoded(drawn, encoding, new):
+    """Yield the text of the ids `drawn` in pieces of whole characters; append the ids to `new`.
+    <|endoftext|> has no text."""
+    decode = codecs.getincrementaldecoder('utf-8')('replace').decode
+    eot = tokenizer.eot_id(encoding)
+    for i in drawn:
+        new.append(i)
+        yield decode(b'' if i == eot else encoding.decode_single_token_bytes(i))
+    yield decode(b'', final=True)
 
 
 def generate(cfg, model, encoding, ids, seconds):
@@ -226,24 +193,8 @@ def generate(cfg, model, encoding, ids, seconds):
         if B == 1:
             yield (row[0] for row in rows)
             continue
-        if cfg.stop:
-            rows = until_all_end(cfg.stop, rows, encoding)
-        for new_ids in list(zip(*rows)) or [()] * B:
-            yield new_ids[:new_ids.index(eot) + 1] if eot in new_ids else new_ids
-
-
-def until_all_end(stop, rows, encoding):
-    """Yield rows of ids, one id for each sample, until all samples have drawn the text `stop` or
-    the end-of-text token."""
-    texts, ended, eot = {}, set(), tokenizer.eot_id(encoding)
-    for row in rows:
-        yield row
-        for k, i in enumerate(row):
-            texts[k] = texts.get(k, b'') + encoding.decode_single_token_bytes(i)
-            if i == eot or stop.encode() in texts[k]:
-                ended.add(k)
-        if len(ended) == len(row):
-            break
+        for new in list(zip(*rows)) or [()] * B:
+            yield new[:new.index(eot) + 1] if eot in new else new
 
 
 def timed(items, seconds):

@@ -22,8 +22,6 @@ import train
 from gpt.settings import configure
 
 
-ASCII = tokenizer.byte_pairs('bytes', [])
-
 
 @pytest.fixture(scope='module')
 def trained(stories, tmp_path_factory):
@@ -93,19 +91,6 @@ def test_a_conversation_goes_on_with_the_text_on_an_empty_line(trained, capsys, 
     first = out[:out.index('The fox', 1)].removesuffix('\n')
     second = out[len(first) + 1:]
     assert first.startswith('The fox') and second.startswith(first) and '\nHe' in second
-
-
-def test_a_conversation_goes_on_from_what_was_written(trained, capsys, monkeypatch):
-    """Not from the text that stopped it, which nobody saw."""
-    whole = say(capsys, f'--model={trained}', '-p', 'The fox', '--temperature=0', '-m', 40)
-    real, read, stop = sample.generate, [], whole[25:30]
-    monkeypatch.setattr(sample, 'generate', lambda cfg, model, encoding, ids, seconds: (
-        read.append(ids) or real(cfg, model, encoding, ids, seconds)))
-    monkeypatch.setattr(sys, 'stdin', io.StringIO('The fox\n\n'))
-    sample.main(sample.Config(model=str(trained), interactive=True, stop=stop, device='cpu',
-                              temperature=0.0, max_new_tokens=40))
-    encoding = sample.checkpoints.load_model(trained)[1]
-    assert encoding.decode(read[1]) == whole[:whole.index(stop)]
 
 
 @pytest.mark.slow
@@ -180,13 +165,11 @@ def test_a_line_that_is_not_utf8_is_refused_and_the_next_one_answered(trained):
 
 def test_text_comes_in_whole_characters_and_ends_at_end_of_text():
     encoding = tokenizer.byte_pairs('bytes', [])
-    ids = [*'aé世😀'.encode(), encoding.eot_token, *b'not this']
-    one = sample.Sample(iter(ids), encoding)
-    pieces = list(one.pieces())
-    assert ''.join(pieces) == one.text == 'aé世😀'
+    ids, new = [*'aé世😀'.encode(), encoding.eot_token], []
+    pieces = list(sample.decoded(iter(ids), encoding, new))
+    assert ''.join(pieces) == 'aé世😀' and new == ids
     assert all('\ufffd' not in piece for piece in pieces)
-    assert one.ids == ids[:-8] and not one.stopped
-    assert ''.join(sample.Sample(iter('😀'.encode()[:2]), encoding).pieces()) == '\ufffd'
+    assert ''.join(sample.decoded(iter('😀'.encode()[:2]), encoding, [])) == '\ufffd'
 
 
 def test_without_any_checkpoint_an_untrained_model_says_so(tmp_path, capsys, monkeypatch):
@@ -213,31 +196,6 @@ def test_end_of_text_begins_a_prompt_as_a_token(trained, capsys):
     empty, given = (say(capsys, f'--model={trained}', '-m', 20, '-p', prompt)
                     for prompt in ('', '<|endoftext|>'))
     assert given == '<|endoftext|>' + empty
-
-
-@pytest.mark.parametrize('rows', [1, 2])
-def test_a_sample_ends_before_the_text_that_stops_it(trained, capsys, rows):
-    flags = (f'--model={trained}', '-p', 'The fox', '--temperature=0', '--json', '-m', 60,
-             f'--num_samples={rows}')
-    whole = json.loads(say(capsys, *flags).splitlines()[0])['text']
-    stop = whole[20:27]                                             # over several tokens
-    found = json.loads(say(capsys, *flags, f'--stop={stop}').splitlines()[-1])
-    assert found['text'] == whole[:whole.index(stop)] and found['ended']
-    sample.main(configure(sample.Config, [*map(str, flags), f'--stop={stop}', '--device=cpu'],
-                          sample.SHORT))
-    count = found['new_tokens']
-    assert f'{rows * count} tokens in ' in capsys.readouterr().err
-    for most, ended in ((count, True), (count - 1, False)):         # at the last token allowed too
-        line = say(capsys, *flags, f'--stop={stop}', '-m', most).splitlines()[-1]
-        assert json.loads(line)['ended'] == ended
-    for stop, pieces in (('abc', ['a', 'aa', 'b', 'ab', 'cd']), ('\n', 'aabab'), ('a', ['abc']),
-                         ('abc', ['x', 'ab'])):
-        one = sample.Sample([], ASCII, stop)
-        one.decoded = lambda: iter(pieces)
-        before, found, _ = ''.join(pieces).partition(stop)
-        assert ''.join(one.pieces()) == one.text == before and one.stopped == bool(found)
-    rows = [[i, i + 3] for i in range(60, 90)]                      # none is drawn in vain
-    assert list(sample.until_all_end('C', rows, ASCII)) == rows[:ord('C') - 60 + 1]
 
 
 def test_a_seed_can_be_drawn_and_is_told(trained, capsys):
