@@ -32,19 +32,17 @@ text = ''               # 'detok': as people write it; 'raw': tokens between spa
 data = ''               # FOLDER with cbtest_CN_valid_2000ex.txt and so on, or FILE of one subset;
                         # '': the official ones, downloaded once
 download = False        # only download and unpack the questions (120 MB)
-skip_bad = False        # skip and count malformed questions instead of stopping
 limit = 0               # only the first N of each subset, 0: all
 share = True            # False: read the context again for each candidate
 batch_tokens = 0        # tokens in a batch with its padding; 0: 1024 on a CPU, else 65536
 device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
 dtype = 'float32'       # or 'bfloat16', 'float16'
 out = ''                # file of the result; '': one under out/results/MODEL
-dump = ''               # FILE for a line of JSON on each question
 compare = ()            # two results, --compare=a.json,b.json: is the second better?
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
-from gpt import checkpoints, results, scoring, tokenizer
+from gpt import results, scoring, tokenizer
 from gpt.data import benchmarks
 
 
@@ -62,17 +60,10 @@ PRESETS = {
     'paper': Preset('valid', ('CN', 'NE'), 'detok', ' ', False),
     'mindspore': Preset('valid', ('CN', 'NE'), 'raw', '  ', True),
     'seed': Preset('test', ('CN',), 'raw', '', False)}
-PUBLISHED = {               # per cent, by preset, model and subset
-    **{('paper', size, name): (row['cbt-paper-valid-detok-CN-NE', name], 'GPT-2 paper')
-       for size, row in results.TABLE3.items() for name in ('CN', 'NE')},
-    **{('mindspore', size, name): (value, 'MindSpore model zoo') for size, name, value in (
-        ('gpt2', 'CN', 87.85), ('gpt2-medium', 'CN', 92.10), ('gpt2-large', 'CN', 93.70),
-        ('gpt2', 'NE', 85.10), ('gpt2-medium', 'NE', 87.55), ('gpt2-large', 'NE', 89.10))},
-    ('seed', 'gpt2', 'CN'): (86.84, 'SeekDeeper')}
 
 
 def main(cfg):
-    results.run_evaluation(resolved(cfg), read_data, outcome)
+    results.run_evaluation(resolved(cfg), read_data, measure)
 
 
 def resolved(cfg):
@@ -95,32 +86,26 @@ def resolved(cfg):
 
 
 def read_data(cfg):
-    """The Data; its items are ({subset: Questions}, {sentence: book})."""
+    """The Data; its items are {subset: Questions}."""
     subsets, facts = {}, []
     for name in cfg.subset:
-        subsets[name], facts_of_one = benchmarks.cbt(name, cfg.split, cfg.data, cfg.skip_bad)
+        subsets[name], facts_of_one = benchmarks.cbt(name, cfg.split, cfg.data)
         facts.append(facts_of_one)
     _, first = results.limited(max(subsets.values(), key=len), cfg.limit)
     subsets = {name: results.limited(questions, first)[0] for name, questions in subsets.items()}
-    books = benchmarks.cbt_books(cfg.split, cfg.data)
     together = {'path': ', '.join(one['path'] for one in facts),
                 'sha256': '-'.join(one['sha256'] for one in facts),
-                'official': all(one['official'] for one in facts),
-                'skipped': sum(one['skipped'] for one in facts)}
-    preset, size = PRESETS[cfg.preset], checkpoints.official_name(cfg.model)
-    is_preset = (cfg.split, cfg.text, together['skipped']) == (preset.split, preset.text, 0)
-    return results.Data((subsets, books), together, first, 'questions of each subset',
-                        "Children's Book Test",
-                        '-'.join(['cbt', cfg.preset, cfg.split, cfg.text, *cfg.subset]),
-                        f'{cfg.preset}, {cfg.split}, {cfg.text}',
-                        {name: PUBLISHED[cfg.preset, size, name] for name in subsets
-                         if is_preset and (cfg.preset, size, name) in PUBLISHED})
+                'official': all(one['official'] for one in facts)}
+    name, published = ('-'.join(['cbt', cfg.preset, cfg.split, cfg.text, *names])
+                       for names in (cfg.subset, PRESETS[cfg.preset].subset))
+    return results.Data(subsets, together, first, 'questions of each subset',
+                        "Children's Book Test", name, f'{cfg.preset}, {cfg.split}, {cfg.text}',
+                        published)
 
 
-def outcome(cfg, model, encoding, data, options):
-    """The Outcome: an accuracy for each subset."""
-    preset, (subsets, books) = PRESETS[cfg.preset], data.items
-    measures, notes, cuts, rows = {}, [], [], []
+def measure(cfg, model, encoding, subsets, options):
+    """(measures, notes): an accuracy for each subset of Questions."""
+    preset, measures, notes, cuts = PRESETS[cfg.preset], {}, [], []
     for name, questions in subsets.items():
         items = [render(question, encoding, cfg.text, preset.gap, preset.eot)
                  for question in questions]
@@ -129,20 +114,8 @@ def outcome(cfg, model, encoding, data, options):
         measures[name] = results.accuracy(right, KINDS[name])
         baseline = results.format_measure(results.accuracy(by_frequency))
         notes.append(f'{name}: the candidate that the text has most often: {baseline}')
-        notes += [f'{name} of {note}' for note in results.by_group(
-            (books.get(question.sentences[0]), is_right)
-            for question, is_right in zip(questions, right))]
         cuts += [f'{name}: {note}' for note in scoring.cut_note(items, model.config.block_size)]
-        rows += [dump_row(name, *one) for one in zip(questions, right, scores)]
-    if data.facts['skipped']:
-        cuts.append(f"{data.facts['skipped']} malformed questions were skipped")
-    return results.Outcome(measures, [*notes, *cuts, 'chance: 10 %'], rows)
-
-
-def dump_row(subset, question, right, scores):
-    return {'subset': subset, 'where': question.where, 'answer': question.answer, 'right': right,
-            'candidates': question.candidates, 'sums': [score.sum for score in scores],
-            'counts': [score.count for score in scores]}
+    return measures, [*notes, *cuts, 'chance: 10 %']
 
 
 def grade(question, scores):

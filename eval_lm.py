@@ -71,15 +71,6 @@ TASKS = {
     'wikitext103': Task('WikiText-103', {'paper': ('word', 32)}),
     '1bw': Task('1 Billion Word', {'paper': ('word', 0)}),
     'file': Task('', {'text': ('token', 512)})}                     # stands for --file
-PUBLISHED = {               # by result, measure and model: value, source
-    ('lambada-harness', 'accuracy', 'gpt2'): (32.56, 'lm-evaluation-harness #2159'),
-    ('lambada-harness', 'perplexity', 'gpt2'): (40.06, 'lm-evaluation-harness #2159'),
-    ('lambada-last-token', 'accuracy', 'gpt2'): (46.67, 'cybertronai/bflm'),
-    ('wikitext2-harness', 'word', 'gpt2'): (37.37, 'transformers #13761'),
-    ('wikitext2-hf', 'token', 'gpt2'): (29.94, "transformers' documentation"),
-    ('wikitext2-hf', 'token', 'gpt2-large'): (19.44, "transformers' documentation"),
-    **{(*column, size): (value, 'GPT-2 paper')
-       for size, row in results.TABLE3.items() for column, value in row.items()}}
 STOP_WORDS = frozenset('''
     a about above after again against all am an and any are as at be because been before being below
     between both but by can could did do does doing down during each few for from further had has
@@ -93,7 +84,7 @@ STOP_WORDS = frozenset('''
 def main(cfg):
     if cfg.table3:
         return print(table(cfg.model))
-    results.run_evaluation(resolved(cfg), read_data, outcome)
+    results.run_evaluation(resolved(cfg), read_data, measure)
 
 
 def resolved(cfg):
@@ -143,22 +134,20 @@ def read_data(cfg):
 
 
 def called(cfg, facts):
-    """(title, name of the result, protocol, published figures); the bare name is for the protocol's
-    own settings."""
+    """(title, name of the result, protocol, name of what is published); the bare name is for the
+    protocol's own settings."""
     changes = [f'stride{cfg.stride}'] if cfg.stride else []
     changes += [f'detok{cfg.detok}'] if cfg.detok != 'auto' else []
     own = results.file_id(facts) if cfg.task == 'file' else cfg.protocol
-    name, size = '-'.join([cfg.task, own, *changes]), checkpoints.official_name(cfg.model)
+    name = '-'.join([cfg.task, own, *changes])
     return (TASKS[cfg.task].title or Path(cfg.file).name, name,
-            f'{cfg.protocol}, {"-".join(changes)}' if changes else cfg.protocol,
-            {key: figure for (result, key, of), figure in PUBLISHED.items()
-             if (result, of) == (name, size)})
+            ', '.join([cfg.protocol, *(['-'.join(changes)] if changes else [])]), name)
 
 
-def outcome(cfg, model, encoding, data, options):
-    """The Outcome of the task."""
+def measure(cfg, model, encoding, items, options):
+    """(measures, notes) of the task."""
     score = lambada if cfg.task == 'lambada' else rolling
-    return results.Outcome(*score(cfg, model, encoding, data.items, options))
+    return score(cfg, model, encoding, items, options)
 
 
 # LAMBADA: the last word of a passage.
@@ -352,7 +341,7 @@ def in_pieces(encoding, documents, scores):
 # Table 3.
 
 LINES = {
-    **results.COLUMNS,
+    **{column: title for column, (title, *_) in results.TABLE3.items()},
     ('lambada-harness', 'perplexity'): 'by harness: LAMBADA (perplexity)',
     ('lambada-harness', 'accuracy'): 'by harness: LAMBADA (accuracy)',
     ('wikitext2-harness', 'word'): 'by harness: WikiText-2 (perplexity)'}
@@ -376,7 +365,7 @@ def table(model):
             if measure is None:
                 raise ValueError(f'{folder / name}.json: measures: has no {key!r}')
             text = f"{results.format_measure(measure):38} {measure['about']}"
-        published, _ = PUBLISHED.get((name, key, size), ('-', ''))
+        published, _ = results.PUBLISHED.get((name, key, size), ('-', ''))
         lines.append(f'{title:35}  {published:>9}  {text}')
     weights = sorted({f"weights {one['model'].get('sha256', '')[:8]}: "
                       f"{one['model'].get('folder', '')}" for one in measured.values()})

@@ -375,7 +375,7 @@ def score_hellaswag(trainer, encoding, questions):
     sharded model in the dtype it trains in."""
     import hellaswag
     with trainer.evaluating() as model:
-        answers = hellaswag.evaluate(model, encoding, questions, world=trainer.world)
+        answers, _ = hellaswag.evaluate(model, encoding, questions, world=trainer.world)
     return {'hellaswag': sum(answers['acc_norm']) / len(questions),
             'hellaswag_sum': sum(answers['acc']) / len(questions)}
 

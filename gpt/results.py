@@ -7,12 +7,10 @@ models can be compared item by item), and the published figures beside it.
 
 import json
 import math
-import os
 import platform
 import re
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -21,29 +19,52 @@ import torch
 
 from gpt import checkpoints, scoring
 from gpt.files import atomic_write, check_output, read_json
+from gpt.hub import SIZES
 from gpt.settings import check_bounds, complain
 from gpt.shapes import Count, Measured
 from gpt.world import World
 
 OUT = Path('out/results')   # of the folder in which a script is started, as out/ is for runs
-COLUMNS = {                 # of the GPT-2 paper's table 3: result and measure, title
-    ('lambada-paper', 'perplexity'): 'LAMBADA (perplexity)',
-    ('lambada-paper', 'accuracy'): 'LAMBADA (accuracy)',
-    ('cbt-paper-valid-detok-CN-NE', 'CN'): 'CBT common nouns',
-    ('cbt-paper-valid-detok-CN-NE', 'NE'): 'CBT named entities',
-    ('wikitext2-paper', 'word'): 'WikiText-2 (perplexity)',
-    ('ptb-paper', 'word'): 'PTB (perplexity)',
-    ('enwik8-paper', 'byte'): 'enwik8 (bits per byte)',
-    ('text8-paper', 'character'): 'text8 (bits per char)',
-    ('wikitext103-paper', 'word'): 'WikiText-103 (perplexity)',
-    ('1bw-paper', 'word'): '1BW (perplexity)'}
-TABLE3 = {name: dict(zip(COLUMNS, row)) for name, row in {
-    'gpt2': (35.13, 45.99, 87.65, 83.4, 29.41, 65.85, 1.16, 1.17, 37.50, 75.20),
-    'gpt2-medium': (15.60, 55.48, 92.35, 87.1, 22.76, 47.33, 1.01, 1.06, 26.37, 55.72),
-    'gpt2-large': (10.87, 60.12, 93.45, 88.0, 19.93, 40.31, 0.97, 1.02, 22.05, 44.575),
-    'gpt2-xl': (8.63, 63.24, 93.30, 89.05, 18.34, 35.76, 0.93, 0.98, 17.48, 42.16)}.items()}
 Z = 1.959964                # standard deviations that hold 95 % of a normal distribution
 Measure = dict[str, Any]
+
+# Published figures: per cent of right answers, perplexities, bits.
+
+TABLE3 = {                  # of the GPT-2 paper: result and measure; title, then a figure per size
+    ('lambada-paper', 'perplexity'): ('LAMBADA (perplexity)', 35.13, 15.60, 10.87, 8.63),
+    ('lambada-paper', 'accuracy'): ('LAMBADA (accuracy)', 45.99, 55.48, 60.12, 63.24),
+    ('cbt-paper-valid-detok-CN-NE', 'CN'): ('CBT common nouns', 87.65, 92.35, 93.45, 93.30),
+    ('cbt-paper-valid-detok-CN-NE', 'NE'): ('CBT named entities', 83.4, 87.1, 88.0, 89.05),
+    ('wikitext2-paper', 'word'): ('WikiText-2 (perplexity)', 29.41, 22.76, 19.93, 18.34),
+    ('ptb-paper', 'word'): ('PTB (perplexity)', 65.85, 47.33, 40.31, 35.76),
+    ('enwik8-paper', 'byte'): ('enwik8 (bits per byte)', 1.16, 1.01, 0.97, 0.93),
+    ('text8-paper', 'character'): ('text8 (bits per char)', 1.17, 1.06, 1.02, 0.98),
+    ('wikitext103-paper', 'word'): ('WikiText-103 (perplexity)', 37.50, 26.37, 22.05, 17.48),
+    ('1bw-paper', 'word'): ('1BW (perplexity)', 75.20, 55.72, 44.575, 42.16)}
+LLM_C, HARNESS = 'llm.c and build-nanogpt', 'lm-evaluation-harness'
+PUBLISHED = {               # by result, measure and model: value, source
+    **{(*column, size): (value, 'GPT-2 paper')
+       for column, (_, *row) in TABLE3.items() for size, value in zip(SIZES, row)},
+    ('hellaswag-completion', 'acc_norm', 'gpt2'): (29.55, LLM_C),
+    ('hellaswag-completion', 'acc', 'gpt2'): (28.59, LLM_C),
+    ('hellaswag-completion', 'acc_norm', 'gpt2-medium'): (37.52, 'llm.c, bfloat16'),
+    ('hellaswag-completion', 'acc_norm', 'gpt2-large'): (43.20, 'llm.c, bfloat16'),
+    ('hellaswag-completion', 'acc_norm', 'gpt2-xl'): (48.93, LLM_C),
+    ('hellaswag-completion', 'acc', 'gpt2-xl'): (38.42, LLM_C),
+    ('hellaswag-lm-eval', 'acc_norm', 'gpt2'): (31.14, HARNESS),
+    ('hellaswag-lm-eval', 'acc', 'gpt2'): (28.92, HARNESS),
+    ('hellaswag-lm-eval', 'acc_norm', 'gpt2-xl'): (50.89, HARNESS),
+    ('hellaswag-lm-eval', 'acc', 'gpt2-xl'): (40.04, HARNESS),
+    **{('cbt-mindspore-valid-raw-CN-NE', subset, size): (value, 'MindSpore model zoo')
+       for subset, row in (('CN', (87.85, 92.10, 93.70)), ('NE', (85.10, 87.55, 89.10)))
+       for size, value in zip(SIZES, row)},
+    ('cbt-seed-test-raw-CN', 'CN', 'gpt2'): (86.84, 'SeekDeeper'),
+    ('lambada-harness', 'accuracy', 'gpt2'): (32.56, 'lm-evaluation-harness #2159'),
+    ('lambada-harness', 'perplexity', 'gpt2'): (40.06, 'lm-evaluation-harness #2159'),
+    ('lambada-last-token', 'accuracy', 'gpt2'): (46.67, 'cybertronai/bflm'),
+    ('wikitext2-harness', 'word', 'gpt2'): (37.37, 'transformers #13761'),
+    ('wikitext2-hf', 'token', 'gpt2'): (29.94, "transformers' documentation"),
+    ('wikitext2-hf', 'token', 'gpt2-large'): (19.44, "transformers' documentation")}
 
 
 # What is read of a result.
@@ -106,28 +127,20 @@ class Data(NamedTuple):
     task: str               # the title
     name: str               # of the file in which the result is kept
     protocol: str
-    published: dict         # {measure: (value, source)} of the same on all of the official data
-
-
-class Outcome(NamedTuple):
-    """What one evaluation measured."""
-    measures: dict[str, Measure]
-    notes: list[str]
-    rows: Iterable[dict] = ()               # a record for each item, of --dump
+    published: str          # the name under which PUBLISHED has figures of the same
 
 
 def run_evaluation(cfg: Any, read_data: Callable[..., Data],
-                   outcome: Callable[..., Outcome]) -> None:
+                   measure: Callable[..., tuple[dict[str, Measure], list[str]]]) -> None:
     """Run an evaluation on all processes: read the data, load the model, measure, print, write.
 
-    read_data(cfg) runs on rank 0 alone, outcome(cfg, model, encoding, data, options) on every rank;
-    options are those of gpt.scoring.ScoringOptions, as a dict. The same command after a kill
-    continues, and after the end prints the result again.
+    read_data(cfg) runs on rank 0 alone; measure(cfg, model, encoding, items, options) on every
+    rank, and returns measures and notes. options are those of gpt.scoring.ScoringOptions, as a
+    dict. The same command after a kill continues, and after the end prints the result again.
     """
     if cfg.compare:
         return print(compare(cfg.compare))
     check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'limit batch_tokens')])
-    check_outputs(cfg)
     world = World.join(cfg.device, timeout_minutes=120)             # rank 0 may have to download
     data = world.on_main(read_data, cfg)
     if cfg.download:
@@ -147,20 +160,20 @@ def run_evaluation(cfg: Any, read_data: Callable[..., Data],
     started = time.perf_counter()
     options = {'batch_tokens': cfg.batch_tokens, 'world': world, 'progress': True, 'kept': kept}
     try:
-        found = outcome(cfg, model, encoding, data, options)
+        measures, notes = measure(cfg, model, encoding, data.items, options)
     except KeyboardInterrupt:
         if world.is_main and kept.path.exists():
             complain(f'stopped; what is measured so far is in {kept.path}, and the same command '
                      f'continues\n')
         raise
-    for key in found.measures.keys() & data.published.keys():
-        if data.facts['official'] and not data.first:
-            found.measures[key]['published'] = [data.published[key]]
+    add_published(measures, data, checkpoints.official_name(cfg.model))
     if world.is_main:
-        finish(cfg, world, path, found.rows, {
-            **about, 'measures': found.measures, 'notes': found.notes, 'tokens': kept.tokens,
-            'tokens_before': kept.tokens_before, 'processes': world.size,
-            'seconds': round(time.perf_counter() - started, 2)})
+        result = {**about, 'measures': measures, 'notes': notes, 'tokens': kept.tokens,
+                  'tokens_before': kept.tokens_before, 'processes': world.size,
+                  'seconds': round(time.perf_counter() - started, 2)}
+        world.print(format_result(result))      # first: nothing that fails below can lose it
+        write(path, result)
+        world.print(f'  written to {path}')
     kept.path.unlink(missing_ok=True)
     world.leave()
 
@@ -168,42 +181,27 @@ def run_evaluation(cfg: Any, read_data: Callable[..., Data],
 def measured_before(cfg: Any, about: dict) -> tuple[Path, str, dict | None]:
     """(where the result is kept, all that identifies it as text, the result if it is there).
 
-    Only of the same weights, data, settings and versions is it the same result.
+    Only of the same weights, data, settings and versions is it the same result. Raises ValueError
+    for an --out that cannot be written, or that is an input or not a result.
     """
-    path = check_output(cfg.out or result_path(about), cfg.data)
-    key, dump = json.dumps(about), getattr(cfg, 'dump', '')
+    path = check_output(cfg.out or result_path(about), cfg.data, getattr(cfg, 'file', ''))
+    key = json.dumps(about)
     with suppress(ValueError):
         found = read_json(path, Finished)
-        if {**found, **json.loads(key)} == found and (not dump or Path(dump).exists()):
+        if {**found, **json.loads(key)} == found:
             return path, key, found
+    if cfg.out and path.exists() and path.stat().st_size:
+        read(path)
     return path, key, None
 
 
-def finish(cfg: Any, world: World, path: Path, rows: Iterable[dict], result: dict) -> None:
-    """Print and write a result, and write the rows of its items if asked to."""
-    world.print(format_result(result))          # first: nothing that fails below can lose it
-    if getattr(cfg, 'dump', ''):
-        atomic_write(cfg.dump, ''.join(json.dumps(row) + '\n' for row in rows))
-    write(path, result)
-    world.print(f'  written to {path}')
-
-
-def check_outputs(cfg: Any) -> None:
-    """Refuse files that cannot be written or must not be, before anything is measured."""
-    inputs, dump = (cfg.data, getattr(cfg, 'file', '')), getattr(cfg, 'dump', '')
-    if dump:
-        check_output(dump, *inputs)
-    if not cfg.out:
-        return
-    path = check_output(cfg.out, *inputs)
-    if dump and os.path.realpath(dump) == os.path.realpath(path):
-        raise ValueError(f'dump: given {dump!r}, which is --out; expected another file')
-    if path.exists() and path.stat().st_size:
-        try:
-            read(path)
-        except ValueError:
-            raise ValueError(f'{path}: is a file, but not a result that may be replaced; '
-                             f'give another --out') from None
+def add_published(measures: dict[str, Measure], data: Data, size: str) -> None:
+    """Add to each measure the figure published of it for this size of OpenAI's weights, on all of
+    the official data."""
+    for key, measure in measures.items():
+        figure = PUBLISHED.get((data.published, key, size))
+        if figure and data.facts['official'] and not data.first:
+            measure['published'] = [figure]
 
 
 def limited(items: Sequence, limit: int) -> tuple[Sequence, int]:
@@ -221,16 +219,6 @@ def accuracy(correct: Sequence[bool], about: str = '') -> Measure:
     low, high = wilson(k, n)
     return {'value': k / n, 'low': low, 'high': high, 'correct': k, 'count': n, 'about': about,
             'published': [], 'items': ''.join('01'[right] for right in correct)}
-
-
-def by_group(pairs: Iterable[tuple[str | None, bool]]) -> list[str]:
-    """A note on the accuracy of each group, from pairs of (group, whether an answer is right)."""
-    groups = defaultdict(list)
-    for group, is_right in pairs:
-        groups[group].append(is_right)
-    parts = [f'{group}: {sum(part) / len(part):.2%} of {len(part)}'
-             for group, part in groups.items() if group]
-    return [', '.join(parts)] if parts else []
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:

@@ -16,18 +16,17 @@ accept positions (B, T) and a bool mask (B, 1, T, T) by name. A model of transfo
 
 import hashlib
 import math
-import sys
+import time
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from gpt.files import read_bytes
 from gpt.settings import complain
@@ -35,9 +34,7 @@ from gpt.sharding import is_sharded
 from gpt.world import World
 
 MAX_LOGITS = 2 ** 25        # made at once: the head is applied to slices of positions
-PROGRESS_LINES = {          # without a terminal: a line every ten seconds instead of a bar
-    'mininterval': 10, 'delay': 10,
-    'bar_format': '{percentage:3.0f} % of {total_fmt} tokens, {rate_fmt}, {remaining} left'}
+SECONDS_TO_A_LINE = 10        # of progress
 
 Item = tuple[Sequence[int], Sequence[Sequence[int]]]                # (context, endings), of ids
 
@@ -79,16 +76,22 @@ class Kept:
 
     def __init__(self, path: Path, key: str, world: World):
         self.path, self.key, self.world = path, key, world
-        self.lines = world.on_main(self.read)           # {hash: what follows it in its line}
+        self.found = world.on_main(self.read)           # {hash: scores}
         self.tokens = self.tokens_before = 0            # read in all, and before a kill
 
-    def read(self) -> dict[bytes, list[bytes]]:
-        lines = read_bytes(self.path).split(b'\n') if self.path.exists() else []
-        return {name: rest for name, *rest in map(bytes.split, filter(bytes.strip, lines))}
+    def read(self) -> dict[bytes, bytes]:
+        found = {}
+        for line in read_bytes(self.path).split(b'\n') if self.path.exists() else ():
+            with suppress(ValueError):                  # of a line that is damaged
+                name, checksum, text = line.split()
+                numbers = b64decode(text, validate=True)
+                if int(checksum) == zlib.crc32(numbers):
+                    found[name] = numbers
+        return found
 
-    def name(self, rows: Iterable[Row]) -> bytes:
+    def name(self, batch: list) -> bytes:
         total = hashlib.sha256(self.key.encode())
-        for part in (part for row in rows for part in row if part is not None):
+        for part in (part for _, row in batch for part in row if part is not None):
             total.update(b'%d ' % len(part) + part.tobytes())
         return total.hexdigest().encode()
 
@@ -96,17 +99,13 @@ class Kept:
         """Fill in the scores of the batches that the file has; returns the other batches."""
         missing = []
         for batch in batches:
-            counts, numbers = [len(row.targets) for _, row in batch], b''
-            n_read = sum(len(row.ids) for _, row in batch)
-            with suppress(ValueError):
-                checksum, text = self.lines.pop(self.name(row for _, row in batch), (0, b''))
-                raw = b64decode(text, validate=True)
-                numbers = raw if int(checksum) == zlib.crc32(raw) else b''
+            numbers, n_read = self.found.pop(self.name(batch), b''), tokens_of(batch)
             self.tokens += n_read
-            if len(numbers) != 12 * sum(counts):
+            if not numbers:
                 missing.append(batch)
                 continue
             self.tokens_before += n_read
+            counts = [len(row.targets) for _, row in batch]
             logprobs = np.frombuffer(numbers, np.float32, sum(counts))
             predicted = np.frombuffer(numbers, np.int64, offset=4 * sum(counts))
             for (i, _), score in zip(batch, split(logprobs, predicted, counts)):
@@ -119,7 +118,7 @@ class Kept:
     def add(self, batch: list, scores: list[Score]) -> None:
         """Append the scores of a batch; on a full disk they are not kept."""
         raw = b''.join(np.concatenate(part).tobytes() for part in zip(*scores))
-        line = b'\n%s %d %s' % (self.name(row for _, row in batch), zlib.crc32(raw), b64encode(raw))
+        line = b'\n%s %d %s' % (self.name(batch), zlib.crc32(raw), b64encode(raw))
         with suppress(OSError), open(self.path, 'ab', buffering=0) as file:
             file.write(line)                            # a kill may have cut off the line before
 
@@ -130,7 +129,7 @@ class ScoringOptions:
     device: torch.device | str | None = None    # None: the model's
     world: World | None = None  # its processes share the batches; what a batch holds does not
                                 # depend on their number, so neither does a result
-    progress: bool = False      # show a bar
+    progress: bool = False      # say on stderr how far it is
     banned: torch.Tensor | None = None      # (V,) bool: ids never predicted as a first token
     kept: Kept | None = None    # where batches are kept that are done
 
@@ -199,11 +198,6 @@ def rows_of(context: Sequence[int], endings: Sequence[Sequence[int]],
                 np.repeat(np.arange(len(endings) + 1), (C, *counts)))]
 
 
-def rolling_loglikelihood(model: Callable, ids: Sequence[int], stride: int = 0, **options) -> Score:
-    """The Score of one long text of ids; see rolling_loglikelihoods."""
-    return rolling_loglikelihoods(model, [ids], stride, **options)[0]
-
-
 def rolling_loglikelihoods(model: Callable, texts: Sequence[Sequence[int]], stride: int = 0, *,
                            prefix: int | None = None, block_size: int | None = None,
                            **options) -> list[Score]:
@@ -266,22 +260,23 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     mine = batches[world.rank::world.size]
     if sharded and len(mine) < -(-len(batches) // world.size):
         mine.append(batches[-1])        # a second time: every rank takes part in every pass
-    bar = tqdm(total=sum(len(row.ids) for batch in mine for _, row in batch), unit='tok',
-               unit_scale=True, file=Stderr(), leave=False,
-               disable=not (options.progress and world.is_main),
-               **({} if sys.stderr.isatty() else PROGRESS_LINES))
+    total, read, began = sum(map(tokens_of, mine)), 0, time.monotonic()
+    said = began
     with forward_context(sharded, world):
         for batch in mine:
             new = score_batch(model, [row for _, row in batch], options.banned, device)
-            for (i, row), score in zip(batch, new):
+            for (i, _), score in zip(batch, new):
                 if np.isnan(score.logprobs).any():
                     raise ValueError(f'the model gives NaN for row {i}: its weights are damaged, '
                                      f'or the dtype is too narrow for them')
                 done[i] = scores[i].fill(score)
-                bar.update(len(row.ids))
             if options.kept:
                 options.kept.add(batch, new)
-    bar.close()
+            read += tokens_of(batch)
+            if options.progress and world.is_main and time.monotonic() - said > SECONDS_TO_A_LINE:
+                said = time.monotonic()
+                complain(f'{read / total:.0%} of {total:,} tokens, '
+                         f'{(said - began) * (total / read - 1):.0f} s left\n')
     if world.size > 1:
         for part in world.gather(done):
             for i, score in part.items():
@@ -289,19 +284,9 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     return scores
 
 
-class Stderr:
-    """Standard error for a bar; its terminal or disk may be gone. A file gets lines, without what
-    moves the cursor and erases."""
-    flush = staticmethod(lambda: None)
-
-    def write(self, text: str) -> None:
-        if sys.stderr.isatty():
-            complain(text)
-        elif text.strip():
-            complain(f'{text.strip()}\n')
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
+def tokens_of(batch: list) -> int:
+    """How many tokens are read of a batch, without its padding."""
+    return sum(len(row.ids) for _, row in batch)
 
 
 def empty_scores(rows: Sequence[Row]) -> list[Score]:

@@ -183,13 +183,10 @@ def test_permuting_candidates_permutes_the_scores():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two subsets of questions, the books they are from, and a model."""
+    """Two subsets of questions, and a model."""
     for name in ('CN', 'NE'):
         (tmp_path / f'cbtest_{name}_valid_2000ex.txt').write_text(
             ''.join(question(k) for k in range(6)))
-    (tmp_path / 'cbt_valid.txt').write_text(
-        '_BOOK_TITLE_ : A.txt.out\n' + 'Sentence 1 of 0 .\nSentence 1 of 1 .\n'
-        '_BOOK_TITLE_ : B.txt.out\n' + ''.join(f'Sentence 1 of {k} .\n' for k in range(2, 6)))
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=BYTES.n_vocab))
     checkpoints.save(tmp_path / 'model', 0, model, BYTES, {})
@@ -198,19 +195,13 @@ def folder(tmp_path):
 
 def test_the_script_from_end_to_end(folder, capsys):
     done = script('eval_cbt.py', '-m', folder / 'model', f'--data={folder}', '-d', 'cpu',
-                  f'--out={folder}/a.json', f'--dump={folder}/rows')
+                  f'--out={folder}/a.json')
     for words in ('protocol paper, valid, detok', 'common nouns', 'named entities', '/6 ',
-                  'that the text has most often', 'CN of A: ', '% of 2, B: ', '% of 4',
-                  'compare with nothing published', 'chance: 10 %'):
+                  'that the text has most often', 'compare with nothing published', 'chance: 10 %'):
         assert words in done.stdout, done.stdout
     assert 'GPT-2 paper' not in done.stdout
     found = json.loads((folder / 'a.json').read_text())
     assert found['name'] == 'cbt-paper-valid-detok-CN-NE' and len(found['data']['sha256']) == 129
-    rows = [json.loads(line) for line in (folder / 'rows').read_text().splitlines()]
-    assert [row['subset'] for row in rows] == ['CN'] * 6 + ['NE'] * 6
-    for row in rows:
-        best = row['candidates'][row['sums'].index(max(row['sums']))]
-        assert (best == row['answer']) == row['right'] and len(row['counts']) == 10
     command(eval_cbt, '-m', folder / 'model', f'--data={folder}', '--share=False',
             f'--out={folder}/b.json')
     capsys.readouterr()
@@ -219,9 +210,6 @@ def test_the_script_from_end_to_end(folder, capsys):
     (folder / 'cbtest_CN_valid_2000ex.txt').write_text(question(0, answer='yak') + question(1))
     with pytest.raises(ValueError, match="the answer 'yak' is not one of"):
         command(eval_cbt, '-m', folder / 'model', f'--data={folder}', '--subset=CN')
-    command(eval_cbt, '-m', folder / 'model', f'--data={folder}', '--subset=CN', '--skip_bad',
-            f'--out={folder}/c.json')
-    assert '1 malformed questions were skipped' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('flags, words', [

@@ -8,12 +8,15 @@ import torch
 from conftest import command, script
 
 from gpt import checkpoints
+import eval_lm
 import hellaswag
 from gpt import results
+from gpt import scoring
 from gpt import tokenizer
 import train
 from gpt.data import benchmarks
 from gpt import files
+from gpt.hub import SIZES
 from gpt.world import World
 from model import GPT, GPTConfig
 
@@ -64,7 +67,8 @@ class Knowing:
 def test_an_oracle_is_always_right_and_its_opposite_never(protocol, share):
     """In both measures: no row is lost, and every ending is scored from its first token on."""
     for choose, right in ((lambda row: row['label'], 12), (lambda row: (row['label'] + 1) % 4, 0)):
-        found = hellaswag.evaluate(Knowing(protocol, choose), BYTES, ROWS, protocol, share=share)
+        found, _ = hellaswag.evaluate(Knowing(protocol, choose), BYTES, ROWS, protocol,
+                                      share=share)
         assert (sum(found['acc_norm']), sum(found['acc'])) == (right, right)
 
 
@@ -124,8 +128,8 @@ def test_the_dummy_share_of_label_0(real):
 
 
 def test_the_script_from_end_to_end(data, stories, tmp_path, capsys):
-    """A run is scored twice, plainly and shared: the same answers, the JSON and a line a question;
-    the comparison of the two is within noise."""
+    """A run is scored twice, plainly and shared: the same answers, and the comparison of the two is
+    within noise."""
     run = tmp_path / 'run'
     command(train, '--dataset=tiny', f'--data_dir={stories}', f'--out_dir={run}', '--n_layer=1',
             '--n_head=2', '--n_embd=16', '--block_size=64', '--batch_size=2', '--max_iters=2',
@@ -135,7 +139,7 @@ def test_the_script_from_end_to_end(data, stories, tmp_path, capsys):
     curve = {record['step']: record for record in log if 'hellaswag' in record}
     assert list(curve) == [0, 1, 2]
     first = script('hellaswag.py', '-m', run, f'--data={data}', '--out', tmp_path / 'a.json',
-                   f'--dump={tmp_path}/rows', '-d', 'cpu').stdout
+                   '-d', 'cpu').stdout
     command(hellaswag, '--model', run, f'--data={data}', f'--out={tmp_path}/b.json',
             '--share=False', '--protocol=completion')
     a, b = (json.loads((tmp_path / f'{name}.json').read_text()) for name in 'ab')
@@ -146,11 +150,7 @@ def test_the_script_from_end_to_end(data, stories, tmp_path, capsys):
     assert a['model']['dtype'] == 'float32' and a['versions']['torch'] == torch.__version__
     assert f"{a['measures']['acc_norm']['correct']}/12" in first and 'chance: 25 %' in first
     assert 'not known to be the official file: compare with nothing published' in first
-    assert 'protocol completion, float32' in first and 'activitynet' in first
-    dumped = [json.loads(line) for line in (tmp_path / 'rows').read_text().splitlines()]
-    assert [row['i'] for row in dumped] == list(range(12))
-    best = [max(range(4), key=lambda k: row['sums'][k] / row['counts'][k]) for row in dumped]
-    assert [k == row['label'] for k, row in zip(best, dumped)] == [row['right'] for row in dumped]
+    assert 'protocol completion, float32' in first
     capsys.readouterr()
     command(hellaswag, f'--compare={tmp_path}/a.json,{tmp_path}/b.json')
     assert capsys.readouterr().out.count('within noise') == 2
@@ -170,11 +170,11 @@ def test_the_model_may_be_on_another_device_than_the_world():
     """As the copy that a run scores may be: rows go to where its weights are."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=BYTES.n_vocab)).eval()
-    alone = hellaswag.evaluate(model, BYTES, ROWS)
-    other = hellaswag.evaluate(model, BYTES, ROWS, world=World(device=torch.device('meta')))
-    sums = [[[score.sum for score in four] for four in answers['scores']]
-            for answers in (alone, other)]
-    assert sums[0] == sums[1] and alone['acc'] == other['acc']
+    items = [hellaswag.render(row, BYTES, 'completion') for row in ROWS]
+    alone, other = (scoring.ending_loglikelihoods(model, items, world=world)
+                    for world in (None, World(device=torch.device('meta'))))
+    assert [[score.sum for score in four] for four in alone] == [
+        [score.sum for score in four] for four in other]
 
 
 @pytest.mark.slow
@@ -183,12 +183,14 @@ def test_any_number_of_processes_gives_the_same_scores(data, tmp_path):
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=BYTES.n_vocab))
     checkpoints.save(tmp_path / 'model', 0, model, BYTES, {})
-    flags = ['--model', tmp_path / 'model', f'--data={data}', '--batch_tokens=300', '-d', 'cpu']
-    command(hellaswag, *flags, f'--out={tmp_path}/1.json', f'--dump={tmp_path}/1.rows')
-    script('hellaswag.py', *flags, f'--out={tmp_path}/3.json', f'--dump={tmp_path}/3.rows',
-           torchrun=3)
-    assert [json.loads((tmp_path / f'{n}.json').read_text())['processes'] for n in (1, 3)] == [1, 3]
-    assert (tmp_path / '1.rows').read_text() == (tmp_path / '3.rows').read_text()
+    for module, given in ((hellaswag, 'data'), (eval_lm, 'file')):
+        flags = ['--model', tmp_path / 'model', f'--{given}={data}', '--batch_tokens=300', '-d',
+                 'cpu']
+        command(module, *flags, f'--out={tmp_path}/1.json')
+        script(f'{module.__name__}.py', *flags, f'--out={tmp_path}/3.json', torchrun=3)
+        one, three = (json.loads((tmp_path / f'{n}.json').read_text()) for n in (1, 3))
+        assert (one['processes'], three['processes']) == (1, 3)
+        assert one['measures'] == three['measures']     # of a text also the sum of its nats
 
 
 def test_training_is_the_same_with_and_without_the_live_curve(data, stories, tmp_path):
@@ -216,7 +218,7 @@ def test_the_questions_can_be_downloaded_alone(data, capsys):
     (['--model=random:gpt3'], 'random:gpt3: expected random: and one of gpt2, gpt2-medium'),
     (['--data=nothing.jsonl'], 'nothing.jsonl: cannot read this file'),
     (['--compare=a.json'], 'expected two results'),
-    (['--dump=tests'], 'tests: is a folder, expected the name of a file')])
+    (['--out=tests'], 'tests: is a folder, expected the name of a file')])
 def test_bad_input_is_refused(data, flags, words):
     with pytest.raises(ValueError, match=words):
         command(hellaswag, f'--data={data}', *flags)
@@ -230,7 +232,7 @@ def test_a_refusal_is_one_line(tmp_path):
 def test_an_ending_that_is_all_brackets_is_scored(data):
     """lm-eval's text of it is empty: no characters to divide by."""
     row = {**ROWS[0], 'endings': ['[title]', 'a.', 'b.', 'c.']}
-    found = hellaswag.evaluate(Knowing('lm-eval', lambda row: 0), BYTES, [row], 'lm-eval')
+    found, _ = hellaswag.evaluate(Knowing('lm-eval', lambda row: 0), BYTES, [row], 'lm-eval')
     assert len(found['acc_norm']) == 1
 
 
@@ -257,8 +259,10 @@ def test_published_numbers_are_printed_for_official_weights_and_data(data, tmp_p
 
 def test_published_numbers_stand_beside_official_weights_and_data_only(tmp_path):
     """The counts behind them: 2967 and 2871 of 10,042 for gpt2."""
-    assert round(2967 / 100.42, 2) == hellaswag.PUBLISHED['completion', 'gpt2'][0]
-    assert round(2871 / 100.42, 2) == hellaswag.PUBLISHED['completion', 'gpt2'][1]
-    for (protocol, size), (norm, plain, source) in hellaswag.PUBLISHED.items():
-        assert protocol in hellaswag.PROTOCOLS and size in results.TABLE3 and source
-        assert 25 < norm < 60
+    for key, count in (('acc_norm', 2967), ('acc', 2871)):
+        value, _ = results.PUBLISHED['hellaswag-completion', key, 'gpt2']
+        assert round(count / 100.42, 2) == value
+    for (name, key, size), (value, source) in results.PUBLISHED.items():
+        assert size in SIZES and source
+        if name.startswith('hellaswag'):
+            assert name.removeprefix('hellaswag-') in hellaswag.PROTOCOLS and 25 < value < 60

@@ -155,18 +155,16 @@ def test_files_that_are_no_results_are_refused(tmp_path):
 
 def test_an_output_never_replaces_an_input_or_another_file(tmp_path):
     def check(**flags):
-        results.check_outputs(SimpleNamespace(**{'data': '', 'file': '', 'out': '', **flags}))
+        results.measured_before(SimpleNamespace(**{'data': '', 'file': '', **flags}), {})
 
     (tmp_path / 'text.txt').write_text('text')
     (tmp_path / 'link').symlink_to('text.txt')
     good, text = result(tmp_path / 'a.json', {}), f'{tmp_path}/text.txt'
-    check(out=good, dump=f'{tmp_path}/d.jsonl', data=text)
+    check(out=good, data=text)
     check(out=f'{tmp_path}/new/b.json')
     for flags, words in (({'data': text, 'out': text}, 'is an input'),
                          ({'file': text, 'out': f'{tmp_path}/link'}, 'is an input'),
-                         ({'data': text, 'dump': text}, 'is an input'),
-                         ({'out': text}, 'not a result that may be replaced'),
-                         ({'out': good, 'dump': f'{tmp_path}/x/../a.json'}, 'which is --out'),
+                         ({'out': text}, 'not the result of an evaluation'),
                          ({'out': str(tmp_path)}, 'is a folder')):
         with pytest.raises(ValueError, match=words):
             check(**flags)
@@ -247,15 +245,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(kinds, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hellaswag, 'evaluate', None)
     (tmp_path / 'out').write_text('a file')
-    for flag in ('--out=/proc/x.json', '--dump=/proc/x', '--limit=9'):      # the last: out/results
+    for flag in ('--out=/proc/x.json', '--limit=9'):                # the last: out/results
         with pytest.raises(ValueError, match='cannot be written'):
             command(hellaswag, *kinds('hellaswag')[1:], flag)
 
 
 def test_lost_output_costs_no_result(kinds, tmp_path, monkeypatch):
     """Neither the numbers nor the progress can be printed; the result is in its file."""
-    monkeypatch.setitem(scoring.PROGRESS_LINES, 'delay', 0)
-    monkeypatch.setitem(scoring.PROGRESS_LINES, 'mininterval', 0)
+    monkeypatch.setattr(scoring, 'SECONDS_TO_A_LINE', 0)
     monkeypatch.chdir(tmp_path)
 
     class Full(io.StringIO):
@@ -268,17 +265,15 @@ def test_lost_output_costs_no_result(kinds, tmp_path, monkeypatch):
     assert list(tmp_path.rglob('*.json'))
 
 
-def test_progress_in_a_file_is_lines(monkeypatch):
-    """Nothing that moves the cursor or erases a line."""
+def test_progress_is_lines(monkeypatch):
     monkeypatch.setattr(sys, 'stderr', io.StringIO())
-    monkeypatch.setitem(scoring.PROGRESS_LINES, 'delay', 0)
-    monkeypatch.setitem(scoring.PROGRESS_LINES, 'mininterval', 0)
+    monkeypatch.setattr(scoring, 'SECONDS_TO_A_LINE', 0)
     rows = [scoring.Row(np.arange(3), np.arange(3), np.arange(3)) for _ in range(5)]
     scoring.score_rows(lambda ids: torch.zeros(*ids.shape, 9), rows,
                        scoring.ScoringOptions(batch_tokens=3, progress=True))
-    lines = sys.stderr.getvalue().split('\n')
-    assert len(lines) > 4 and not lines[-1] and '\r' not in sys.stderr.getvalue()
-    assert all(' % of 15.0 tokens' in line and line == line.strip() for line in lines[:-1])
+    lines = sys.stderr.getvalue().splitlines()
+    assert [line.partition(', ')[0] for line in lines] == [
+        f'{n}% of 15 tokens' for n in (20, 40, 60, 80, 100)]
 
 
 def test_what_is_kept_must_be_a_plain_file(kinds, tmp_path, monkeypatch):
@@ -312,7 +307,7 @@ def test_damage_to_what_is_kept_is_noticed(tmp_path):
 
 def test_a_finished_evaluation_is_not_repeated(kinds, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    name, *flags = [*kinds('hellaswag'), f'--dump={tmp_path}/rows', '--limit=20']
+    name, *flags = [*kinds('hellaswag'), '--limit=20']
     command(hellaswag, *flags)
     first = capsys.readouterr().out
     monkeypatch.setattr(hellaswag, 'evaluate', None)
@@ -324,9 +319,6 @@ def test_a_finished_evaluation_is_not_repeated(kinds, tmp_path, monkeypatch, cap
     for change in (['--limit=21'], ['--batch_tokens=99'], ['--dtype=bfloat16']):
         with pytest.raises(TypeError):
             command(hellaswag, *flags, *change)
-    (tmp_path / 'rows').unlink()
-    with pytest.raises(TypeError):
-        command(hellaswag, *flags)
 
 
 def test_results_of_other_numbers_are_other_files(kinds, tmp_path, monkeypatch):

@@ -208,9 +208,8 @@ def lambada(path: str | Path = '') -> tuple[list[str], dict]:
     return not_empty(texts, about)
 
 
-def cbt(subset: str, split: str, path: str | Path = '',
-        skip_bad: bool = False) -> tuple[list[Question], dict]:
-    """(Questions, facts) of the Children's Book Test; facts['skipped'] counts malformed ones.
+def cbt(subset: str, split: str, path: str | Path = '') -> tuple[list[Question], dict]:
+    """(Questions, facts) of the Children's Book Test.
 
     path: the file, or a folder that holds it under its own name.
     """
@@ -223,16 +222,9 @@ def cbt(subset: str, split: str, path: str | Path = '',
         path = unpack('cbt', [SOURCES['cbt'][2] + file for file in files])
     raw = read_bytes(path)
     blob = hashlib.sha1(b'blob %d\0' % len(raw) + raw).hexdigest()
-    questions, skipped = [], 0
-    for has_text, block in groupby(lines_of(raw, path), lambda pair: bool(pair[1].strip())):
-        try:
-            questions += [question(list(block))] if has_text else []
-        except ValueError:
-            if not skip_bad:
-                raise
-            skipped += 1
-    return not_empty(questions, {**facts(path, raw), 'skipped': skipped,
-                                 'official': blob.startswith(CBT_BLOBS[name])})
+    blocks = groupby(lines_of(raw, path), lambda pair: bool(pair[1].strip()))
+    questions = [question(list(block)) for has_text, block in blocks if has_text]
+    return not_empty(questions, {**facts(path, raw), 'official': blob.startswith(CBT_BLOBS[name])})
 
 
 def question(block: list[tuple[str, str]]) -> Question:
@@ -257,22 +249,6 @@ def question(block: list[tuple[str, str]]) -> Question:
     if answer not in candidates:
         raise ValueError(f'{where}: the answer {answer!r} is not one of {candidates}')
     return Question(texts[:20], query, answer, candidates, where)
-
-
-def cbt_books(split: str, path: str | Path = '') -> dict[str, str]:
-    """{sentence: book} of the books from which the questions of a split were made.
-
-    Read from cbt_valid.txt or cbt_test.txt beside them; {} without it.
-    """
-    path = Path(path or PLACE).expanduser()
-    file = (path if path.is_dir() else path.parent) / f'cbt_{split}.txt'
-    books, book = {}, ''
-    for _, line in lines_of(read_bytes(file), file) if file.exists() else ():
-        if line.startswith('_BOOK_TITLE_'):
-            book = line.partition(':')[2].strip().removesuffix('.out').removesuffix('.txt')
-        else:
-            books[line] = book
-    return books
 
 
 def articles(text: str) -> list[str]:
