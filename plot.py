@@ -18,7 +18,6 @@ from gpt.settings import run, settings
 runs = ()           # folders of runs, as plain arguments: plot.py out/a out/b
 out = ''            # the file to write, '': loss.png or report.html in the folder of the first run
 theme = 'light'     # of the picture, or 'dark'; a report has both
-smooth = 0          # logged training losses averaged around each point; 0: a hundredth of all
 report = False      # True: instead of a picture a page about the first run, with all that its
                     # folder tells; the curves of the others are drawn beside its own
 compare = False     # True: instead of a picture a table of final losses and speeds, and a verdict;
@@ -70,11 +69,11 @@ def main(cfg):
     path = output(cfg, folders[0])
     if cfg.report:
         from gpt.report import page             # imports torch, which a picture does not need
-        pictures = {(theme, wide): as_svg(draw(folders, logs, cfg.smooth, theme, wide))
+        pictures = {(theme, wide): as_svg(draw(folders, logs, theme, wide))
                     for theme in THEMES for wide in (False, True)}
         atomic_write(path, page(folders[0], logs[0], pictures))
     else:
-        write_picture(path, draw(folders, logs, cfg.smooth, cfg.theme), dpi=220)
+        write_picture(path, draw(folders, logs, cfg.theme), dpi=220)
     print(path)
 
 
@@ -101,7 +100,7 @@ def folders_with_logs(runs):
     return folders
 
 
-def draw(folders, logs, smooth, theme, wide=False):
+def draw(folders, logs, theme, wide=False):
     """A figure of panels over tokens: one below the other for a phone, or `wide`, with the small
     ones side by side."""
     from matplotlib import rc_context
@@ -113,7 +112,7 @@ def draw(folders, logs, smooth, theme, wide=False):
         figure = Figure(size, layout='constrained')
         axes = figure.subplot_mosaic(rows, height_ratios=[2.3, *[1] * (len(rows) - 1)])
         for key, panel in axes.items():
-            draw_panel(panel, key, logs, smooth, colours)
+            draw_panel(panel, key, logs, colours)
             panel.tick_params(labelbottom=key in rows[-1])
             panel.set_xlabel('tokens' if key in rows[-1] else '')
         references = {name: loss for folder in folders
@@ -160,7 +159,7 @@ def short(value):
     return f'{value:g}'
 
 
-def draw_panel(axes, key, logs, smooth, colours):
+def draw_panel(axes, key, logs, colours):
     """The curves of all runs under one key of the log."""
     from matplotlib.ticker import MaxNLocator
     drawn = []
@@ -171,7 +170,7 @@ def draw_panel(axes, key, logs, smooth, colours):
             curve = curve[0], [100 * accuracy for accuracy in curve[1]]
             axes.plot(*curve, **dotted(curve), **line)
         else:
-            curve = thinned(curve if key == 'lr' else smoothed(curve, smooth))
+            curve = thinned(curve if key == 'lr' else smoothed(curve))
             axes.plot(*curve, alpha=0.7 if key == 'loss' else 1, **line)
         drawn.append(curve)
         if key == 'loss':

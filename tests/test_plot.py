@@ -82,7 +82,7 @@ def test_the_name_of_a_run_is_drawn_as_it_is(run, tmp_path, name):
 def drawn(folders, *records, **more):
     """{key of the log: its panel} of a figure of these runs."""
     logs = records or [curves.read_log(Path(folder) / 'log.jsonl') for folder in folders]
-    figure = plot.draw(list(map(Path, folders)), logs, 0, more.pop('theme', 'light'), **more)
+    figure = plot.draw(list(map(Path, folders)), logs, more.pop('theme', 'light'), **more)
     figure.canvas.draw()
     return {panel.get_title(loc='left'): panel for panel in figure.axes}, figure
 
