@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from gpt.files import read_json
@@ -51,8 +52,7 @@ class TokenizerFile(TypedDict):
 
 
 class HFTokenizer:
-    """The tokenizer of the tokenizer.json `text`, with the attributes of a tiktoken.Encoding that
-    are used here.
+    """The tokenizer of the tokenizer.json `text`, with the attributes of gpt.tokenizer.Fast.
 
     names: special tokens by role, {'eos_token': '</s>', …}; the end of text is its eos_token, if
     that is an added token, else <|endoftext|>. Raises ValueError for a text that the library does
@@ -66,6 +66,8 @@ class HFTokenizer:
         if data['model'].get('dropout'):
             raise ValueError('its dropout gives other ids at every call; set it to null')
         self.whole = from_text(text)
+        if 'merges' in data['model']:
+            data['model']['merges'] = pairs(data['model']['merges'])
         for i, content in self.added.items():
             check_same_id(content, i, self.whole.token_to_id(content))
         self.n_vocab = 1 + max(self.whole.get_vocab().values())
@@ -75,15 +77,15 @@ class HFTokenizer:
         self.eot = known.get(self.eot_text)
         self.reader = from_text(without(data, self.eot_text)) if self.eot_text else self.whole
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text` without the tokens that a template puts around it.
+    def ids(self, text: str) -> np.ndarray:
+        """Ids of `text` (uint16) without the tokens that a template puts around it.
 
         Raises ValueError for text of which the tokenizer has no tokens.
         """
-        return self._ids(text, False)
+        return np.array(self._ids(text, False), np.uint16)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """encode() with what the tokenizer's template puts before a text, such as <s>."""
+        """ids() with what the tokenizer's template puts before a text, such as <s>."""
         ids = self._ids(text, True)
         while ids and ids[-1] == self.eot:
             ids.pop()                           # of the template: the prompt is to be continued
@@ -203,6 +205,11 @@ def from_text(text: str) -> Tokenizer:
     return made
 
 
+def pairs(merges: list) -> list[tuple[str, str]]:
+    """Merges as pairs; before 2024 the library wrote them as one text."""
+    return [tuple(pair.split(' ') if isinstance(pair, str) else pair) for pair in merges]
+
+
 def without(data: dict[str, Any], name: str) -> str:
     """The tokenizer.json `data` whose token `name` has a random name, which no text contains."""
     unseen = f'<{secrets.token_hex(16)}>'
@@ -215,9 +222,8 @@ def without(data: dict[str, Any], name: str) -> str:
     if model.get('unk_token') == name:
         model['unk_token'] = unseen
     if 'merges' in model:                               # none leads to it, or on from it
-        pairs = [(pair, pair.split(' ') if isinstance(pair, str) else pair)
-                 for pair in model['merges']]
-        model['merges'] = [pair for pair, parts in pairs if name not in (*parts, ''.join(parts))]
+        model['merges'] = [pair for pair in model['merges']
+                           if name not in (*pair, ''.join(pair))]
     added = [{**token, 'content': rename.get(token['content'], token['content'])}
              for token in data['added_tokens']]
     return json.dumps({**data, 'model': model, 'added_tokens': added})

@@ -72,7 +72,7 @@ def saved(folder, files):
 
 
 SHIFTED = {token: i + 3 for token, i in OURS['model']['vocab'].items()}
-CHARS = json.loads(to_json(tokenizer.characters(sorted(set(''.join(CORPUS))))))
+CHARS = json.loads(to_json(tokenizer.Characters(sorted(set(''.join(CORPUS))))))
 PRE, DECODE = tokenizers.pre_tokenizers, tokenizers.decoders
 FOLDERS = {
     # added tokens
