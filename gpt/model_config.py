@@ -11,10 +11,10 @@ import math
 import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from gpt.files import read_json
-from gpt.shapes import in_words
+from gpt.shapes import Positive, checked, in_words
 from gpt.weights import NANOGPT, file_in, load_pickle, shapes
 from model import GPTConfig
 
@@ -57,7 +57,22 @@ HARMLESS_KEYS = frozenset("""
     assistant_lookbehind target_lookbehind
     """.split())                        # metadata, training, heads of others, generation
 LARGEST = 2 ** 24                       # number of layers, channels, positions or tokens
-NANOGPT_ARGS = 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias', 'dropout'
+
+
+# What is read, by type: numbers of transformers' keys are 1 or more.
+
+KINDS = {field.name: type(field.default) for field in fields(GPTConfig)}
+SIZES = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
+OwnSettings = TypedDict('OwnSettings', {
+    name: kind for name, kind in KINDS.items()
+    if name not in HUGGING_FACE_KEYS and name != 'dropout'}, total=False)
+ConfigJson = TypedDict('ConfigJson', {
+    'model_type': str, **{HUGGING_FACE_KEYS[name]: Positive for name in SIZES},
+    'bias': NotRequired[bool], 'activation_function': NotRequired[str],
+    'gpt_config': NotRequired[OwnSettings]})
+NanoGPTArgs = TypedDict('NanoGPTArgs', {
+    **{name: Positive for name in SIZES}, 'bias': NotRequired[bool],
+    'dropout': NotRequired[float]})
 
 
 def config_json(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
@@ -87,29 +102,27 @@ def read_config(folder: str | Path) -> GPTConfig:
     file = file_in(folder, 'config.json')
     if not file:
         return read_nanogpt_config(folder)
-    config = read_json(file, dict[str, Any])
+    config = read_json(file, ConfigJson)
     try:
-        for key in ('model_type', *list(HUGGING_FACE_KEYS.values())[:5]):
-            if key not in config:
-                raise ValueError(f"its config.json has no '{key}'")
         for key, value in config.items():
             check_key(key, value, config)
-        own = config.get('gpt_config', {})
         activation = ACTIVATIONS[config.get('activation_function', 'gelu_new')]
-        return checked_config({**{name: config[key] for name, key in HUGGING_FACE_KEYS.items()
-                                  if key in config}, 'activation': activation, **own})
+        return bounded_config({**{name: config[key] for name, key in HUGGING_FACE_KEYS.items()
+                                  if key in config}, 'activation': activation,
+                               **config.get('gpt_config', {})})
     except ValueError as error:
         raise ValueError(f'{folder}: not a GPT-2 that this program can run: {error}') from None
 
 
 def check_key(key: str, value: Any, config: dict[str, Any]) -> None:
     """Refuse a key of config.json that is not understood, or a value that model.py cannot do."""
-    width = config['n_embd']
     allowed = {**FIXED_KEYS, 'activation_function': tuple(ACTIVATIONS),
-               'n_inner': (None, 4 * width if type(width) is int else None),
+               'n_inner': (None, 4 * config['n_embd']),
                **{alias: (config[name],) for alias, name in ALIASES.items()}}
     if key == 'gpt_config':
-        check_own(value)
+        for name in value.keys() - own_settings(GPTConfig()).keys():
+            raise ValueError(f'its model was built with {name}={value[name]!r}, a setting that '
+                             f'model.py does not have')
     elif key in allowed:
         if value not in allowed[key]:
             usual = allowed[key] if key == 'activation_function' else allowed[key][-1:]
@@ -120,36 +133,19 @@ def check_key(key: str, value: Any, config: dict[str, Any]) -> None:
                          f'what the model computes; if it does not, delete that key')
 
 
-def check_own(own: Any) -> None:
-    """Refuse settings that model.py does not have."""
-    if type(own) is not dict:
-        raise ValueError(f'gpt_config is {own!r}, expected settings by name')
-    for name in own.keys() - own_settings(GPTConfig()).keys():
-        raise ValueError(f'its model was built with {name}={own[name]!r}, a setting that model.py '
-                         f'does not have')
-
-
-def checked_config(values: dict[str, Any]) -> GPTConfig:
-    """GPTConfig(**values), each of the type of its default and no number out of bounds."""
-    for field in fields(GPTConfig):
-        value, kind = values.get(field.name, field.default), type(field.default)
-        key = HUGGING_FACE_KEYS.get(field.name, field.name)
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f'{key} is {value!r}, expected {kind.__name__}')
-        if field.name in HUGGING_FACE_KEYS and kind is int and not 1 <= value <= LARGEST:
-            raise ValueError(f'{key} is {value!r}, expected 1 to {LARGEST:,}')
-    if values['n_embd'] % values['n_head']:
-        raise ValueError(f'n_embd is {values["n_embd"]}, expected a multiple of '
-                         f'n_head={values["n_head"]}')
-    return GPTConfig(**values)
-
-
-def check_size(config: GPTConfig) -> None:
-    """Raise ValueError for a model that cannot be built here; nothing is allocated for that."""
+def bounded_config(values: dict[str, Any]) -> GPTConfig:
+    """GPTConfig(**values); ValueError for a number that is out of bounds."""
+    config = GPTConfig(**values)
     for name in HUGGING_FACE_KEYS:
         value = getattr(config, name)
         if type(value) is int and value > LARGEST:
             raise ValueError(f'{name}: given {value:,}, expected at most {LARGEST:,}')
+    return config
+
+
+def check_size(config: GPTConfig) -> None:
+    """Raise ValueError for a model that cannot be built here; nothing is allocated for that."""
+    bounded_config(vars(config))
     one, two = (sum(map(math.prod, shapes(replace(config, n_layer=n)).values())) for n in (1, 2))
     size = 4 * (one + (config.n_layer - 1) * (two - one))           # float32
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if os.name == 'posix' else (
@@ -165,14 +161,8 @@ def read_nanogpt_config(folder: str | Path) -> GPTConfig:
     file = file_in(folder, NANOGPT)
     if not file:
         raise ValueError(f'{folder}: no config.json in this folder')
-    args = load_pickle(file).get('model_args')
-    if not isinstance(args, dict):
-        raise ValueError(f"{file}: not a checkpoint of nanoGPT: it has no 'model_args'")
-    try:
-        for name in args.keys() - set(NANOGPT_ARGS):
-            raise ValueError(f'model_args has {in_words(name)}, which nanoGPT does not have')
-        for name in set(NANOGPT_ARGS[:5]) - args.keys():
-            raise ValueError(f'model_args has no {name}')
-        return checked_config({**args, 'dropout': 0.0, 'activation': 'gelu'})
-    except ValueError as error:
-        raise ValueError(f'{file}: {error}') from None
+    where = f'{file}: model_args'
+    args = checked(load_pickle(file).get('model_args'), where, NanoGPTArgs)
+    for name in args.keys() - NanoGPTArgs.__annotations__.keys():
+        raise ValueError(f'{where} has {in_words(name)}, which nanoGPT does not have')
+    return bounded_config({**args, 'dropout': 0.0, 'activation': 'gelu'})
