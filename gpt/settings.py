@@ -28,12 +28,12 @@ from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt.config_file import LARGEST, TYPES, assignments, evaluate, parsed, shortened
-from gpt.shapes import bounded, is_text
+from gpt.config_file import LARGEST, TYPES, assignments, evaluate, parsed
+from gpt.shapes import bounded, in_words, is_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SWITCHES = ('compile', 'detok', 'half_residual')    # 'auto', True or False; other 'auto's: a text
-PATHS = frozenset('compare contamination data data_dir dataset dump file hellaswag_data init_from '
+PATHS = frozenset('compare contamination data data_dir dataset file hellaswag_data init_from '
                   'input model out out_dir peers runs to tokenizer'.split())  # ~ is the home folder
 
 
@@ -100,7 +100,7 @@ def expanded(key: str, value: Any, default: Any) -> Any:
     if type(value) is tuple:
         return tuple(expanded(key, part, '') for part in value)
     if '\0' in value or not is_text(value):
-        raise ValueError(f'{key}: given {shortened(repr(value))}, expected a path in UTF-8')
+        raise ValueError(f'{key}: given {in_words(value)}, expected a path in UTF-8')
     return os.path.expanduser(value)
 
 
@@ -138,7 +138,7 @@ def typed(value: Any, default: Any, where: str) -> Any:
         return int(value)
     example = {bool: 'True or False', int: 'a whole number below 2**63', float: 'a number',
                str: 'a text in quotes', tuple: 'a list of texts'}[type(default)]
-    raise ValueError(f'{where}: given {shortened(repr(value))}, expected {example} '
+    raise ValueError(f'{where}: given {in_words(value)}, expected {example} '
                      f'(the default is {default!r})')
 
 
