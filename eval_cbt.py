@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt.settings import run, settings
+from gpt.settings import check_choices, run, settings
 
 # -----------------------------------------------------------------------------
 model = ''              # also -m; gpt2 to gpt2-xl, another GPT-2 on the hub, a folder, a run (its
@@ -68,17 +68,11 @@ def main(cfg):
 
 def resolved(cfg):
     """The settings, with those of the preset for what is not given."""
-    if cfg.preset not in PRESETS:
-        raise ValueError(f"preset: given {cfg.preset!r}, expected one of {', '.join(PRESETS)}")
+    check_choices(cfg, preset=PRESETS)
     preset = PRESETS[cfg.preset]
     cfg = replace(cfg, split=cfg.split or preset.split, text=cfg.text or preset.text,
                   subset=tuple(dict.fromkeys(cfg.subset)) or preset.subset)
-    for key, values, choices in (('split', [cfg.split], ('valid', 'test')),
-                                 ('text', [cfg.text], ('detok', 'raw')),
-                                 ('subset', cfg.subset, KINDS)):
-        for value in values:
-            if value not in choices:
-                raise ValueError(f"{key}: given {value!r}, expected one of {', '.join(choices)}")
+    check_choices(cfg, split=('valid', 'test'), text=('detok', 'raw'), subset=KINDS)
     if len(cfg.subset) > 1 and Path(cfg.data).expanduser().is_file():
         raise ValueError(f"data: given {cfg.data}, a file, which holds one subset; --subset says "
                          f"which, one of {', '.join(KINDS)}")

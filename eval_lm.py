@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt.settings import check_bounds, run, settings
+from gpt.settings import check_bounds, check_choices, run, settings
 
 # -----------------------------------------------------------------------------
 model = ''              # also -m; gpt2 to gpt2-xl, another GPT-2 on the hub, a folder, a run (its
@@ -101,14 +101,8 @@ def resolved(cfg):
         if cfg.protocol != 'paper':
             raise ValueError(f'protocol: given {cfg.protocol!r}, but a --file has none')
         return replace(cfg, task='file', protocol='text')
-    tasks = [task for task in TASKS if task != 'file']
-    if cfg.task not in tasks:
-        raise ValueError(f"task: given {cfg.task!r}, expected one of {', '.join(tasks)}, "
-                         f'or --file=ANY.txt')
-    protocols = TASKS[cfg.task].protocols
-    if cfg.protocol not in protocols:
-        raise ValueError(f'protocol: given {cfg.protocol!r}, but {cfg.task} has '
-                         f"{', '.join(protocols)}")
+    check_choices(cfg, task=[task for task in TASKS if task != 'file'])
+    check_choices(cfg, protocol=TASKS[cfg.task].protocols)
     return cfg
 
 

@@ -15,7 +15,7 @@ lm-eval     the activity before the context, brackets removed (lm-evaluation-har
 
 import re
 
-from gpt.settings import run, settings
+from gpt.settings import check_choices, run, settings
 
 # -----------------------------------------------------------------------------
 model = ''              # also -m; gpt2 to gpt2-xl, another GPT-2 on the hub, a folder, a run (its
@@ -43,8 +43,7 @@ PROTOCOLS = {               # what decides: acc_norm, the one that is quoted, an
 
 
 def main(cfg):
-    if cfg.protocol not in PROTOCOLS:
-        raise ValueError(f"protocol: given {cfg.protocol!r}, expected 'completion' or 'lm-eval'")
+    check_choices(cfg, protocol=PROTOCOLS)
     results.run_evaluation(cfg, read_data, measure)
 
 

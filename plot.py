@@ -12,7 +12,7 @@ import io
 import re
 from pathlib import Path
 
-from gpt.settings import run, settings
+from gpt.settings import check_choices, run, settings
 
 # -----------------------------------------------------------------------------
 runs = ()           # folders of runs, as plain arguments: plot.py out/a out/b
@@ -26,17 +26,10 @@ target = 0.0        # of --compare: a validation loss; 0: the lowest that all of
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
-from gpt.curves import compared, limits, points, read_log, settings_of, smoothed, summary, thinned
+from gpt.curves import compared, limits, points, read_log, smoothed, summary, thinned
 from gpt.files import atomic_write, check_output, picture_path, write_picture
 
 COLLECT = 'runs'    # takes the plain arguments
-
-REFERENCES = {      # validation loss (nats per token) that others reached on the same data set
-    'shakespeare_char': [("nanoGPT's CPU run", 1.88), ("nanoGPT's GPU run", 1.4697)],
-    'openwebtext': [('GPT-2 124M', 3.12)],                          # nanoGPT's README
-    'fineweb-10B': [('GPT-2 124M', 3.425)],                         # llm.c, dev/vislog.ipynb
-    'fineweb-edu-10B': [('GPT-2 124M', 3.2924)],                    # build-nanogpt, play.ipynb
-}
 
 PANELS = {          # keys of the log, and the titles of their panels
     'loss': 'Loss, nats per token',
@@ -58,8 +51,7 @@ THEMES = {          # the colours of runs can be told apart by the colour-blind
 def main(cfg):
     if not cfg.runs:
         raise ValueError('runs: expected the folder of a run, as in: python plot.py out/quickstart')
-    if cfg.theme not in THEMES:
-        raise ValueError(f"theme: given {cfg.theme!r}, expected 'light' or 'dark'")
+    check_choices(cfg, theme=THEMES)
     folders = folders_with_logs(cfg.runs)
     if cfg.compare:
         return print('\n'.join(compared(folders, cfg.target)))
@@ -88,16 +80,12 @@ def output(cfg, folder):
 
 
 def folders_with_logs(runs):
-    """The folders given, each once, without those of runs that did not start; all of them if none
-    did."""
+    """The folders given, each once, without those of runs that did not start."""
     given = list({path.resolve(): path for path in map(Path, runs)}.values())
-    skipped = [path for path in given if path.is_dir() and not (path / 'log.jsonl').exists()]
-    folders = [path for path in given if path not in skipped]
-    if not folders:
-        return given                            # read_log says what is wrong
-    if skipped:
-        print('skipping', *skipped, '(no log.jsonl)')
-    return folders
+    folders = [path for path in given if (path / 'log.jsonl').exists() or not path.is_dir()]
+    if 0 < len(folders) < len(given):
+        print('skipping', *(path for path in given if path not in folders), '(no log.jsonl)')
+    return folders or given                     # of which read_log says what is wrong
 
 
 def draw(folders, logs, theme, wide=False):
@@ -115,11 +103,6 @@ def draw(folders, logs, theme, wide=False):
             draw_panel(panel, key, logs, colours)
             panel.tick_params(labelbottom=key in rows[-1])
             panel.set_xlabel('tokens' if key in rows[-1] else '')
-        references = {name: loss for folder in folders
-                      for name, loss in REFERENCES.get(settings_of(folder).get('dataset'), [])}
-        draw_levels(axes['loss'], references, 'left', colours)
-        if 'hellaswag' in axes:
-            draw_levels(axes['hellaswag'], {'chance': 25}, 'right', colours)
         draw_legend(figure, folders, colours)
     return figure
 
@@ -193,19 +176,6 @@ def run_colour(i, colours):
 def dotted(curve):
     """The style of a curve of few measurements: a dot at each, or at about 40 of many."""
     return {'marker': 'o', 'markersize': 3.5, 'markevery': -(-len(curve[0]) // 40) or 1}
-
-
-def draw_levels(axes, levels, side, colours):
-    """Dashed lines at published levels, named at the side away from the curves; the panel grows to
-    include them."""
-    for name, level in levels.items():
-        low, high = axes.get_ylim()
-        room = 0.06 * (high - low)
-        axes.set_ylim(min(low, level - room), max(high, level + 2 * room))
-        axes.axhline(level, color=colours['quiet'], linestyle=(0, (4, 3)), linewidth=1)
-        axes.annotate(f'{name} {level}', (0.01 if side == 'left' else 1, level), ha=side,
-                      xycoords=('axes fraction', 'data'), xytext=(0, 2), va='bottom',
-                      textcoords='offset points', color=colours['quiet'])
 
 
 def draw_legend(figure, folders, colours):

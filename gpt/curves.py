@@ -27,22 +27,14 @@ Points = tuple[list, list]                              # (tokens, values)
 
 # Files of a run.
 
-class Record(TypedDict):
-    """A line of log.jsonl: numbers of a step, null where they were not finite, or an event."""
-    step: Count
-    tokens: NotRequired[Count]                          # read so far; events have none
-    event: NotRequired[AnyText]
-    words: NotRequired[AnyText]
-    to_step: NotRequired[Count]                         # of a rollback
-    step_ms: NotRequired[Measured]
-    tokens_per_second: NotRequired[Measured]
-    loss: NotRequired[Measured | None]
-    lr: NotRequired[Measured | None]
-    grad_norm: NotRequired[Measured | None]
-    val_loss: NotRequired[Measured | None]
-    val_bits_per_byte: NotRequired[Measured | None]
-    xz_bits_per_byte: NotRequired[Measured | None]
-    hellaswag: NotRequired[Measured | None]
+Record = TypedDict('Record', {          # a line of log.jsonl: numbers of a step, or an event
+    'step': Count, 'tokens': NotRequired[Count],        # read so far; events have none
+    'event': NotRequired[AnyText], 'words': NotRequired[AnyText],
+    'to_step': NotRequired[Count],                      # of a rollback
+    'step_ms': NotRequired[Measured], 'tokens_per_second': NotRequired[Measured],
+    **{key: NotRequired[Measured | None] for key in (   # null where not finite
+        'loss', 'lr', 'grad_norm', 'val_loss', 'val_bits_per_byte', 'xz_bits_per_byte',
+        'hellaswag')}})
 
 
 def read_lines(path: Path, shape: Any = dict) -> list[dict]:
@@ -193,9 +185,6 @@ class Curve:
                 return one['tokens'] + fraction * (two['tokens'] - one['tokens'])
         return None
 
-    def seconds_to(self, tokens: float) -> float:
-        return seconds_to(self.records, tokens)
-
 
 class Group:
     """Runs of one recipe, which differ in the seed alone: means over them, None where unknown."""
@@ -211,7 +200,7 @@ class Group:
         reached = None not in tokens
         self.cost = {
             f'tokens to {target:.4f}': mean(tokens) if reached else None,
-            'seconds to it': mean(curve.seconds_to(n) for curve, n in zip(curves, tokens))
+            'seconds to it': mean(seconds_to(curve.records, n) for curve, n in zip(curves, tokens))
             if reached else None,
             'tokens/s': mean(rates) if rates else None}
 
@@ -259,12 +248,10 @@ def common_key(curves: Sequence[Curve]) -> str:
     keys = ['dataset', 'eval_tokens', 'eval_iters']
     keys += ['batch_size', 'block_size'] if first.settings.get('eval_iters') else []
     for other in curves[1:]:
-        a, b = ({key: curve.settings.get(key) for key in keys} for curve in (first, other))
-        if first.xz != other.xz or (a != b and not first.xz):
-            texts = '; '.join(', '.join(f'{key} {value!r}' for key, value in one.items() if value)
-                              for one in (a, b))
-            raise ValueError(f'{first.name} and {other.name} were validated on different texts '
-                             f'({texts}): nothing says which is better')
+        same = all(first.settings.get(key) == other.settings.get(key) for key in keys)
+        if first.xz != other.xz or not (same or first.xz):
+            raise ValueError(f'{first.name} and {other.name} were validated on different texts: '
+                             f'nothing says which is better')
     datasets = {curve.settings.get('dataset') for curve in curves}
     return 'val_loss' if len(datasets) == 1 else 'val_bits_per_byte'    # of different tokens
 

@@ -32,23 +32,11 @@ TOKENIZER_FILES = ('*token*', 'vocab*', 'merges*', '*.model', '*.vocab', '*.tikt
                    '*bpe*', 'encoder.json', 'dict.txt', 'tekken.json')
 
 
-class Added(TypedDict):
-    id: Any
-    content: AnyText
-
-
-class Model(TypedDict):
-    vocab: dict[str, Any] | list[tuple[Any, Any]]
-
-
-class TokenizerFile(TypedDict):
-    """What this program reads of a tokenizer.json; the library judges the rest."""
-    model: Model
-    added_tokens: list[Added]
-    normalizer: NotRequired[dict[str, Any] | None]
-    pre_tokenizer: NotRequired[dict[str, Any] | None]
-    post_processor: NotRequired[dict[str, Any] | None]
-    decoder: NotRequired[dict[str, Any] | None]
+TokenizerFile = TypedDict('TokenizerFile', {        # what is read here; the library judges the rest
+    'model': TypedDict('Model', {'vocab': dict[str, Any] | list[tuple[Any, Any]]}),
+    'added_tokens': list[TypedDict('Added', {'id': Any, 'content': AnyText})],
+    **{part: NotRequired[dict[str, Any] | None]
+       for part in ('normalizer', 'pre_tokenizer', 'post_processor', 'decoder')}})
 
 
 class HFTokenizer:
@@ -159,15 +147,8 @@ class HFTokenizer:
 
     def _after_another(self, i):
         """The text of a token that is not the first one: some decoders then put a space before."""
-        before, both, alone = (self.whole.decode(ids, skip_special_tokens=False)
-                               for ids in ([self._anchor], [self._anchor, i], [i]))
-        return both.removeprefix(before) if both.startswith(before) else alone
-
-    @cached_property
-    def _anchor(self):
-        """A token of letters."""
-        ids = sorted(self.whole.get_vocab().values(), key=lambda i: (i in self.added, i))
-        return next((i for i in ids if self.whole.decode([i]).strip().isalnum()), ids[0])
+        one, two = (self.whole.decode([i] * n, skip_special_tokens=False) for n in (1, 2))
+        return two.removeprefix(one) if two.startswith(one) else one
 
 
 def byte_characters() -> dict[int, str]:
@@ -242,21 +223,18 @@ def check_ids(data: dict[str, Any]) -> None:
     check_vocab_size(1 + max(ids.values()))
     if len(set(ids.values())) < len(ids):
         raise ValueError('two of its tokens have the same id')
-    unknown = set(template_ids(data)) - set(ids.values())
+    unknown = set(template_ids(data.get('post_processor'))) - set(ids.values())
     if unknown:
         raise ValueError(f'its template has the id {min(unknown)}, which no token has')
 
 
-def template_ids(data: dict[str, Any]) -> list[int]:
-    """The ids that the post_processor of a tokenizer.json puts around a text."""
-    found, parts = [], [data.get('post_processor')]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, list):
-            found += [i for i in part if type(i) is int]
-        if isinstance(part, list | dict):
-            parts += part.values() if isinstance(part, dict) else part
-    return found
+def template_ids(part: Any) -> list[int]:
+    """The ids in the post_processor of a tokenizer.json, which it puts around a text."""
+    parts = list(part.values()) if isinstance(part, dict) else part
+    if not isinstance(parts, list):
+        return []
+    own = [i for i in part if type(i) is int]               # in a list: in an object it is a type_id
+    return own + [i for one in parts for i in template_ids(one)]
 
 
 def check_same_id(name: str, written: int, found: int | None) -> None:
@@ -289,8 +267,12 @@ def read_folder(path: Path) -> tuple[str, dict[str, str]]:
         config = {'bos_token': EOT, 'eos_token': EOT, 'unk_token': EOT} | config
     else:
         text = path.read_text(encoding='utf-8-sig')
-        parse_json(text, path.name, TokenizerFile)
-        text = with_prefix_space(text, config)
+        data, wanted = parse_json(text, path.name, TokenizerFile), config.get('add_prefix_space')
+        splits = data.get('pre_tokenizer') or {}
+        if (config.get('tokenizer_class') in CLASSES and type(wanted) is bool   # it prefers this
+                and splits.get('type') == 'ByteLevel' and splits.get('add_prefix_space') != wanted):
+            splits['add_prefix_space'] = wanted
+            text = json.dumps(data, ensure_ascii=False, indent=2)
     text = with_added_tokens(text, config, read_object(path.with_name('added_tokens.json')))
     added = {token['id']: token['content'] for token in json.loads(text)['added_tokens']}
     names = {role: content_of(config[role]) for role in SPECIAL if config.get(role)}
@@ -301,18 +283,6 @@ def read_folder(path: Path) -> tuple[str, dict[str, str]]:
         if named:
             names['eos_token'] = named[0]
     return text, {role: name for role, name in names.items() if name in added.values()}
-
-
-def with_prefix_space(text: str, config: dict[str, Any]) -> str:
-    """The tokenizer.json `text` with the add_prefix_space of tokenizer_config.json, which
-    transformers prefers for GPT-2's class."""
-    wanted, data = config.get('add_prefix_space'), json.loads(text)
-    splits = data.get('pre_tokenizer') or {}
-    if (config.get('tokenizer_class') not in CLASSES or type(wanted) is not bool
-            or splits.get('type') != 'ByteLevel' or splits.get('add_prefix_space') == wanted):
-        return text
-    splits['add_prefix_space'] = wanted
-    return json.dumps(data, ensure_ascii=False, indent=2)
 
 
 def read_object(path: Path) -> dict[str, Any]:

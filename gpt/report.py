@@ -21,12 +21,7 @@ from gpt.shapes import AnyText, Count
 MAX_ROWS, MAX_SAMPLES = 200, 5          # on the page; the files have the rest
 NOT_IN_HTML = re.compile('[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]')    # but models may write it
 Start = dict[str, AnyText | float | bool | None]        # a line of starts.jsonl
-
-
-class Sample(TypedDict):
-    """A line of samples.jsonl."""
-    step: Count
-    text: AnyText
+Sample = TypedDict('Sample', {'step': Count, 'text': AnyText})      # of samples.jsonl
 
 
 def page(folder: Path, records: list[dict], pictures: dict[tuple[str, bool], str]) -> str:
@@ -82,13 +77,10 @@ def shape(settings: dict, records: list[dict]) -> str:
 def compared_with_defaults(settings: dict) -> dict:
     """Settings that are not the defaults of train.py, and those that are, as rows of a table."""
     defaults = header_defaults(ROOT / 'train.py')
-    changed, unchanged = [], []
-    for key, value in settings.items():
-        if key in defaults and defaults[key] == value:
-            unchanged.append((key, text_of(value)))
-        else:
-            default = text_of(defaults[key]) if key in defaults else 'none'
-            changed.append((key, text_of(value), default))
+    changed = [(key, text_of(value), text_of(defaults.get(key, 'none')))
+               for key, value in settings.items() if defaults.get(key) != value]
+    unchanged = [(key, text_of(value)) for key, value in settings.items()
+                 if defaults.get(key) == value]
     return {'known': bool(settings), 'changed': changed, 'unchanged': unchanged}
 
 

@@ -69,51 +69,19 @@ PUBLISHED = {               # by result, measure and model: value, source
 
 # What is read of a result.
 
-class Interval(TypedDict):
-    value: float
-    low: float
-    high: float
-    count: Count
-    about: str
-    published: list[tuple[float, str]]
-
-
-class Accuracy(Interval):
-    correct: Count
-    items: str              # 0 or 1 for each question
-
-
-class PerUnit(Interval):
-    bits: bool
-    items: list[Measured]   # nats of each piece of the text
-
-
-class Weights(TypedDict):
-    name: str
-    folder: NotRequired[str]
-    sha256: NotRequired[str]
-
-
-class Facts(TypedDict):
-    sha256: str
-    official: NotRequired[bool]
-
-
-class Result(TypedDict):
-    task: str
-    protocol: str
-    model: Weights
-    data: Facts
-    first: NotRequired[Count]
-    measures: dict[str, Accuracy | PerUnit]
-
-
-class Finished(Result):
-    """What is printed of a result besides all that identifies it."""
-    notes: list[str]
-    tokens: Count
-    tokens_before: Count
-    seconds: Measured
+INTERVAL = {'value': float, 'low': float, 'high': float, 'count': Count, 'about': str,
+            'published': list[tuple[float, str]]}
+Accuracy = TypedDict('Accuracy', {**INTERVAL, 'correct': Count, 'items': str})  # 0 or 1 each
+PerUnit = TypedDict('PerUnit', {**INTERVAL, 'bits': bool, 'items': list[Measured]})     # of nats
+RESULT = {
+    'task': str, 'protocol': str, 'first': NotRequired[Count],
+    'model': TypedDict('Weights', {'name': str, 'folder': NotRequired[str],
+                                   'sha256': NotRequired[str]}),
+    'data': TypedDict('Facts', {'sha256': str, 'official': NotRequired[bool]}),
+    'measures': dict[str, Accuracy | PerUnit]}
+Result = TypedDict('Result', RESULT)
+Finished = TypedDict('Finished', {      # with what is printed of it
+    **RESULT, 'notes': list[str], 'tokens': Count, 'tokens_before': Count, 'seconds': Measured})
 
 
 # The course of an evaluation.
@@ -340,21 +308,20 @@ def compare(paths: Sequence[str]) -> str:
     if len(paths) != 2:
         raise ValueError('compare: expected two results, --compare=a.json,b.json')
     a, b = map(read, paths)
-    for key in ('task', 'protocol'):
-        if a[key] != b[key]:
-            raise ValueError(f'{key}: {paths[0]} has {a[key]!r}, {paths[1]} {b[key]!r}; '
+    for key in ('task', 'protocol', 'data', 'first'):
+        one, two = (found[key]['sha256'] if key == 'data' else found.get(key) for found in (a, b))
+        if one != two:
+            raise ValueError(f'{key}: {paths[0]} has {one!r}, {paths[1]} {two!r}; '
                              f'only results of the same can be compared')
-    if (a['data']['sha256'], a.get('first')) != (b['data']['sha256'], b.get('first')):
-        raise ValueError(f'{paths[0]} and {paths[1]} were measured on different data or subsets')
     lines = [f"{b['task']}, {b['protocol']}: {b['model']['name']} against {a['model']['name']}"]
     for name, before in a['measures'].items():
+        kinds = [(type(items), len(items)) for items in (
+            before['items'], b['measures'].get(name, {'items': []})['items'])]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f'{name}: the two results do not cover the same items; '
+                             f'--limit and --subset have to be the same')
         if before['items']:
-            after = b['measures'].get(name)
-            if (after is None or len(before['items']) != len(after['items'])
-                    or ('correct' in before) != ('correct' in after)):
-                raise ValueError(f'{name}: the two results do not cover the same items; '
-                                 f'--limit and --subset have to be the same')
-            lines.append(f'  {name:12} {verdict(before, after)}')
+            lines.append(f"  {name:12} {verdict(before, b['measures'][name])}")
     return '\n'.join(lines)
 
 

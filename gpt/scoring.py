@@ -19,8 +19,8 @@ import math
 import time
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -180,22 +180,21 @@ def cut_note(items: Sequence[Item], block_size: int) -> list[str]:
 def rows_of(context: Sequence[int], endings: Sequence[Sequence[int]],
             share: bool = True) -> list[Row]:
     """The Rows in which the endings of one context are scored: one if they share it."""
-    C = len(context)
-    inputs = [ending[:-1] for ending in endings]        # the last token of an ending is not read
-    counts = [len(part) for part in inputs]
-    if not share or len(endings) == 1:
-        return [Row(np.concatenate((context, part)).astype(np.int64),
-                    np.arange(C - 1, C + n), np.asarray(ending, np.int64))
-                for ending, part, n in zip(endings, inputs, counts)]
+    if not share:
+        return [row for ending in endings for row in rows_of(context, [ending])]
+    C, inputs = len(context), [ending[:-1] for ending in endings]   # the last token is not read
     columns, T = [], C
-    for n in counts:                # the end of the context predicts the first token of each ending
+    for n in map(len, inputs):      # the end of the context predicts the first token of each ending
         columns += [[C - 1], np.arange(T, T + n)]
         T += n
-    return [Row(np.concatenate((context, *inputs)).astype(np.int64),
-                np.concatenate(columns).astype(np.int64),
-                np.concatenate(endings).astype(np.int64),
-                np.concatenate((np.arange(C), *(np.arange(C, C + n) for n in counts))),
-                np.repeat(np.arange(len(endings) + 1), (C, *counts)))]
+    row = Row(*(np.concatenate(parts).astype(np.int64)
+                for parts in ((context, *inputs), columns, endings)))
+    if len(endings) == 1:
+        return [row]
+    counts = [len(part) for part in inputs]
+    return [row._replace(
+        positions=np.concatenate((np.arange(C), *(np.arange(C, C + n) for n in counts))),
+        branch=np.repeat(np.arange(len(endings) + 1), (C, *counts)))]
 
 
 def rolling_loglikelihoods(model: Callable, texts: Sequence[Sequence[int]], stride: int = 0, *,
@@ -251,7 +250,8 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     Rows are sorted by length and read in batches; a batch that does not fit in the memory of a GPU
     is halved. Raises ValueError, with the row's number, where a model gives NaN.
     """
-    device, world = torch.device(options.device or device_of(model)), options.world or World()
+    own = next(model.parameters()).device if hasattr(model, 'parameters') else 'cpu'
+    device, world = torch.device(options.device or own), options.world or World()
     sharded = is_sharded(model)         # then a batch makes logits of all its tokens
     size = options.batch_tokens or (1024 if device.type == 'cpu' else 8192 if sharded else 65536)
     batches, scores, done = batches_of(rows, size), empty_scores(rows), {}
@@ -262,7 +262,9 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
         mine.append(batches[-1])        # a second time: every rank takes part in every pass
     total, read, began = sum(map(tokens_of, mine)), 0, time.monotonic()
     said = began
-    with forward_context(sharded, world):
+    # a sharded model runs as it trains: its buffers could not keep the tensors of inference mode
+    with (torch.no_grad() if sharded else torch.inference_mode(),
+          world.autocast() if sharded else nullcontext()):
         for batch in mine:
             new = score_batch(model, [row for _, row in batch], options.banned, device)
             for (i, _), score in zip(batch, new):
@@ -301,20 +303,6 @@ def split(logprobs: np.ndarray, predicted: np.ndarray, counts: Sequence[int]) ->
     """The Scores of parts of these many tokens."""
     ends = np.cumsum(counts)[:-1]
     return [Score(*pair) for pair in zip(np.split(logprobs, ends), np.split(predicted, ends))]
-
-
-@contextmanager
-def forward_context(sharded: bool, world: World) -> Iterator[None]:
-    """Without gradients. A sharded model runs as it trains: under autocast, and not in inference
-    mode, whose tensors its buffers could not keep."""
-    with torch.no_grad() if sharded else torch.inference_mode():
-        with world.autocast() if sharded else nullcontext():
-            yield
-
-
-def device_of(model: Callable) -> torch.device | str:
-    """The device of a model's weights; 'cpu' for a callable that is no module."""
-    return next(model.parameters()).device if hasattr(model, 'parameters') else 'cpu'
 
 
 def batches_of(rows: Sequence[Row], batch_tokens: int) -> list[list[tuple[int, Row]]]:

@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields, make_dataclass
 from pathlib import Path
@@ -179,6 +179,15 @@ def check_bounds(cfg: Any, bounds: Sequence[tuple[str, Callable[[Any], bool], st
         for name in names.split():
             if not fits(getattr(cfg, name)):
                 raise ValueError(f'{name}: given {getattr(cfg, name)!r}, expected {expected}')
+
+
+def check_choices(cfg: Any, **choices: Iterable[str]) -> None:
+    """Raise ValueError for the first setting, or part of one, that is not among its choices."""
+    for name, allowed in choices.items():
+        value = getattr(cfg, name)
+        for part in value if type(value) is tuple else (value,):
+            if part not in allowed:
+                raise ValueError(f"{name}: given {part!r}, expected one of {', '.join(allowed)}")
 
 
 def run(main: Callable, Config: type, short: dict[str, str] | None = None,

@@ -176,7 +176,8 @@ def byte_pairs(name: str, merges: Iterable[Sequence[str]],
     """
     names, merges = byte_characters(), [tuple(pair) for pair in merges]
     tokens = [*(alphabet or (names[byte] for byte in range(256))), *map(''.join, merges)]
-    return BytePairs(name, {token: i for i, token in enumerate(tokens)}, merges, True)
+    return BytePairs(name, {token: i for i, token in enumerate(dict.fromkeys(tokens))},
+                     merges, True)
 
 
 def train_byte_pairs(texts: Iterable[str], vocab_size: int) -> BytePairs:
@@ -389,7 +390,7 @@ def limited(encoding: Encoding, rows: int) -> tuple[Encoding, list[str]]:
         vocab = data['model']['vocab']
         if isinstance(vocab, dict):
             data['model']['vocab'] = {name: i for name, i in vocab.items() if name not in names}
-        if any(i >= rows for i in template_ids(data)):
+        if any(i >= rows for i in template_ids(data.get('post_processor'))):
             data['post_processor'] = None               # what it puts around a text has no row
         roles = {role: name for role, name in special_names(encoding).items() if name not in names}
         encoding = from_json(json.dumps(data, ensure_ascii=False, indent=2), roles)

@@ -43,9 +43,7 @@ HOW_TO_CONVERT = ('if you trust it, load it once with the program that wrote it,
                   'safetensors, as save_pretrained() of transformers does')
 
 
-class Index(TypedDict):
-    """model.safetensors.index.json."""
-    weight_map: dict[str, FileName]
+Index = TypedDict('Index', {'weight_map': dict[str, FileName]})     # model.safetensors.index.json
 
 
 class Stored(NamedTuple):

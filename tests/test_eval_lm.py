@@ -323,7 +323,7 @@ def test_the_table_of_a_model_without_results():
 
 @pytest.mark.parametrize('flags, words', [
     (['--task=lambda'], "task: given 'lambda', expected one of lambada, wikitext2"),
-    (['--task=ptb', '--protocol=harness'], "protocol: given 'harness', but ptb has paper"),
+    (['--task=ptb', '--protocol=harness'], "protocol: given 'harness', expected one of paper"),
     (['--file=nothing.txt'], 'nothing.txt: cannot read this file'),
     (['--file={model}/empty'], 'there is no text in this file'),
     (['--file={model}/bytes'], 'bytes:1: not UTF-8 .invalid start byte at byte 0'),

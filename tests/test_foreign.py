@@ -141,7 +141,8 @@ REFUSED = {
     'rotary positions': (dict(tensors=add(h__0__attn__rotary=torch.ones(4))), 'attn.rotary'),
     'fewer layers': (dict(config={'n_layer': 1}), 'n_layer=1; .* 2 layers, up to h.1'),
     'more layers': (dict(config={'n_layer': 3}), 'n_layer=3; .* 2 layers'),
-    'a mask too many': (dict(tensors=add(h__2__attn__bias=torch.ones(1))), 'n_layer=2; .* up to h.2'),
+    'a mask too many': (dict(tensors=add(h__2__attn__bias=torch.ones(1))),
+                        'n_layer=2; .* up to h.2'),
     'two prefixes': (dict(tensors=add(wte__weight=torch.ones(257, 32))), 'wte.weight is there twi'),
     'one missing': (dict(tensors=lambda found: found.pop('transformer.ln_f.bias')), 'ln_f.bias'),
     'int8': (dict(tensors=change('h.0.mlp.c_fc.weight', int8)), 'h.0.mlp.c_fc.weight is of I8'),
@@ -605,9 +606,9 @@ def test_a_run_starts_from_nanogpt_and_is_sampled(tmp_path, stories, capsys):
 
 @pytest.mark.parametrize('args, words', [
     ({'rotary': True}, "model_args has 'rotary'"), ({'n_layer': 1}, 'n_layer=1; .* 2 layers'),
-    ({'n_layer': 10 ** 9}, 'n_layer is 1000000000, expected 1 to'),
+    ({'n_layer': 10 ** 9}, 'n_layer: given 1,000,000,000, expected at most'),
     ({'vocab_size': None}, 'vocab_size: given null'), ({'bias': 0}, 'bias: given 0'),
-    ({'n_head': 5}, 'n_embd is 32, expected a multiple of n_head=5')])
+    ({'n_head': 5}, 'n_embd=32 must be a multiple of n_head=5')])
 def test_another_model_in_a_folder_of_nanogpt_is_refused(tmp_path, args, words):
     nanogpt(tmp_path, args=args)
     (tmp_path / 'tokenizer.json').write_text(tokenizer.to_json(BYTES))

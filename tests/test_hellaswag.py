@@ -213,7 +213,7 @@ def test_the_questions_can_be_downloaded_alone(data, capsys):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--protocol=lmeval'], "protocol: given 'lmeval', expected 'completion' or 'lm-eval'"),
+    (['--protocol=lmeval'], "protocol: given 'lmeval', expected one of completion, lm-eval"),
     (['--limit=-1'], 'limit: given -1, expected 0 or more'),
     (['--model=random:gpt3'], 'random:gpt3: expected random: and one of gpt2, gpt2-medium'),
     (['--data=nothing.jsonl'], 'nothing.jsonl: cannot read this file'),

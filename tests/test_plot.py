@@ -43,7 +43,7 @@ def test_a_folder_without_a_log_is_skipped(run, tmp_path, capsys):
     (tmp_path / 'b').mkdir()
     plot.main(plot.Config(runs=(str(run), str(tmp_path / 'b'))))
     assert f"skipping {tmp_path / 'b'} (no log.jsonl)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match='expected the folder of a run, with a log.jsonl in it'):
+    with pytest.raises(ValueError, match='expected the folder of a run of train.py, with a log'):
         plot.main(plot.Config(runs=(str(tmp_path / 'b'),)))
 
 
@@ -99,7 +99,7 @@ def test_a_panel_for_each_key_that_the_log_has(run):
                    for panel in panels.values())
         assert len({panel.get_xlim() for panel in panels.values()}) == 1
         low, high = panels['HellaSwag, % right'].get_ylim()
-        assert low < 25 and 28 < high < 32
+        assert low < 25.5 and 28 < high < 32
 
 
 def test_the_beginning_and_single_jumps_do_not_squash_the_curve(run):
@@ -107,7 +107,7 @@ def test_the_beginning_and_single_jumps_do_not_squash_the_curve(run):
                for i in range(1000)]
     panels, _ = drawn([run], records)
     low, high = panels['Loss, nats per token'].get_ylim()
-    assert low < 1.4697 and 3 < high < 4                              # the reference is in
+    assert 2 < low < 3 < high < 4
 
 
 def test_numbers_on_axes_are_short():
@@ -149,24 +149,13 @@ def test_text_in_a_picture_can_be_read_on_a_phone(run, theme):
     assert box.x0 >= 0 and box.x1 <= figure.get_size_inches()[0]
 
 
-def test_data_sets_with_a_reference_have_one(run):
-    name = curves.settings_of(run)['dataset']
-    assert plot.REFERENCES[name][1] == ("nanoGPT's GPU run", 1.4697)
-
-
-def test_a_mixture_has_no_reference(run):
-    (run / 'config.py').write_text("dataset = 'shakespeare_char:0.7,openwebtext:0.3'\n")
-    assert curves.settings_of(run) == {'dataset': 'shakespeare_char:0.7,openwebtext:0.3'}
-    plot.main(plot.Config(runs=(str(run),)))
-
-
 @pytest.mark.parametrize('runs, words', [
     ((), 'expected the folder of a run'),
-    (('nowhere/at/all',), '^given nowhere/at/all, expected the folder of a run, with a log.jsonl '
-     'in it; train.py makes one under out/$'), (('config',), 'given config, .*; there are .*')])
+    (('nowhere/at/all',), '^given nowhere/at/all, expected the folder of a run of train.py'),
+    (('config',), 'given config, expected the folder of a run')])
 def test_refusals(runs, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=words):
         plot.main(plot.Config(runs=runs))
-    with pytest.raises(ValueError, match="theme: given 'blue', expected 'light' or 'dark'"):
+    with pytest.raises(ValueError, match="theme: given 'blue', expected one of light, dark"):
         plot.main(plot.Config(runs=('anything',), theme='blue'))

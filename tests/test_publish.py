@@ -104,7 +104,7 @@ def test_a_data_set_that_was_prepared_again_is_not_validated_on(published, tmp_p
         assert re.search('^not validated: .*(prepared again|another tokenizer)',
                          capsys.readouterr().out)
         card = (tmp_path / 'given/README.md').read_text()
-        assert '| not validated | the data set was prepared again since the training |' in card
+        assert '| not validated | the data set of the training is not at hand |' in card
         assert 'validation loss' not in card and '## Samples' not in card
 
 
