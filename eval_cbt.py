@@ -80,7 +80,7 @@ def resolved(cfg):
 
 
 def read_data(cfg):
-    """The Data; its items are {subset: Questions}."""
+    """({subset: Questions}, what identifies them, the name of what is published)."""
     subsets, facts = {}, []
     for name in cfg.subset:
         subsets[name], facts_of_one = benchmarks.cbt(name, cfg.split, cfg.data)
@@ -92,9 +92,9 @@ def read_data(cfg):
                 'official': all(one['official'] for one in facts)}
     name, published = ('-'.join(['cbt', cfg.preset, cfg.split, cfg.text, *names])
                        for names in (cfg.subset, PRESETS[cfg.preset].subset))
-    return results.Data(subsets, together, first, 'questions of each subset',
-                        "Children's Book Test", name, f'{cfg.preset}, {cfg.split}, {cfg.text}',
-                        published)
+    return subsets, {'task': "Children's Book Test", 'name': name,
+                     'protocol': f'{cfg.preset}, {cfg.split}, {cfg.text}', 'data': together,
+                     'first': first, 'unit': 'questions of each subset'}, published
 
 
 def measure(cfg, model, encoding, subsets, options):

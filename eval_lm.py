@@ -84,7 +84,8 @@ STOP_WORDS = frozenset('''
 def main(cfg):
     if cfg.table3:
         return print(table(cfg.model))
-    results.run_evaluation(resolved(cfg), read_data, measure)
+    cfg = resolved(cfg)
+    results.run_evaluation(cfg, read_data, lambada if cfg.task == 'lambada' else rolling)
 
 
 def resolved(cfg):
@@ -107,11 +108,28 @@ def resolved(cfg):
 
 
 def read_data(cfg):
-    """The Data; its items are the passages of LAMBADA, or the Corpus of any other text."""
+    """(the passages of LAMBADA, or the Corpus of any other text; what identifies the measurement;
+    the name of what is published)."""
     if cfg.task == 'lambada':
         passages, facts = benchmarks.lambada(cfg.data)
-        passages, first = results.limited(passages, cfg.limit)
-        return results.Data(passages, facts, first, 'passages', *called(cfg, facts))
+        items, first = results.limited(passages, cfg.limit)
+    else:
+        text, facts = read_text(cfg)
+        text, first = results.limited(text, cfg.characters)
+        items = as_corpus(text, cfg)
+    changes = [f'stride{cfg.stride}'] if cfg.stride else []
+    changes += [f'detok{cfg.detok}'] if cfg.detok != 'auto' else []
+    own = results.file_id(facts) if cfg.task == 'file' else cfg.protocol
+    name = '-'.join([cfg.task, own, *changes])      # the bare name: the protocol's own settings
+    return items, {
+        'task': TASKS[cfg.task].title or Path(cfg.file).name, 'name': name,
+        'protocol': f'{cfg.protocol}, {"-".join(changes)}' if changes else cfg.protocol,
+        'data': facts, 'first': first,
+        'unit': 'passages' if cfg.task == 'lambada' else 'characters'}, name
+
+
+def read_text(cfg):
+    """(text, facts) of a task or a --file."""
     if cfg.task == 'file':
         raw = benchmarks.read_bytes(cfg.file)
         facts = {**benchmarks.facts(cfg.file, raw), 'official': True}
@@ -123,25 +141,7 @@ def read_data(cfg):
     text = files.decode(raw, facts['path'])
     if not text.strip():
         raise ValueError(f"{facts['path']}: there is no text in this file")
-    text, first = results.limited(text, cfg.characters)
-    return results.Data(as_corpus(text, cfg), facts, first, 'characters', *called(cfg, facts))
-
-
-def called(cfg, facts):
-    """(title, name of the result, protocol, name of what is published); the bare name is for the
-    protocol's own settings."""
-    changes = [f'stride{cfg.stride}'] if cfg.stride else []
-    changes += [f'detok{cfg.detok}'] if cfg.detok != 'auto' else []
-    own = results.file_id(facts) if cfg.task == 'file' else cfg.protocol
-    name = '-'.join([cfg.task, own, *changes])
-    return (TASKS[cfg.task].title or Path(cfg.file).name, name,
-            ', '.join([cfg.protocol, *(['-'.join(changes)] if changes else [])]), name)
-
-
-def measure(cfg, model, encoding, items, options):
-    """(measures, notes) of the task."""
-    score = lambada if cfg.task == 'lambada' else rolling
-    return score(cfg, model, encoding, items, options)
+    return text, facts
 
 
 # LAMBADA: the last word of a passage.
@@ -368,16 +368,9 @@ def table(model):
         lines.append('not all of the same weights: measure the older ones again')
     missing = [name for name in names if name not in measured]
     if missing:
-        lines += ['not measured yet:', *(f'  {command_for(name, model)}' for name in missing)]
+        lines.append(f"not measured yet: {', '.join(missing)}; `make table3 MODEL={model}` "
+                     f'measures them')
     return '\n'.join(lines)
-
-
-def command_for(name, model):
-    """The command that measures a result of Table 3."""
-    task, _, protocol = name.partition('-')
-    if task == 'cbt':
-        return f'python eval_cbt.py --model={model}'
-    return f'python eval_lm.py --model={model} --task={task} --protocol={protocol}'
 
 
 if __name__ == '__main__':

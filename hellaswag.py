@@ -51,7 +51,8 @@ def read_data(cfg):
     questions, facts = benchmarks.hellaswag(cfg.data)
     questions, first = results.limited(questions, cfg.limit)
     name = f'hellaswag-{cfg.protocol}'
-    return results.Data(questions, facts, first, 'questions', 'HellaSwag', name, cfg.protocol, name)
+    return questions, {'task': 'HellaSwag', 'name': name, 'protocol': cfg.protocol, 'data': facts,
+                       'first': first, 'unit': 'questions'}, name
 
 
 def measure(cfg, model, encoding, questions, options):

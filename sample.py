@@ -58,7 +58,15 @@ SHORT = {'-p': 'prompt', '-m': 'max_new_tokens', '-i': 'interactive',
 
 
 def main(cfg):
-    check(cfg)
+    check_bounds(cfg, [
+        ('0 or more', lambda value: value >= 0, 'temperature top_k max_new_tokens'),
+        ('more than 0, at most 1', lambda value: 0 < value <= 1, 'top_p'),
+        ('1 or more', lambda value: value >= 1, 'num_samples'),
+        ('1 or more, at most 65,536', lambda value: 1 <= value <= 2 ** 16, 'batch_size'),
+        ('-1 or more', lambda value: -1 <= value < 2 ** 62, 'seed')])
+    if cfg.interactive and cfg.prompt == '-':
+        raise ValueError("prompt: given '-', which is standard input; expected another one, since "
+                         "-i reads its prompts there")
     device = pick_device(cfg.device)
     exact = cfg.explain and cfg.dtype == 'auto'
     dtype, _ = pick_dtype('float32' if exact else cfg.dtype, device)
@@ -73,18 +81,6 @@ def main(cfg):
         converse(cfg, model, encoding, text)
     else:
         write(cfg, model, encoding, text, tokenizer.prompt_ids(encoding, text))
-
-
-def check(cfg):
-    check_bounds(cfg, [
-        ('0 or more', lambda value: value >= 0, 'temperature top_k max_new_tokens'),
-        ('more than 0, at most 1', lambda value: 0 < value <= 1, 'top_p'),
-        ('1 or more', lambda value: value >= 1, 'num_samples'),
-        ('1 or more, at most 65,536', lambda value: 1 <= value <= 2 ** 16, 'batch_size'),
-        ('-1 or more', lambda value: -1 <= value < 2 ** 62, 'seed')])
-    if cfg.interactive and cfg.prompt == '-':
-        raise ValueError("prompt: given '-', which is standard input; expected another one, since "
-                         "-i reads its prompts there")
 
 
 def load(name, device, dtype):
@@ -139,9 +135,10 @@ def write(cfg, model, encoding, text, ids):
     if start:
         print(f'the prompt has {len(ids):,} tokens, the block {model.config.block_size:,}: the '
               f'model reads the last {len(ids) - start:,}', file=sys.stderr)
-    eot, seconds, count = tokenizer.eot_id(encoding), [], 0         # seconds: of each row of tokens
+    eot, count, seconds = tokenizer.eot_id(encoding), 0, 0.0
     show = (lambda piece: None) if cfg.json else partial(print, end='', flush=True)
-    for k, drawn in enumerate(generate(cfg, model, encoding, ids, seconds)):
+    started = time.perf_counter()
+    for k, drawn in enumerate(generate(cfg, model, encoding, ids)):
         show(f'--- sample {k + 1}\n{text}' if cfg.num_samples > 1 else text)
         new, sample = [], ''
         try:
@@ -152,7 +149,7 @@ def write(cfg, model, encoding, text, ids):
             if not cfg.interactive:
                 raise
         show('\n')
-        count += len(new)
+        count, seconds = count + len(new), seconds + time.perf_counter() - started
         tokens = explain_tokens(model, encoding, ids, new) if cfg.explain else []
         if cfg.json:
             record = {'prompt': text, 'text': sample, 'seed': cfg.seed + k,
@@ -160,9 +157,10 @@ def write(cfg, model, encoding, text, ids):
             print(dumps({**record, 'tokens': tokens} if cfg.explain else record), flush=True)
         else:
             print_table(tokens)
+        started = time.perf_counter()
     if count:
-        print(f'{count} tokens in {sum(seconds):.2f} s: {count / sum(seconds):.1f} tokens per '
-              f'second, the first after {seconds[0]:.2f} s', file=sys.stderr)
+        print(f'{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens per second',
+              file=sys.stderr)
     return text + sample, ids + [i for i in new if i != eot]
 
 
@@ -177,11 +175,10 @@ def decoded(drawn, encoding, new):
     yield decode(b'', final=True)
 
 
-def generate(cfg, model, encoding, ids, seconds):
+def generate(cfg, model, encoding, ids):
     """Yield for each sample an iterable of its new ids, <|endoftext|> included if it is drawn.
 
-    A sample alone in its batch comes as it is drawn, others when all of the batch have ended. How
-    long each row of tokens took is appended to `seconds`.
+    A sample alone in its batch comes as it is drawn, others when all of the batch have ended.
     """
     device, eot = model.wte.weight.device, tokenizer.eot_id(encoding)
     for first in range(0, cfg.num_samples, cfg.batch_size):
@@ -189,21 +186,12 @@ def generate(cfg, model, encoding, ids, seconds):
         rows = stream(model, torch.tensor([ids] * B, device=device), cfg.max_new_tokens,
                       temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
                       seed=cfg.seed + first, stop=() if eot is None else (eot,))
-        rows = (row.tolist() for row in timed(rows, seconds))       # each the next ids (B,)
+        rows = (row.tolist() for row in rows)                       # each the next ids (B,)
         if B == 1:
             yield (row[0] for row in rows)
             continue
         for new in list(zip(*rows)) or [()] * B:
             yield new[:new.index(eot) + 1] if eot in new else new
-
-
-def timed(items, seconds):
-    """Yield the items of an iterator; append to `seconds` how long each took."""
-    started = time.perf_counter()
-    for item in items:
-        seconds.append(time.perf_counter() - started)
-        yield item
-        started = time.perf_counter()
 
 
 # The probability of each token.

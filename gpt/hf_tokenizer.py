@@ -65,24 +65,25 @@ class HFTokenizer:
         self.eot = known.get(self.eot_text)
         self.reader = from_text(without(data, self.eot_text)) if self.eot_text else self.whole
 
-    def ids(self, text: str) -> np.ndarray:
-        """Ids of `text` (uint16) without the tokens that a template puts around it.
+    def encode(self, text: str, template: bool = False) -> list[int]:
+        """Ids of `text`, with the tokens that a template puts around it if wanted.
 
         Raises ValueError for text of which the tokenizer has no tokens.
         """
-        return np.array(self._ids(text, False), np.uint16)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """ids() with what the tokenizer's template puts before a text, such as <s>."""
-        ids = self._ids(text, True)
-        while ids and ids[-1] == self.eot:
-            ids.pop()                           # of the template: the prompt is to be continued
-        return ids
-
-    def _ids(self, text, template):
         text.encode()                           # UnicodeEncodeError, as tiktoken has it
         with library_errors('the tokenizer cannot encode this text'):
             return self.reader.encode_batch_fast([text], add_special_tokens=template)[0].ids
+
+    def ids(self, text: str) -> np.ndarray:
+        """encode() as uint16."""
+        return np.array(self.encode(text), np.uint16)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """encode() with what the tokenizer's template puts before a text, such as <s>."""
+        ids = self.encode(text, template=True)
+        while ids and ids[-1] == self.eot:
+            ids.pop()                           # of the template: the prompt is to be continued
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, as transformers decodes them with all special tokens."""
@@ -233,7 +234,7 @@ def template_ids(part: Any) -> list[int]:
     parts = list(part.values()) if isinstance(part, dict) else part
     if not isinstance(parts, list):
         return []
-    own = [i for i in part if type(i) is int]               # in a list: in an object it is a type_id
+    own = [i for i in part if type(i) is int]               # in an object it is a type_id
     return own + [i for one in parts for i in template_ids(one)]
 
 
@@ -275,7 +276,7 @@ def read_folder(path: Path) -> tuple[str, dict[str, str]]:
             text = json.dumps(data, ensure_ascii=False, indent=2)
     text = with_added_tokens(text, config, read_object(path.with_name('added_tokens.json')))
     added = {token['id']: token['content'] for token in json.loads(text)['added_tokens']}
-    names = {role: content_of(config[role]) for role in SPECIAL if config.get(role)}
+    names = {role: added_token(config[role]).content for role in SPECIAL if config.get(role)}
     for file in ('config.json', 'generation_config.json'):          # the later one decides
         given = read_object(path.with_name(file)).get('eos_token_id')
         ids = given if isinstance(given, list) else [given]
@@ -288,10 +289,6 @@ def read_folder(path: Path) -> tuple[str, dict[str, str]]:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`, {} without the file."""
     return read_json(path, dict[str, Any]) if path.is_file() else {}
-
-
-def content_of(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else token['content']
 
 
 def from_pair(path: Path, config: dict[str, Any]) -> str:
@@ -316,49 +313,49 @@ def from_pair(path: Path, config: dict[str, Any]) -> str:
 
 def with_added_tokens(text: str, config: dict[str, Any], older: dict[str, int]) -> str:
     """The tokenizer.json `text` with the tokens that transformers adds to it: those of
-    added_tokens_decoder (`older`: of added_tokens.json), then special tokens by role."""
+    added_tokens_decoder (`older`: of added_tokens.json), then special tokens by role.
+
+    Refuses one that tokenizer_config.json matches otherwise than tokenizer.json does: transformers
+    follows the one, this program the other.
+    """
     extra = config.get('extra_special_tokens') or config.get('additional_special_tokens') or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
     other = [key for key, value in config.items()
              if key.endswith('_token') and key not in SPECIAL and isinstance(value, str | dict)]
     roles = [config[key] for key in [*SPECIAL, *other] if config.get(key)]
-    special = {content_of(token) for token in [*roles, *extra]}
-    listed = {int(i): token for i, token in config.get('added_tokens_decoder', {}).items()}
-    listed = listed or {i: {'content': name, 'normalized': name not in special,
-                            'special': name in special} for name, i in older.items()}
-    known = {token['content']: token for token in json.loads(text)['added_tokens']}
+    special = [added_token(token) for token in [*roles, *extra]]
+    names = {token.content for token in special}
+    listed = {int(i): added_token(token)
+              for i, token in config.get('added_tokens_decoder', {}).items()}
+    listed = listed or {i: AddedToken(name, normalized=name not in names)
+                        for name, i in older.items()}
+    known, wanted = {token['content']: token for token in json.loads(text)['added_tokens']}, {}
+    for token in [*(listed[i] for i in sorted(listed)), *special]:
+        if token.content not in known:
+            token.special = token.special or token.content in names
+            wanted.setdefault(token.content, token)
     for token in listed.values():
-        check_flags(token, known.get(content_of(token)))
-    wanted = {}
-    for token in [*(listed[i] for i in sorted(listed)), *roles, *extra]:
-        if content_of(token) not in known:
-            wanted.setdefault(content_of(token), added_token(token, special))
+        own = known.get(token.content)
+        if own and any(getattr(token, key) != bool(own.get(key))
+                       for key in ('lstrip', 'rstrip', 'single_word')):
+            raise ValueError(f'the added token {token.content!r} has another lstrip, rstrip or '
+                             f'single_word in tokenizer_config.json than in tokenizer.json; save '
+                             f'the tokenizer again with transformers')
     if not wanted:
         return text
     made = from_text(text)
     made.add_tokens(list(wanted.values()))
     for i, token in listed.items():
-        check_same_id(content_of(token), i, made.token_to_id(content_of(token)))
+        check_same_id(token.content, i, made.token_to_id(token.content))
     return made.to_str(pretty=True)
 
 
-def check_flags(listed: str | dict[str, Any], own: dict[str, Any] | None) -> None:
-    """Refuse an added token that tokenizer_config.json matches otherwise than tokenizer.json does:
-    transformers follows the one, this program the other."""
-    for key in ('lstrip', 'rstrip', 'single_word') if own and isinstance(listed, dict) else ():
-        if key in listed and bool(listed[key]) != bool(own.get(key)):
-            raise ValueError(f'the added token {own["content"]!r} has {key}={listed[key]} in '
-                             f'tokenizer_config.json, {own.get(key)} in tokenizer.json; save the '
-                             f'tokenizer again with transformers')
-
-
-def added_token(token: str | dict[str, Any], special: set[str]) -> AddedToken:
+def added_token(token: str | dict[str, Any]) -> AddedToken:
     """The library's AddedToken of a name, or of its form in JSON."""
     if isinstance(token, str):
         return AddedToken(token, special=True)
-    flags = {key: value for key, value in token.items() if not key.startswith('__')}
-    flags['special'] = flags.get('special', False) or flags['content'] in special
-    return AddedToken(**flags)
+    flags = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
+    return AddedToken(token['content'], **{key: token[key] for key in flags if key in token})
 
 
 def tokenizer_files(folder: str | Path) -> list[str]:

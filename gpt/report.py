@@ -90,22 +90,18 @@ def text_of(value: Any) -> str:
 
 def data_sets(settings: dict) -> list[dict]:
     """What the manifest of each data set says, or what is wrong with it."""
-    if 'dataset' not in settings:
-        return []
-    data_dir, text = Path(settings.get('data_dir') or DATA_DIR), settings['dataset']
+    data_dir, text = Path(settings.get('data_dir') or DATA_DIR), settings.get('dataset', '')
     names = [text]
     if not (data_dir / text).is_dir():                  # a mixture: name:weight, name:weight
         names = [part.partition(':')[0].strip() for part in text.split(',')]
     described = []
-    for name in names:
-        one = {'problem': 'Its manifest.json is not here, so nothing is known of it.'}
+    for name in filter(None, names):
+        one = {'name': name, 'problem': 'Its manifest.json is not here, so nothing is known of it.'}
         try:
             manifest = read_manifest(name, data_dir)
-            if manifest:
-                one = from_manifest(manifest)
+            described.append({**one, **(from_manifest(manifest) if manifest else {})})
         except ValueError as error:                     # damaged: the rest of the page is not
-            one = {'problem': str(error)}
-        described.append({'name': name, **one})
+            described.append({**one, 'problem': str(error)})
     return described
 
 

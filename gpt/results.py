@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
@@ -86,39 +86,28 @@ Finished = TypedDict('Finished', {      # with what is printed of it
 
 # The course of an evaluation.
 
-class Data(NamedTuple):
-    """What an evaluation is measured on, and how its result is called."""
-    items: Any              # questions or texts, of a type known to the script
-    facts: dict             # path, sha256, official: as gpt.data.benchmarks returns them
-    first: int              # only the first N items were taken; 0: all
-    unit: str               # what is counted by it
-    task: str               # the title
-    name: str               # of the file in which the result is kept
-    protocol: str
-    published: str          # the name under which PUBLISHED has figures of the same
-
-
-def run_evaluation(cfg: Any, read_data: Callable[..., Data],
+def run_evaluation(cfg: Any, read_data: Callable[..., tuple[Any, dict, str]],
                    measure: Callable[..., tuple[dict[str, Measure], list[str]]]) -> None:
     """Run an evaluation on all processes: read the data, load the model, measure, print, write.
 
-    read_data(cfg) runs on rank 0 alone; measure(cfg, model, encoding, items, options) on every
-    rank, and returns measures and notes. options are those of gpt.scoring.ScoringOptions, as a
+    read_data(cfg) runs on rank 0 alone, and returns what measure() takes; what identifies it: task
+    (a title), name (of the file of the result), protocol, data (path, sha256, official), first
+    (only the first N items were taken; 0: all) and unit (what N counts); and the name under which
+    PUBLISHED has figures of the same. measure(cfg, model, encoding, items, options) runs on every
+    rank, and returns measures and notes; options are those of gpt.scoring.ScoringOptions, as a
     dict. The same command after a kill continues, and after the end prints the result again.
     """
     if cfg.compare:
         return print(compare(cfg.compare))
     check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'limit batch_tokens')])
     world = World.join(cfg.device, timeout_minutes=120)             # rank 0 may have to download
-    data = world.on_main(read_data, cfg)
+    items, about, published = world.on_main(read_data, cfg)
     if cfg.download:
-        world.print(data.facts['path'])
+        world.print(about['data']['path'])
         return world.leave()
     model, encoding, weights = checkpoints.load_for_evaluation(world, cfg.model, cfg.dtype)
-    about = {'task': data.task, 'name': data.name, 'protocol': data.protocol, 'model': weights,
-             'data': data.facts, 'first': data.first, 'unit': data.unit, 'settings': vars(cfg),
-             'device': str(world.device),
-             'versions': {'python': platform.python_version(), 'torch': torch.__version__}}
+    about |= {'model': weights, 'settings': vars(cfg), 'device': str(world.device),
+              'versions': {'python': platform.python_version(), 'torch': torch.__version__}}
     path, key, before = world.on_main(measured_before, cfg, about)
     if before:
         world.print(f'{format_result(before)}\n  measured before, in {path}; delete it to measure '
@@ -128,13 +117,16 @@ def run_evaluation(cfg: Any, read_data: Callable[..., Data],
     started = time.perf_counter()
     options = {'batch_tokens': cfg.batch_tokens, 'world': world, 'progress': True, 'kept': kept}
     try:
-        measures, notes = measure(cfg, model, encoding, data.items, options)
+        measures, notes = measure(cfg, model, encoding, items, options)
     except KeyboardInterrupt:
         if world.is_main and kept.path.exists():
             complain(f'stopped; what is measured so far is in {kept.path}, and the same command '
                      f'continues\n')
         raise
-    add_published(measures, data, checkpoints.official_name(cfg.model))
+    for key, found in measures.items():
+        figure = PUBLISHED.get((published, key, checkpoints.official_name(cfg.model)))
+        if figure and about['data']['official'] and not about['first']:
+            found['published'] = [figure]
     if world.is_main:
         result = {**about, 'measures': measures, 'notes': notes, 'tokens': kept.tokens,
                   'tokens_before': kept.tokens_before, 'processes': world.size,
@@ -161,15 +153,6 @@ def measured_before(cfg: Any, about: dict) -> tuple[Path, str, dict | None]:
     if cfg.out and path.exists() and path.stat().st_size:
         read(path)
     return path, key, None
-
-
-def add_published(measures: dict[str, Measure], data: Data, size: str) -> None:
-    """Add to each measure the figure published of it for this size of OpenAI's weights, on all of
-    the official data."""
-    for key, measure in measures.items():
-        figure = PUBLISHED.get((data.published, key, size))
-        if figure and data.facts['official'] and not data.first:
-            measure['published'] = [figure]
 
 
 def limited(items: Sequence, limit: int) -> tuple[Sequence, int]:

@@ -126,7 +126,6 @@ class Kept:
 @dataclass(frozen=True)
 class ScoringOptions:
     batch_tokens: int = 0       # tokens in a batch with its padding; 0: 1024 on a CPU, else 65536
-    device: torch.device | str | None = None    # None: the model's
     world: World | None = None  # its processes share the batches; what a batch holds does not
                                 # depend on their number, so neither does a result
     progress: bool = False      # say on stderr how far it is
@@ -251,7 +250,7 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     is halved. Raises ValueError, with the row's number, where a model gives NaN.
     """
     own = next(model.parameters()).device if hasattr(model, 'parameters') else 'cpu'
-    device, world = torch.device(options.device or own), options.world or World()
+    device, world = torch.device(own), options.world or World()
     sharded = is_sharded(model)         # then a batch makes logits of all its tokens
     size = options.batch_tokens or (1024 if device.type == 'cpu' else 8192 if sharded else 65536)
     batches, scores, done = batches_of(rows, size), empty_scores(rows), {}

@@ -39,8 +39,6 @@ HARMLESS = (                                # tensors without a part in what GPT
     r'h\.\d+\.attn\.(masked_)?bias',                    # the causal mask, and what it masks with
     r'h\.\d+\.(crossattention|ln_cross_attn)\..+')      # reads an encoder, of which there is none
 CHUNK = 2 ** 24                             # bytes read at once
-HOW_TO_CONVERT = ('if you trust it, load it once with the program that wrote it, and save it as '
-                  'safetensors, as save_pretrained() of transformers does')
 
 
 Index = TypedDict('Index', {'weight_map': dict[str, FileName]})     # model.safetensors.index.json
@@ -166,7 +164,8 @@ def load_pickle(file: Path) -> dict:
     except Exception as error:                          # torch has a class for each failure
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f'{file}: cannot be read: damaged, of torch before 1.6, or not of tensors '
-                         f'and plain types alone ({reason}); {HOW_TO_CONVERT}') from None
+                         f'and plain types alone ({reason}); if you trust it, load it once with '
+                         f'the program that wrote it, and save it as safetensors') from None
     if not isinstance(found, dict):
         raise ValueError(f'{file}: given {type(found).__name__}, expected a dict of tensors')
     return found

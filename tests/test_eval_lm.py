@@ -117,8 +117,8 @@ def test_enwik8_is_the_last_five_million_bytes(tmp_path):
     for before, text in (('x' * 9, 'y' * 5_000_000), ('ä' * 9, 'ä' + 'y' * 4_999_999)):
         (tmp_path / 'enwik8').write_text(before + text)
         cfg = config(task='enwik8', data=str(tmp_path / 'enwik8'))
-        corpus, _, first, *_ = eval_lm.read_data(cfg)
-        assert corpus.documents == [text.lstrip('ä')] and first == 0
+        corpus, about, _ = eval_lm.read_data(cfg)
+        assert corpus.documents == [text.lstrip('ä')] and about['first'] == 0
         assert corpus.units['byte'] in (5_000_000, 4_999_999)
 
 
@@ -295,10 +295,9 @@ def test_every_task_runs_on_a_file_of_its_kind(model, tmp_path, monkeypatch):
             eval_lm.main(cfg)
     table = eval_lm.table(str(model))
     for line in ('LAMBADA (accuracy)', 'PTB (perplexity)', '/5', 'enwik8 (bits per byte)',
-                 '1BW (perplexity)', 'CBT common nouns',
-                 f'python eval_cbt.py --model={model}'):
+                 '1BW (perplexity)', 'CBT common nouns', 'yet: cbt-paper-valid-detok-CN-NE; ',
+                 f'`make table3 MODEL={model}`'):
         assert line in table, table
-    assert '--task=ptb' not in table                    # it is there
 
 
 def test_results_are_kept_under_out_of_the_current_folder(model, tmp_path, monkeypatch, capsys):
@@ -314,10 +313,10 @@ def test_results_are_kept_under_out_of_the_current_folder(model, tmp_path, monke
 
 
 def test_the_table_of_a_model_without_results():
-    """Every column of the paper, its published figures, and the command for each result."""
+    """Every column of the paper, its published figures, and the command for the results."""
     table = eval_lm.table('gpt2-large')
     for words in ('10.87', '60.12', '93.45', '88', '19.93', '40.31', '0.97', '1.02', '22.05',
-                  '44.575', '--task=ptb --protocol=paper', 'eval_cbt.py'):
+                  '44.575', 'ptb-paper, ', 'make table3 MODEL=gpt2-large'):
         assert words in table, words
 
 
