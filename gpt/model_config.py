@@ -35,22 +35,19 @@ FIXED_KEYS = {                          # the values that model.py computes with
 HARMLESS_KEYS = frozenset("""
     architectures transformers_version torch_dtype dtype name_or_path _name_or_path _commit_hash
     attn_implementation _attn_implementation _attn_implementation_autoset tokenizer_class
-    unsloth_version unsloth_fixed
-    n_ctx n_special predict_special_tokens initializer_range gradient_checkpointing
-    resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj summary_activation
-    summary_proj_to_labels summary_first_dropout
-    use_cache output_past reorder_and_upcast_attn add_cross_attention cross_attention_hidden_size
-    is_decoder chunk_size_feed_forward torchscript use_bfloat16 tf_legacy_loss return_dict
-    output_hidden_states output_attentions
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
-    decoder_start_token_id prefix task_specific_params finetuning_task problem_type
-    num_labels _num_labels id2label label2id
-    max_length min_length max_new_tokens min_new_tokens max_time stop_strings do_sample
-    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p min_p
-    typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty
-    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences output_scores output_logits return_dict_in_generate forced_bos_token_id
-    forced_eos_token_id remove_invalid_values renormalize_logits suppress_tokens
+    unsloth_version unsloth_fixed n_ctx n_special predict_special_tokens initializer_range
+    gradient_checkpointing resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj
+    summary_activation summary_proj_to_labels summary_first_dropout use_cache output_past
+    reorder_and_upcast_attn add_cross_attention cross_attention_hidden_size is_decoder
+    chunk_size_feed_forward torchscript use_bfloat16 tf_legacy_loss return_dict output_hidden_states
+    output_attentions bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id
+    mask_token_id decoder_start_token_id prefix task_specific_params finetuning_task problem_type
+    num_labels _num_labels id2label label2id max_length min_length max_new_tokens min_new_tokens
+    max_time stop_strings do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty
+    encoder_repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids num_return_sequences output_scores output_logits return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values renormalize_logits suppress_tokens
     begin_suppress_tokens forced_decoder_ids exponential_decay_length_penalty sequence_bias
     guidance_scale low_memory penalty_alpha constraints force_words_ids cache_implementation
     num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold

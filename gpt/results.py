@@ -215,16 +215,11 @@ def format_measure(measure: Measure, interval: bool = True) -> str:
 def result_path(result: dict) -> Path:
     """Where a result is kept by default; the bare name is for all of the official data, in float32
     and with shared contexts."""
-    name = result['name']
-    if not result['settings'].get('share', True):
-        name += '-unshared'
-    if result['model']['dtype'] != 'float32':
-        name += f"-{result['model']['dtype']}"
-    if result['first']:
-        name += f"-first{result['first']}"
-    if not result['data']['official']:
-        name += f"-{file_id(result['data'])}"
-    return folder_of(result['model']['name']) / f'{name}.json'
+    dtype, first = result['model']['dtype'], result['first']
+    parts = (result['name'], '' if result['settings'].get('share', True) else 'unshared',
+             '' if dtype == 'float32' else dtype, f'first{first}' if first else '',
+             '' if result['data']['official'] else file_id(result['data']))
+    return folder_of(result['model']['name']) / f"{'-'.join(filter(None, parts))}.json"
 
 
 def file_id(facts: dict) -> str:
@@ -250,11 +245,7 @@ def write(path: str | Path, result: dict) -> None:
 
 def read(path: str | Path) -> dict:
     """The result in a file; ValueError if it is none."""
-    try:
-        return read_json(path, Result)
-    except ValueError as error:
-        problem = str(error).removeprefix(f'{path}: ')
-        raise ValueError(f'{path}: not the result of an evaluation ({problem})') from None
+    return read_json(path, Result)
 
 
 def format_result(result: dict) -> str:

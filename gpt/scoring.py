@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from gpt.files import read_bytes
 from gpt.settings import complain
@@ -382,7 +383,4 @@ def model_inputs(rows: list[Row],
 
 def right_pad(arrays: list[np.ndarray], device: torch.device) -> torch.Tensor:
     """Arrays (n,) as the rows of one tensor (B, T), with zeros after the shorter ones."""
-    rows = np.zeros((len(arrays), max(map(len, arrays))), np.int64)
-    for row, array in zip(rows, arrays):
-        row[:len(array)] = array
-    return torch.from_numpy(rows).to(device)
+    return pad_sequence(list(map(torch.from_numpy, arrays)), batch_first=True).to(device)
