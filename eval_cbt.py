@@ -139,7 +139,7 @@ def render(question, encoding, text='detok', gap=' ', eot=False):
     context = tokenizer.encode(encoding, shared).tolist()
     tails = [tokenizer.encode(encoding, one[len(shared):]).tolist() for one in texts]
     n_common = min(len(os.path.commonprefix(tails)), *(len(tail) - 1 for tail in tails))
-    eot_id = tokenizer.eot_id(encoding)
+    eot_id = encoding.eot
     mark = [eot_id] if eot and eot_id is not None else []
     return mark + context + tails[0][:n_common], [tail[n_common:] + mark for tail in tails]
 

@@ -292,7 +292,7 @@ def rolling(cfg, model, encoding, corpus, options):
     block_size = model.config.block_size
     unit, stride = TASKS[cfg.task].protocols[cfg.protocol]
     stride = cfg.stride or min(block_size, stride) or block_size
-    eot = tokenizer.eot_id(encoding)
+    eot = encoding.eot
     documents = [tokenizer.encode(encoding, text) for text in corpus.documents]
     scores = scoring.rolling_loglikelihoods(model, documents, stride, prefix=eot, **options)
     n_tokens = sum(score.count for score in scores)

@@ -64,10 +64,8 @@ def measure(cfg, model, encoding, questions, options):
 
 
 def evaluate(model, encoding, questions, protocol='completion', share=True, **options):
-    """({'acc_norm': [bool], 'acc': [bool]}, notes) of questions of benchmarks.hellaswag().
-
-    options: those of gpt.scoring.ScoringOptions. train.py calls this too.
-    """
+    """({'acc_norm': [bool], 'acc': [bool]}, notes) of questions of benchmarks.hellaswag(), for
+    train.py too; options: those of gpt.scoring.ScoringOptions."""
     items = [render(question, encoding, protocol) for question in questions]
     scores = scoring.ending_loglikelihoods(model, items, share=share, **options)
     return (grade(questions, scores, protocol),

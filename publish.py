@@ -164,7 +164,7 @@ def validation(cfg, step, world):
 def quoted(cfg, prompt, step):
     """Samples of a prompt as lines of Markdown."""
     ids = tokenizer.encode(step.encoding, prompt).tolist()
-    eot = tokenizer.eot_id(step.encoding)
+    eot = step.encoding.eot
     rows = torch.tensor([ids] * cfg.num_samples, device=step.model.wte.weight.device)
     rows = step.model.generate(rows, cfg.max_new_tokens, temperature=0.8, top_k=200, seed=SEED,
                                stop=() if eot is None else (eot,))

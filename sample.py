@@ -135,7 +135,7 @@ def write(cfg, model, encoding, text, ids):
     if start:
         print(f'the prompt has {len(ids):,} tokens, the block {model.config.block_size:,}: the '
               f'model reads the last {len(ids) - start:,}', file=sys.stderr)
-    eot, count, seconds = tokenizer.eot_id(encoding), 0, 0.0
+    eot, count, seconds = encoding.eot, 0, 0.0
     show = (lambda piece: None) if cfg.json else partial(print, end='', flush=True)
     started = time.perf_counter()
     for k, drawn in enumerate(generate(cfg, model, encoding, ids)):
@@ -168,7 +168,7 @@ def decoded(drawn, encoding, new):
     """Yield the text of the ids `drawn` in pieces of whole characters; append the ids to `new`.
     <|endoftext|> has no text."""
     decode = codecs.getincrementaldecoder('utf-8')('replace').decode
-    eot = tokenizer.eot_id(encoding)
+    eot = encoding.eot
     for i in drawn:
         new.append(i)
         yield decode(b'' if i == eot else encoding.decode_single_token_bytes(i))
@@ -176,11 +176,9 @@ def decoded(drawn, encoding, new):
 
 
 def generate(cfg, model, encoding, ids):
-    """Yield for each sample an iterable of its new ids, <|endoftext|> included if it is drawn.
-
-    A sample alone in its batch comes as it is drawn, others when all of the batch have ended.
-    """
-    device, eot = model.wte.weight.device, tokenizer.eot_id(encoding)
+    """Yield for each sample an iterable of its new ids, <|endoftext|> included if it is drawn: of
+    one alone in its batch as they are drawn, of others when all of the batch have ended."""
+    device, eot = model.wte.weight.device, encoding.eot
     for first in range(0, cfg.num_samples, cfg.batch_size):
         B = min(cfg.batch_size, cfg.num_samples - first)
         rows = stream(model, torch.tensor([ids] * B, device=device), cfg.max_new_tokens,

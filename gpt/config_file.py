@@ -25,9 +25,7 @@ LONGEST_POWER = 64
 
 def assignments(path: str | Path, values: dict[str, Any] | None = None) -> list[tuple]:
     """[(name, value, 'path:line')] of a config file, in order; it may use the names in `values`.
-
-    Raises ValueError for anything but assignments of literals, arithmetic and earlier names.
-    """
+    ValueError for anything but assignments of literals, arithmetic and earlier names."""
     text = read_text(path)
     try:
         tree = parsed(text, 'exec')

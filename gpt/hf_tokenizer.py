@@ -66,10 +66,8 @@ class HFTokenizer:
         self.reader = from_text(without(data, self.eot_text)) if self.eot_text else self.whole
 
     def encode(self, text: str, template: bool = False) -> list[int]:
-        """Ids of `text`, with the tokens that a template puts around it if wanted.
-
-        Raises ValueError for text of which the tokenizer has no tokens.
-        """
+        """Ids of `text`, with the tokens that a template puts around it if wanted; ValueError for
+        text of which the tokenizer has no tokens."""
         text.encode()                           # UnicodeEncodeError, as tiktoken has it
         with library_errors('the tokenizer cannot encode this text'):
             return self.reader.encode_batch_fast([text], add_special_tokens=template)[0].ids

@@ -25,10 +25,8 @@ Sample = TypedDict('Sample', {'step': Count, 'text': AnyText})      # of samples
 
 
 def page(folder: Path, records: list[dict], pictures: dict[tuple[str, bool], str]) -> str:
-    """The HTML about the run in `folder`, whose log is `records`.
-
-    pictures: {(theme, whether it is wide): SVG} for the themes 'light' and 'dark'.
-    """
+    """The HTML about the run in `folder`, whose log is `records`; pictures: {(theme, whether it is
+    wide): SVG} for the themes 'light' and 'dark'."""
     import jinja2
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined, finalize=printable)
@@ -134,9 +132,9 @@ def spread(samples: dict[int, str]) -> list[tuple[int, str]]:
     return [(steps[place], samples[steps[place]]) for place in places]
 
 
-def evaluations(folder: Path) -> dict:
-    """The results under out/results/ of checkpoints of this run, and remarks on them."""
-    rows, remarks = [], []
+def evaluations(folder: Path) -> list[tuple]:
+    """Rows of a table: the results under out/results/ of checkpoints of this run."""
+    rows = []
     for path in sorted(results.OUT.glob('*/*.json')):
         try:
             result = results.read(path)
@@ -145,19 +143,15 @@ def evaluations(folder: Path) -> dict:
         checkpoint = Path(result['model'].get('folder', '')).resolve()
         if not checkpoint.is_relative_to(folder.resolve()):
             continue
-        title = f"{result['task']}, {result['protocol']}"
+        first = f"first {result['first']:,}" if result.get('first') else ''
+        other = '' if result['data'].get('official') else 'not known to be the official file'
+        title = ', '.join(filter(None, (result['task'], result['protocol'], first, other)))
         for name, measure in result['measures'].items():
             value, _, interval = results.format_measure(measure).partition('  95 %: ')
             published = '; '.join(f'{figure:g} ({source})'
                                   for figure, source in measure['published'])
             rows.append((title, checkpoint.name, name, value, interval, published))
-        if result.get('first'):
-            remarks.append(f"{title}: only the first {result['first']:,}; "
-                           f'nothing published compares')
-        if not result['data'].get('official'):
-            remarks.append(f'{title}: not known to be the official file; '
-                           f'nothing published compares')
-    return {'rows': rows, 'remarks': remarks}
+    return rows
 
 
 def counted(events: list[dict]) -> dict:

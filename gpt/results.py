@@ -275,10 +275,8 @@ def format_result(result: dict) -> str:
 # Which of two models is better.
 
 def compare(paths: Sequence[str]) -> str:
-    """The lines that say whether the second of two results is better than the first, item by item.
-
-    Raises ValueError if they are not of the same measurement.
-    """
+    """The lines that say whether the second of two results is better than the first, item by item;
+    ValueError if they are not of the same measurement."""
     if len(paths) != 2:
         raise ValueError('compare: expected two results, --compare=a.json,b.json')
     a, b = map(read, paths)

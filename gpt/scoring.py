@@ -306,8 +306,7 @@ def split(logprobs: np.ndarray, predicted: np.ndarray, counts: Sequence[int]) ->
 
 
 def batches_of(rows: Sequence[Row], batch_tokens: int) -> list[list[tuple[int, Row]]]:
-    """Batches of (number, Row), the longest first, each of at most batch_tokens with its padding.
-    """
+    """Batches of (number, Row), the longest first, of at most batch_tokens with padding each."""
     batches = []
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
         longest = len(batches[-1][0][1].ids) if batches else batch_tokens
@@ -366,8 +365,7 @@ def body_and_head(model: Callable) -> tuple[Callable, Callable]:
 
 def model_inputs(rows: list[Row],
                  device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(ids (B, T), {positions (B, T), mask (B, 1, T, T)}); the dict is empty if no Row is shared.
-    """
+    """(ids (B, T), {positions (B, T), mask (B, 1, T, T)}); {} if no Row is shared."""
     ids = right_pad([row.ids for row in rows], device)
     if all(row.branch is None for row in rows):
         return ids, {}

@@ -181,10 +181,7 @@ def byte_pairs(name: str, merges: Iterable[Sequence[str]],
 
 
 def train_byte_pairs(texts: Iterable[str], vocab_size: int) -> BytePairs:
-    """Byte-pair encoding of vocab_size tokens trained on texts (Sennrich et al. 2016).
-
-    A small corpus may have fewer pairs; then the vocabulary is smaller.
-    """
+    """Byte-pair encoding of vocab_size tokens, fewer of a small corpus (Sennrich et al. 2016)."""
     check_vocab_size(vocab_size)
     if vocab_size < 257:
         raise ValueError(f'tokenizer: given bpe:{vocab_size}, expected at least bpe:257 '
@@ -201,10 +198,8 @@ def train_byte_pairs(texts: Iterable[str], vocab_size: int) -> BytePairs:
 
 
 def interruptible(work: Callable[[], None]) -> None:
-    """Call work(), which may run for minutes without Python, so that Ctrl-C is answered.
-
-    It runs in a thread that ends with the program.
-    """
+    """Call work(), which may run for minutes without Python, in a thread that ends with the
+    program, so that Ctrl-C is answered."""
     future = ThreadPoolExecutor(1).submit(work)
     while not future.done():
         wait([future], timeout=0.1)
@@ -276,11 +271,6 @@ def eot_id(encoding: Encoding) -> int | None:
     return encoding.eot
 
 
-def eot_text(encoding: Encoding) -> str:
-    """How the token that ends a text is written, '' without it."""
-    return encoding.eot_text
-
-
 def token_bytes(encoding: Encoding) -> list[bytes]:
     """The bytes of every token in order of its id; b'' for the one that ends a text."""
     return [b'' if i == encoding.eot else token for i, token in enumerate(encoding.tokens)]
@@ -309,10 +299,8 @@ def to_json(encoding: Encoding) -> str:
 
 
 def from_json(text: str, names: dict[str, str] | None = None) -> Encoding:
-    """The tokenizer of a tokenizer.json; names: its special tokens by role.
-
-    Raises ValueError for one that cannot be used.
-    """
+    """The tokenizer of a tokenizer.json, ValueError if it cannot be used; names: its special tokens
+    by role."""
     data = parse_json(text, 'tokenizer.json', TokenizerFile)
     check_ids(data)
     return characters_of(data) or byte_pairs_of(data) or HFTokenizer(text, names or {})
@@ -332,8 +320,7 @@ def characters_of(data: dict[str, Any]) -> Characters | None:
 
 
 def byte_pairs_of(data: dict[str, Any]) -> BytePairs | None:
-    """GPT-2's byte-level BPE, None for a tokenizer of which tiktoken would not give
-    the same ids.
+    """GPT-2's byte-level BPE, None for a tokenizer of which tiktoken would not give the same ids.
 
     tiktoken merges the pair whose result has the lowest id, and takes a word that is a token whole;
     `tokenizers` merges the pair that comes first in the list. They are equal if every longer token
@@ -377,10 +364,8 @@ def has_gpt2_parts(data: dict[str, Any]) -> bool:
 
 
 def limited(encoding: Encoding, rows: int) -> tuple[Encoding, list[str]]:
-    """(the tokenizer without added tokens whose id is `rows` or more, their names).
-
-    Raises ValueError if other tokens have such an id.
-    """
+    """(the tokenizer without added tokens whose id is `rows` or more, their names); ValueError if
+    other tokens have such an id."""
     if encoding.n_vocab <= rows:
         return encoding, []
     data = json.loads(to_json(encoding))
@@ -400,10 +385,8 @@ def limited(encoding: Encoding, rows: int) -> tuple[Encoding, list[str]]:
 
 
 def load(path: str | Path) -> Encoding:
-    """The tokenizer of a tokenizer.json, or of a vocab.json and the merges.txt beside it.
-
-    Raises ValueError for one that cannot be used.
-    """
+    """The tokenizer of a tokenizer.json, or of a vocab.json and the merges.txt beside it;
+    ValueError for one that cannot be used."""
     path = Path(path)
     try:
         return from_json(*read_folder(path))

@@ -80,10 +80,8 @@ def file_in(folder: str | Path, name: str) -> Path | None:
 
 
 def weight_files(folder: str | Path) -> list[str]:
-    """The names of the files that hold the weights in `folder`: one, or those that an index names.
-
-    Raises ValueError if there is neither.
-    """
+    """The names of the files that hold the weights in `folder`: one, or those that an index names;
+    ValueError if there is neither."""
     for single, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
         if file_in(folder, single):
             return [single]
@@ -315,10 +313,8 @@ def chunks(stored: Stored) -> Iterable[tuple[int, int]]:
 
 @torch.no_grad()
 def fill(model: GPT, weights: Weights) -> None:
-    """Copy the weights into `model`, whose config fit() returned; its vocabulary may be shorter.
-
-    They are read in pieces: memory never holds a second copy. Raises ValueError for NaN.
-    """
+    """Copy the weights into `model`, whose config fit() returned, in pieces: memory never holds a
+    second copy. The vocabulary of the model may be shorter. Raises ValueError for NaN."""
     for name, p in model.named_parameters():
         stored = weights.tensors[name]
         if name == TIED:                                # rows of padding: here, and in some files

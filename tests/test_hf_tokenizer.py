@@ -165,7 +165,7 @@ def test_ids_and_texts_are_those_of_transformers(kind, tmp_path):
 @pytest.mark.parametrize('kind', FOLDERS)
 def test_end_of_text_in_a_text_is_text_and_begins_documents(kind, tmp_path):
     encoding = load(tokenizer.stored(saved(tmp_path / 'it', FOLDERS[kind])))
-    eot, name = eot_id(encoding), tokenizer.eot_text(encoding)
+    eot, name = eot_id(encoding), encoding.eot_text
     if eot is None:
         assert name == ''
         return
@@ -225,7 +225,7 @@ def test_which_token_ends_a_text(files, expected, tmp_path):
                                      added(SIZE + 1, '</s>', special=True)]}
     assert SIZE == 300
     encoding = load(saved(tmp_path, {'tokenizer.json': data, **files}) / 'tokenizer.json')
-    assert tokenizer.eot_text(encoding) == expected
+    assert encoding.eot_text == expected
     assert tokenizer.special_names(encoding)['eos_token'] == expected
 
 
