@@ -81,12 +81,10 @@ def resolved(cfg):
 
 def read_data(cfg):
     """({subset: Questions}, what identifies them, the name of what is published)."""
-    subsets, facts = {}, []
-    for name in cfg.subset:
-        subsets[name], facts_of_one = benchmarks.cbt(name, cfg.split, cfg.data)
-        facts.append(facts_of_one)
-    _, first = results.limited(max(subsets.values(), key=len), cfg.limit)
-    subsets = {name: results.limited(questions, first)[0] for name, questions in subsets.items()}
+    found = {name: benchmarks.cbt(name, cfg.split, cfg.data) for name in cfg.subset}
+    _, first = results.limited(max((one for one, _ in found.values()), key=len), cfg.limit)
+    subsets = {name: results.limited(one, first)[0] for name, (one, _) in found.items()}
+    facts = [facts for _, facts in found.values()]
     together = {'path': ', '.join(one['path'] for one in facts),
                 'sha256': '-'.join(one['sha256'] for one in facts),
                 'official': all(one['official'] for one in facts)}

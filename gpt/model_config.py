@@ -58,11 +58,10 @@ LARGEST = 2 ** 24                       # number of layers, channels, positions 
 
 # What is read, by type: numbers of transformers' keys are 1 or more.
 
-KINDS = {field.name: type(field.default) for field in fields(GPTConfig)}
 SIZES = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
 OwnSettings = TypedDict('OwnSettings', {
-    name: kind for name, kind in KINDS.items()
-    if name not in HUGGING_FACE_KEYS and name != 'dropout'}, total=False)
+    field.name: type(field.default) for field in fields(GPTConfig)
+    if field.name not in HUGGING_FACE_KEYS and field.name != 'dropout'}, total=False)
 ConfigJson = TypedDict('ConfigJson', {
     'model_type': str, **{HUGGING_FACE_KEYS[name]: Positive for name in SIZES},
     'bias': NotRequired[bool], 'activation_function': NotRequired[str],
