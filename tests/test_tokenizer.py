@@ -167,6 +167,7 @@ def test_gpt2_gives_the_ids_of_gpt2(gpt2):
     ids = encode(encoding, "Hello, I'm a language model,").tolist()
     assert ids == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert eot_id(encoding) == 50256 and encoding.n_vocab == 50257
+    assert fingerprint(encoding).startswith('2548045ac46b8ad1')     # data sets are tied to it
     again = from_json(to_json(encoding))
     assert (fingerprint(again) == fingerprint(encoding)
             and (encode(again, TEXT) == encode(encoding, TEXT)).all())
