@@ -6,7 +6,8 @@ import ctypes
 import os
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -45,12 +46,19 @@ def pack(model) -> nn.Module:
     return model
 
 
-def no_onednn_for_one_token(ids: torch.Tensor, weight: torch.Tensor) -> AbstractContextManager:
-    """For one token in bfloat16 on a CPU, oneDNN is off: it rearranges a weight at every product,
-    which takes twice as long as reading it."""
+@contextmanager
+def no_onednn_for_one_token(ids: torch.Tensor, weight: torch.Tensor) -> Iterator[None]:
+    """For one token in bfloat16 on a CPU, switch oneDNN off: it rearranges a weight at every
+    product, which takes twice as long as reading it."""
     if ids.numel() > 1 or weight.device.type != 'cpu' or weight.dtype != torch.bfloat16:
-        return nullcontext()
-    return torch.backends.mkldnn.flags(enabled=False)
+        yield
+        return
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def keep_freed_memory() -> None:

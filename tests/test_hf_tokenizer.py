@@ -458,7 +458,7 @@ def test_what_transformers_would_match_otherwise_is_refused(tmp_path):
     token = {**USER, 'rstrip': True}
     both = {'tokenizer.json': {**OURS, 'added_tokens': [*OURS['added_tokens'], USER]}}
     for number, (files, config, words) in enumerate((
-            (both, {'added_tokens_decoder': {str(SIZE): token}}, 'another lstrip, rstrip or single'),
+            (both, {'added_tokens_decoder': {str(SIZE): token}}, 'another lstrip, rstrip or s'),
             (both, {'split_special_tokens': True}, 'split_special_tokens, which is not'),
             (PAIR, {**GPT2_CLASS, 'add_bos_token': True}, 'add_bos_token, which is not'))):
         folder = saved(tmp_path / str(number), {**files, 'tokenizer_config.json': config})
