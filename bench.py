@@ -280,7 +280,7 @@ def evaluate_lines(cfg, world):
     flops = 2 * (12 * c.n_layer * c.n_embd ** 2 * tokens + c.padded_vocab_size * c.n_embd * scored)
 
     def score():
-        scoring.ending_loglikelihoods(model, items, device=device)
+        scoring.ending_loglikelihoods(model, items)
     seconds, peak = between(lambda: measure_peak(device, torch.float32),
                             lambda: clock(score, device, cfg.seconds, least=3))
     yield Line(f'evaluate {cfg.model}, 4 endings, float32', 24 / seconds,

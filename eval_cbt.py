@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt.settings import run, settings
+from gpt.settings import check_choices, run, settings
 
 # -----------------------------------------------------------------------------
 model = ''              # also -m; gpt2 to gpt2-xl, another GPT-2 on the hub, a folder, a run (its
@@ -44,7 +44,7 @@ compare = ()            # two results, --compare=a.json,b.json: is the second be
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
-from gpt import checkpoints, results, scoring, tokenizer
+from gpt import results, scoring, tokenizer
 from gpt.data import benchmarks
 
 
@@ -62,32 +62,19 @@ PRESETS = {
     'paper': Preset('valid', ('CN', 'NE'), 'detok', ' ', False),
     'mindspore': Preset('valid', ('CN', 'NE'), 'raw', '  ', True),
     'seed': Preset('test', ('CN',), 'raw', '', False)}
-PUBLISHED = {               # per cent, by preset, model and subset
-    **{('paper', size, name): (row['cbt-paper-valid-detok-CN-NE', name], 'GPT-2 paper')
-       for size, row in results.TABLE3.items() for name in ('CN', 'NE')},
-    **{('mindspore', size, name): (value, 'MindSpore model zoo') for size, name, value in (
-        ('gpt2', 'CN', 87.85), ('gpt2-medium', 'CN', 92.10), ('gpt2-large', 'CN', 93.70),
-        ('gpt2', 'NE', 85.10), ('gpt2-medium', 'NE', 87.55), ('gpt2-large', 'NE', 89.10))},
-    ('seed', 'gpt2', 'CN'): (86.84, 'SeekDeeper')}
 
 
 def main(cfg):
-    results.run_evaluation(resolved(cfg), read_data, outcome)
+    results.run_evaluation(resolved(cfg), read_data, measure)
 
 
 def resolved(cfg):
     """The settings, with those of the preset for what is not given."""
-    if cfg.preset not in PRESETS:
-        raise ValueError(f"preset: given {cfg.preset!r}, expected one of {', '.join(PRESETS)}")
+    check_choices(cfg, preset=PRESETS)
     preset = PRESETS[cfg.preset]
     cfg = replace(cfg, split=cfg.split or preset.split, text=cfg.text or preset.text,
                   subset=tuple(dict.fromkeys(cfg.subset)) or preset.subset)
-    for key, values, choices in (('split', [cfg.split], ('valid', 'test')),
-                                 ('text', [cfg.text], ('detok', 'raw')),
-                                 ('subset', cfg.subset, KINDS)):
-        for value in values:
-            if value not in choices:
-                raise ValueError(f"{key}: given {value!r}, expected one of {', '.join(choices)}")
+    check_choices(cfg, split=('valid', 'test'), text=('detok', 'raw'), subset=KINDS)
     if len(cfg.subset) > 1 and Path(cfg.data).expanduser().is_file():
         raise ValueError(f"data: given {cfg.data}, a file, which holds one subset; --subset says "
                          f"which, one of {', '.join(KINDS)}")
@@ -95,31 +82,28 @@ def resolved(cfg):
 
 
 def read_data(cfg):
-    """The Data; its items are ({subset: Questions}, {sentence: book})."""
-    subsets, facts = {}, []
-    for name in cfg.subset:
-        subsets[name], facts_of_one = benchmarks.cbt(name, cfg.split, cfg.data, cfg.skip_bad)
-        facts.append(facts_of_one)
-    _, first = results.limited(max(subsets.values(), key=len), cfg.limit)
-    subsets = {name: results.limited(questions, first)[0] for name, questions in subsets.items()}
-    books = benchmarks.cbt_books(cfg.split, cfg.data)
+    """(({subset: Questions}, {sentence: book}, how many were skipped), what identifies them, the
+    name of what is published)."""
+    found = {name: benchmarks.cbt(name, cfg.split, cfg.data, cfg.skip_bad) for name in cfg.subset}
+    _, first = results.limited(max((one for one, _ in found.values()), key=len), cfg.limit)
+    subsets = {name: results.limited(one, first)[0] for name, (one, _) in found.items()}
+    facts = [facts for _, facts in found.values()]
     together = {'path': ', '.join(one['path'] for one in facts),
                 'sha256': '-'.join(one['sha256'] for one in facts),
                 'official': all(one['official'] for one in facts),
-                'skipped': sum(one['skipped'] for one in facts)}
-    preset, size = PRESETS[cfg.preset], checkpoints.official_name(cfg.model)
-    is_preset = (cfg.split, cfg.text, together['skipped']) == (preset.split, preset.text, 0)
-    return results.Data((subsets, books), together, first, 'questions of each subset',
-                        "Children's Book Test",
-                        '-'.join(['cbt', cfg.preset, cfg.split, cfg.text, *cfg.subset]),
-                        f'{cfg.preset}, {cfg.split}, {cfg.text}',
-                        {name: PUBLISHED[cfg.preset, size, name] for name in subsets
-                         if is_preset and (cfg.preset, size, name) in PUBLISHED})
+                'skipped': (skipped := sum(one['skipped'] for one in facts))}
+    name, published = ('-'.join(['cbt', cfg.preset, cfg.split, cfg.text, *names])
+                       for names in (cfg.subset, PRESETS[cfg.preset].subset))
+    books = benchmarks.cbt_books(cfg.split, cfg.data)
+    about = {'task': "Children's Book Test", 'name': name,
+             'protocol': f'{cfg.preset}, {cfg.split}, {cfg.text}', 'data': together,
+             'first': first, 'unit': 'questions of each subset'}
+    return (subsets, books, skipped), about, '' if skipped else published
 
 
-def outcome(cfg, model, encoding, data, options):
-    """The Outcome: an accuracy for each subset."""
-    preset, (subsets, books) = PRESETS[cfg.preset], data.items
+def measure(cfg, model, encoding, data, options):
+    """(measures, notes, rows): an accuracy for each subset."""
+    preset, (subsets, books, skipped) = PRESETS[cfg.preset], data
     measures, notes, cuts, rows = {}, [], [], []
     for name, questions in subsets.items():
         items = [render(question, encoding, cfg.text, preset.gap, preset.eot)
@@ -134,9 +118,9 @@ def outcome(cfg, model, encoding, data, options):
             for question, is_right in zip(questions, right))]
         cuts += [f'{name}: {note}' for note in scoring.cut_note(items, model.config.block_size)]
         rows += [dump_row(name, *one) for one in zip(questions, right, scores)]
-    if data.facts['skipped']:
-        cuts.append(f"{data.facts['skipped']} malformed questions were skipped")
-    return results.Outcome(measures, [*notes, *cuts, 'chance: 10 %'], rows)
+    if skipped:
+        cuts.append(f'{skipped} malformed questions were skipped')
+    return measures, [*notes, *cuts, 'chance: 10 %'], rows
 
 
 def dump_row(subset, question, right, scores):
@@ -172,7 +156,7 @@ def render(question, encoding, text='detok', gap=' ', eot=False):
     context = tokenizer.encode(encoding, shared).tolist()
     tails = [tokenizer.encode(encoding, one[len(shared):]).tolist() for one in texts]
     n_common = min(len(os.path.commonprefix(tails)), *(len(tail) - 1 for tail in tails))
-    eot_id = tokenizer.eot_id(encoding)
+    eot_id = encoding.eot
     mark = [eot_id] if eot and eot_id is not None else []
     return mark + context + tails[0][:n_common], [tail[n_common:] + mark for tail in tails]
 

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt.settings import check_bounds, run, settings
+from gpt.settings import check_bounds, check_choices, run, settings
 
 # -----------------------------------------------------------------------------
 model = ''              # also -m; gpt2 to gpt2-xl, another GPT-2 on the hub, a folder, a run (its
@@ -71,15 +71,6 @@ TASKS = {
     'wikitext103': Task('WikiText-103', {'paper': ('word', 32)}),
     '1bw': Task('1 Billion Word', {'paper': ('word', 0)}),
     'file': Task('', {'text': ('token', 512)})}                     # stands for --file
-PUBLISHED = {               # by result, measure and model: value, source
-    ('lambada-harness', 'accuracy', 'gpt2'): (32.56, 'lm-evaluation-harness #2159'),
-    ('lambada-harness', 'perplexity', 'gpt2'): (40.06, 'lm-evaluation-harness #2159'),
-    ('lambada-last-token', 'accuracy', 'gpt2'): (46.67, 'cybertronai/bflm'),
-    ('wikitext2-harness', 'word', 'gpt2'): (37.37, 'transformers #13761'),
-    ('wikitext2-hf', 'token', 'gpt2'): (29.94, "transformers' documentation"),
-    ('wikitext2-hf', 'token', 'gpt2-large'): (19.44, "transformers' documentation"),
-    **{(*column, size): (value, 'GPT-2 paper')
-       for size, row in results.TABLE3.items() for column, value in row.items()}}
 STOP_WORDS = frozenset('''
     a about above after again against all am an and any are as at be because been before being below
     between both but by can could did do does doing down during each few for from further had has
@@ -93,7 +84,8 @@ STOP_WORDS = frozenset('''
 def main(cfg):
     if cfg.table3:
         return print(table(cfg.model))
-    results.run_evaluation(resolved(cfg), read_data, outcome)
+    cfg = resolved(cfg)
+    results.run_evaluation(cfg, read_data, lambada if cfg.task == 'lambada' else rolling)
 
 
 def resolved(cfg):
@@ -110,23 +102,34 @@ def resolved(cfg):
         if cfg.protocol != 'paper':
             raise ValueError(f'protocol: given {cfg.protocol!r}, but a --file has none')
         return replace(cfg, task='file', protocol='text')
-    tasks = [task for task in TASKS if task != 'file']
-    if cfg.task not in tasks:
-        raise ValueError(f"task: given {cfg.task!r}, expected one of {', '.join(tasks)}, "
-                         f'or --file=ANY.txt')
-    protocols = TASKS[cfg.task].protocols
-    if cfg.protocol not in protocols:
-        raise ValueError(f'protocol: given {cfg.protocol!r}, but {cfg.task} has '
-                         f"{', '.join(protocols)}")
+    check_choices(cfg, task=[task for task in TASKS if task != 'file'])
+    check_choices(cfg, protocol=TASKS[cfg.task].protocols)
     return cfg
 
 
 def read_data(cfg):
-    """The Data; its items are the passages of LAMBADA, or the Corpus of any other text."""
+    """(the passages of LAMBADA, or the Corpus of any other text; what identifies the measurement;
+    the name of what is published)."""
     if cfg.task == 'lambada':
         passages, facts = benchmarks.lambada(cfg.data)
-        passages, first = results.limited(passages, cfg.limit)
-        return results.Data(passages, facts, first, 'passages', *called(cfg, facts))
+        items, first = results.limited(passages, cfg.limit)
+    else:
+        text, facts = read_text(cfg)
+        text, first = results.limited(text, cfg.characters)
+        items = as_corpus(text, cfg)
+    changes = [f'stride{cfg.stride}'] if cfg.stride else []
+    changes += [f'detok{cfg.detok}'] if cfg.detok != 'auto' else []
+    own = results.file_id(facts) if cfg.task == 'file' else cfg.protocol
+    name = '-'.join([cfg.task, own, *changes])      # the bare name: the protocol's own settings
+    return items, {
+        'task': TASKS[cfg.task].title or Path(cfg.file).name, 'name': name,
+        'protocol': f'{cfg.protocol}, {"-".join(changes)}' if changes else cfg.protocol,
+        'data': facts, 'first': first,
+        'unit': 'passages' if cfg.task == 'lambada' else 'characters'}, name
+
+
+def read_text(cfg):
+    """(text, facts) of a task or a --file."""
     if cfg.task == 'file':
         raw = benchmarks.read_bytes(cfg.file)
         facts = {**benchmarks.facts(cfg.file, raw), 'official': True}
@@ -138,33 +141,13 @@ def read_data(cfg):
     text = files.decode(raw, facts['path'])
     if not text.strip():
         raise ValueError(f"{facts['path']}: there is no text in this file")
-    text, first = results.limited(text, cfg.characters)
-    return results.Data(as_corpus(text, cfg), facts, first, 'characters', *called(cfg, facts))
-
-
-def called(cfg, facts):
-    """(title, name of the result, protocol, published figures); the bare name is for the protocol's
-    own settings."""
-    changes = [f'stride{cfg.stride}'] if cfg.stride else []
-    changes += [f'detok{cfg.detok}'] if cfg.detok != 'auto' else []
-    own = results.file_id(facts) if cfg.task == 'file' else cfg.protocol
-    name, size = '-'.join([cfg.task, own, *changes]), checkpoints.official_name(cfg.model)
-    return (TASKS[cfg.task].title or Path(cfg.file).name, name,
-            f'{cfg.protocol}, {"-".join(changes)}' if changes else cfg.protocol,
-            {key: figure for (result, key, of), figure in PUBLISHED.items()
-             if (result, of) == (name, size)})
-
-
-def outcome(cfg, model, encoding, data, options):
-    """The Outcome of the task."""
-    score = lambada if cfg.task == 'lambada' else rolling
-    return results.Outcome(*score(cfg, model, encoding, data.items, options))
+    return text, facts
 
 
 # LAMBADA: the last word of a passage.
 
 def lambada(cfg, model, encoding, passages, options):
-    """(measures, notes) of passages of text."""
+    """(measures, notes, no rows) of passages of text."""
     pairs = [last_word(text, encoding, cfg.protocol) for text in passages]
     banned = never_last(encoding) if cfg.protocol == 'paper' else None
     # a placeholder after the word: what the model predicts there tells whether the word has ended
@@ -182,7 +165,7 @@ def lambada(cfg, model, encoding, passages, options):
     if cfg.protocol != 'last-token':            # the last token may be half a word
         measures['perplexity'] = results.per_unit(nats, [1] * len(nats), 'word',
                                                   about='of the last word')
-    return measures, scoring.cut_note(items, model.config.block_size)
+    return measures, scoring.cut_note(items, model.config.block_size), []
 
 
 def last_word(text, encoding, protocol):
@@ -305,11 +288,11 @@ def harness_detokenize(text):
 
 
 def rolling(cfg, model, encoding, corpus, options):
-    """(measures, notes) of a Corpus: one total loss, per unit of each kind."""
+    """(measures, notes, no rows) of a Corpus: one total loss, per unit of each kind."""
     block_size = model.config.block_size
     unit, stride = TASKS[cfg.task].protocols[cfg.protocol]
     stride = cfg.stride or min(block_size, stride) or block_size
-    eot = tokenizer.eot_id(encoding)
+    eot = encoding.eot
     documents = [tokenizer.encode(encoding, text) for text in corpus.documents]
     scores = scoring.rolling_loglikelihoods(model, documents, stride, prefix=eot, **options)
     n_tokens = sum(score.count for score in scores)
@@ -332,7 +315,7 @@ def rolling(cfg, model, encoding, corpus, options):
         notes.append(corpus.note)
     if eot is None:
         notes.append('the first token is not scored: this tokenizer has none to read before it')
-    return measures, notes
+    return measures, notes, []
 
 
 def in_pieces(encoding, documents, scores):
@@ -352,7 +335,7 @@ def in_pieces(encoding, documents, scores):
 # Table 3.
 
 LINES = {
-    **results.COLUMNS,
+    **{column: title for column, (title, *_) in results.TABLE3.items()},
     ('lambada-harness', 'perplexity'): 'by harness: LAMBADA (perplexity)',
     ('lambada-harness', 'accuracy'): 'by harness: LAMBADA (accuracy)',
     ('wikitext2-harness', 'word'): 'by harness: WikiText-2 (perplexity)'}
@@ -376,7 +359,7 @@ def table(model):
             if measure is None:
                 raise ValueError(f'{folder / name}.json: measures: has no {key!r}')
             text = f"{results.format_measure(measure):38} {measure['about']}"
-        published, _ = PUBLISHED.get((name, key, size), ('-', ''))
+        published, _ = results.PUBLISHED.get((name, key, size), ('-', ''))
         lines.append(f'{title:35}  {published:>9}  {text}')
     weights = sorted({f"weights {one['model'].get('sha256', '')[:8]}: "
                       f"{one['model'].get('folder', '')}" for one in measured.values()})
@@ -385,16 +368,9 @@ def table(model):
         lines.append('not all of the same weights: measure the older ones again')
     missing = [name for name in names if name not in measured]
     if missing:
-        lines += ['not measured yet:', *(f'  {command_for(name, model)}' for name in missing)]
+        lines.append(f"not measured yet: {', '.join(missing)}; `make table3 MODEL={model}` "
+                     f'measures them')
     return '\n'.join(lines)
-
-
-def command_for(name, model):
-    """The command that measures a result of Table 3."""
-    task, _, protocol = name.partition('-')
-    if task == 'cbt':
-        return f'python eval_cbt.py --model={model}'
-    return f'python eval_lm.py --model={model} --task={task} --protocol={protocol}'
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ lm-eval     the activity before the context, brackets removed (lm-evaluation-har
 
 import re
 
-from gpt.settings import run, settings
+from gpt.settings import check_choices, run, settings
 
 # -----------------------------------------------------------------------------
 model = ''              # also -m; gpt2 to gpt2-xl, another GPT-2 on the hub, a folder, a run (its
@@ -34,42 +34,30 @@ compare = ()            # two results, --compare=a.json,b.json: is the second be
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 
-from gpt import checkpoints, results, scoring, tokenizer
+from gpt import results, scoring, tokenizer
 from gpt.data import benchmarks
 
 SHORT = {'-m': 'model', '-d': 'device'}
 PROTOCOLS = {               # what decides: acc_norm, the one that is quoted, and acc
     'completion': ('by the mean of its tokens', 'by the sum of its tokens'),
     'lm-eval': ('by the sum over its characters', 'by the sum of its tokens')}
-BY_LLM_C = 'llm.c and build-nanogpt'
-PUBLISHED = {               # per cent of 10,042: acc_norm, acc, source
-    ('completion', 'gpt2'): (29.55, 28.59, BY_LLM_C),
-    ('completion', 'gpt2-medium'): (37.52, None, 'llm.c, bfloat16'),
-    ('completion', 'gpt2-large'): (43.20, None, 'llm.c, bfloat16'),
-    ('completion', 'gpt2-xl'): (48.93, 38.42, BY_LLM_C),
-    ('lm-eval', 'gpt2'): (31.14, 28.92, 'lm-evaluation-harness'),
-    ('lm-eval', 'gpt2-xl'): (50.89, 40.04, 'lm-evaluation-harness')}
 
 
 def main(cfg):
-    if cfg.protocol not in PROTOCOLS:
-        raise ValueError(f"protocol: given {cfg.protocol!r}, expected 'completion' or 'lm-eval'")
-    results.run_evaluation(cfg, read_data, outcome)
+    check_choices(cfg, protocol=PROTOCOLS)
+    results.run_evaluation(cfg, read_data, measure)
 
 
 def read_data(cfg):
     questions, facts = benchmarks.hellaswag(cfg.data)
     questions, first = results.limited(questions, cfg.limit)
-    figures = PUBLISHED.get((cfg.protocol, checkpoints.official_name(cfg.model)), (None, None, ''))
-    published = {key: (figure, figures[2]) for key, figure in zip(('acc_norm', 'acc'), figures)
-                 if figure}
-    return results.Data(questions, facts, first, 'questions', 'HellaSwag',
-                        f'hellaswag-{cfg.protocol}', cfg.protocol, published)
+    name = f'hellaswag-{cfg.protocol}'
+    return questions, {'task': 'HellaSwag', 'name': name, 'protocol': cfg.protocol, 'data': facts,
+                       'first': first, 'unit': 'questions'}, name
 
 
-def outcome(cfg, model, encoding, data, options):
-    """The Outcome of the protocol."""
-    questions = data.items
+def measure(cfg, model, encoding, questions, options):
+    """(measures, notes, rows) of the protocol."""
     answers = evaluate(model, encoding, questions, cfg.protocol, share=cfg.share, **options)
     measures = {key: results.accuracy(answers[key], about)
                 for key, about in zip(('acc_norm', 'acc'), PROTOCOLS[cfg.protocol])}
@@ -81,15 +69,13 @@ def outcome(cfg, model, encoding, data, options):
              'right': answers['acc_norm'][i], 'right_by_sum': answers['acc'][i],
              'sums': [score.sum for score in four], 'counts': [score.count for score in four]}
             for i, (question, four) in enumerate(zip(questions, answers['scores']))]
-    return results.Outcome(measures, [*notes, *answers['notes'], 'chance: 25 %'], rows)
+    return measures, [*notes, *answers['notes'], 'chance: 25 %'], rows
 
 
 def evaluate(model, encoding, questions, protocol='completion', share=True, **options):
     """For questions of benchmarks.hellaswag(): {'acc_norm': [bool], 'acc': [bool], 'scores':
-    [[Score]], 'notes': [str]}.
-
-    options: those of gpt.scoring.ScoringOptions. train.py calls this too.
-    """
+    [[Score]], 'notes': [str]}; options: those of gpt.scoring.ScoringOptions. train.py calls this
+    too."""
     items = [render(question, encoding, protocol) for question in questions]
     scores = scoring.ending_loglikelihoods(model, items, share=share, **options)
     return {**grade(questions, scores, protocol), 'scores': scores,

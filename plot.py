@@ -12,7 +12,7 @@ import io
 import re
 from pathlib import Path
 
-from gpt.settings import run, settings
+from gpt.settings import check_choices, run, settings
 
 # -----------------------------------------------------------------------------
 runs = ()           # folders of runs, as plain arguments: plot.py out/a out/b
@@ -59,8 +59,7 @@ THEMES = {          # the colours of runs can be told apart by the colour-blind
 def main(cfg):
     if not cfg.runs:
         raise ValueError('runs: expected the folder of a run, as in: python plot.py out/quickstart')
-    if cfg.theme not in THEMES:
-        raise ValueError(f"theme: given {cfg.theme!r}, expected 'light' or 'dark'")
+    check_choices(cfg, theme=THEMES)
     folders = folders_with_logs(cfg.runs)
     if cfg.compare:
         return print('\n'.join(compared(folders, cfg.target)))

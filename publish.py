@@ -53,7 +53,11 @@ def main(cfg):
     check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'eval_tokens max_new_tokens'),
                        ('1 or more', lambda value: value >= 1, 'num_samples')])
     world, target = World(device=pick_device(cfg.device)), Path(cfg.to).resolve()
-    check_target(target, cfg.to)
+    published = ('model.safetensors', 'manifest.json', 'README.md')
+    if target.exists() and any(target.iterdir()) and not all(
+            (target / name).exists() for name in published):
+        raise ValueError(f'{cfg.to}: exists and was not written by this program; give another '
+                         f'folder')
     about = given_text(cfg.about, 'about').strip()
     prompts = [given_text(prompt, 'prompts') for prompt in cfg.prompts]
     dtype, _ = pick_dtype(cfg.dtype, torch.device('cpu'))
@@ -78,31 +82,21 @@ class Step(NamedTuple):
     folder: Path
 
 
+def step_folder(name):
+    """The folder of the step to publish."""
+    folder = checkpoints.find(Path(name)) if Path(name).is_dir() else Path()
+    if not folder.name.startswith('step_'):
+        raise ValueError(f'model: given {name!r}, expected the folder of a run of train.py that '
+                         f'has saved a step')
+    return folder
+
+
 def read_step(folder, device, dtype):
     """The Step in `folder`."""
     model, encoding = checkpoints.load_folder(folder, device, dtype=dtype)
     texts = {name: read_text(folder.parent / name) for name in FROM_THE_RUN
              if (folder.parent / name).exists()}
     return Step(model.float(), encoding, checkpoints.load_training(folder), texts, folder)
-
-
-def step_folder(name):
-    """The folder of the step to publish."""
-    if Path(name).is_dir():
-        folder = checkpoints.find(Path(name))
-        if folder.name.startswith('step_'):
-            return folder
-    raise ValueError(f'model: given {name!r}, expected the folder of a run of train.py that has '
-                     f'saved a step')
-
-
-def check_target(target, name):
-    """Refuse a folder with files that were not published there."""
-    published = ('model.safetensors', 'manifest.json', 'README.md')
-    if target.exists() and any(target.iterdir()) and not all(
-            (target / file).exists() for file in published):
-        raise ValueError(f'{name}: exists and was not written by this program; '
-                         f'give another folder')
 
 
 def card(cfg, about, rows, samples):
@@ -141,16 +135,15 @@ def properties(cfg, step, dtype, world):
 
 def validation(cfg, step, world):
     """Properties measured on the validation text, or why there are none."""
-    name, reason = step.training['settings']['dataset'], 'is not at hand'
+    name = step.training['settings']['dataset']
     try:
         data = Data(name, cfg.data_dir)
-        reason = 'was prepared again since the training'
         check_tokenizer(name, data.encoding, step.folder, step.encoding)
         if data.shards != step.training['shards']:
-            raise ValueError(f'the data set {name} {reason}')
+            raise ValueError(f'the data set {name} was prepared again since the training')
     except (OSError, ValueError) as error:
         print(f'not validated: {error}')
-        return [('not validated', f'the data set {reason}')]
+        return [('not validated', 'the data set of the training is not at hand')]
     config = ValidationConfig(batch_size=16, block_size=step.model.config.block_size,
                               eval_tokens=cfg.eval_tokens or 2 ** 60)
     result = validate(step.model, data.sets, config, world)
@@ -171,7 +164,7 @@ def validation(cfg, step, world):
 def quoted(cfg, prompt, step):
     """Samples of a prompt as lines of Markdown."""
     ids = tokenizer.encode(step.encoding, prompt).tolist()
-    eot = tokenizer.eot_id(step.encoding)
+    eot = step.encoding.eot
     rows = torch.tensor([ids] * cfg.num_samples, device=step.model.wte.weight.device)
     rows = step.model.generate(rows, cfg.max_new_tokens, temperature=0.8, top_k=200, seed=SEED,
                                stop=() if eot is None else (eot,))

@@ -175,7 +175,7 @@ class Sample:
 
     def __init__(self, new_ids, encoding, stop=''):
         self.new_ids, self.encoding, self.stop = new_ids, encoding, stop
-        self.eot = tokenizer.eot_id(encoding)
+        self.eot = encoding.eot
         self.ids, self.text, self.stopped = [], '', False
 
     def pieces(self):
@@ -218,7 +218,7 @@ def generate(cfg, model, encoding, ids, seconds):
     A sample alone in its batch comes as it is drawn, others when all of the batch have ended. How
     long each row of tokens took is appended to `seconds`.
     """
-    device, eot = model.wte.weight.device, tokenizer.eot_id(encoding)
+    device, eot = model.wte.weight.device, encoding.eot
     for first in range(0, cfg.num_samples, cfg.batch_size):
         B = min(cfg.batch_size, cfg.num_samples - first)
         rows = stream(model, torch.tensor([ids] * B, device=device), cfg.max_new_tokens,
@@ -237,7 +237,7 @@ def generate(cfg, model, encoding, ids, seconds):
 def until_all_end(stop, rows, encoding):
     """Yield rows of ids, one id for each sample, until all samples have drawn the text `stop` or
     the end-of-text token."""
-    texts, ended, eot = {}, set(), tokenizer.eot_id(encoding)
+    texts, ended, eot = {}, set(), encoding.eot
     for row in rows:
         yield row
         for k, i in enumerate(row):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.files import read_text
-from gpt.shapes import is_text
+from gpt.shapes import in_words, is_text
 
 TYPES = (bool, int, float, str, tuple)
 OPERATORS = {
@@ -25,14 +25,8 @@ LONGEST_POWER = 64
 
 def assignments(path: str | Path, values: dict[str, Any] | None = None) -> list[tuple]:
     """[(name, value, 'path:line')] of a config file, in order; it may use the names in `values`.
-
-    Raises ValueError for anything but assignments of literals, arithmetic and earlier names.
-    """
-    try:
-        text = read_text(path)
-    except ValueError as error:
-        raise ValueError(f'{error}; settings are given as --key=value or in a config file'
-                         ) from None
+    ValueError for anything but assignments of literals, arithmetic and earlier names."""
+    text = read_text(path)
     try:
         tree = parsed(text, 'exec')
     except ValueError as error:
@@ -44,8 +38,9 @@ def assignments(path: str | Path, values: dict[str, Any] | None = None) -> list[
             continue                                                # a docstring
         if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1
                 and isinstance(statement.targets[0], ast.Name)):
-            raise ValueError(f'{where}: given `{source_of(statement)}`; expected assignments '
-                             f'such as batch_size = 8 and nothing else')
+            line = text.split('\n')[statement.lineno - 1]
+            raise ValueError(f'{where}: given {in_words(line)}, expected assignments such as '
+                             f'batch_size = 8 and nothing else')
         name = statement.targets[0].id
         try:
             values[name] = evaluate(statement.value, values)
@@ -63,34 +58,29 @@ def parsed(text: str, mode: str) -> ast.AST:
         raise ValueError('nested too deeply') from None
     except SyntaxError as error:
         raise ValueError(f'line {error.lineno}: {error.msg}') from None
-    except ValueError as error:                     # of a NUL, or of too many digits
-        raise ValueError(f'{error}') from None
 
 
 def source_of(node: ast.AST) -> str:
     """The source of a node, for a message."""
-    try:
-        return shortened(ast.unparse(node).partition('\n')[0])
-    except RecursionError:
-        return '…'
+    source = ast.unparse(node).partition('\n')[0]
+    return source if len(source) <= 100 else f'{source[:100]}…'
 
 
 def evaluate(node: ast.AST, names: dict[str, Any]) -> Any:
     """The value of a literal, of arithmetic, or of a name in `names`; else ValueError."""
     try:
-        value = evaluated(node, names)
+        return evaluated(node, names)
     except RecursionError:
         raise ValueError('nested too deeply') from None
     except ArithmeticError as error:                # a division by zero, or beyond float
-        raise ValueError(f'given `{source_of(node)}`: {error}') from None
-    return value
+        raise ValueError(str(error)) from None
 
 
 def evaluated(node: ast.AST, names: dict[str, Any]) -> Any:
     match node:
         case ast.Constant(value=value) if type(value) in TYPES:
             if type(value) is str and not is_text(value):
-                raise ValueError(f'given {shortened(repr(value))}, expected a text')
+                raise ValueError(f'given {in_words(value)}, expected a text')
             return checked_number(value, node)
         case ast.Name(id=name) if name in names:
             return names[name]
@@ -106,7 +96,7 @@ def evaluated(node: ast.AST, names: dict[str, Any]) -> Any:
     if not all(type(value) in (int, float) for value in operands):
         raise ValueError(f'given `{source_of(node)}`, expected arithmetic of numbers')
     if type(op) is ast.Pow and abs(operands[1]) > LONGEST_POWER:
-        raise ValueError(f'{shortened(repr(operands[1]))} is too large an exponent')
+        raise ValueError(f'{in_words(operands[1])} is too large an exponent')
     return checked_number(OPERATORS[type(op)](*operands), node)
 
 
@@ -124,7 +114,3 @@ def as_config_file(config: Any, header: str) -> str:
     lines = (f'{field.name} = {getattr(config, field.name)!r}' for field in fields(config))
     header = ''.join(char if char.isprintable() else repr(char)[1:-1] for char in header)
     return '\n'.join([f'# {header}', *lines, ''])
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= 100 else f'{text[:100]}…'

@@ -8,7 +8,7 @@ from itertools import pairwise
 from math import sqrt
 from pathlib import Path
 from statistics import mean, median, stdev, variance
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from gpt.config_file import assignments
 from gpt.files import ROOT, read_text
@@ -27,22 +27,14 @@ Points = tuple[list, list]                              # (tokens, values)
 
 # Files of a run.
 
-class Record(TypedDict):
-    """A line of log.jsonl: numbers of a step, null where they were not finite, or an event."""
-    step: Count
-    tokens: NotRequired[Count]                          # read so far; events have none
-    event: NotRequired[AnyText]
-    words: NotRequired[AnyText]
-    to_step: NotRequired[Count]                         # of a rollback
-    step_ms: NotRequired[Measured]
-    tokens_per_second: NotRequired[Measured]
-    loss: NotRequired[Measured | None]
-    lr: NotRequired[Measured | None]
-    grad_norm: NotRequired[Measured | None]
-    val_loss: NotRequired[Measured | None]
-    val_bits_per_byte: NotRequired[Measured | None]
-    xz_bits_per_byte: NotRequired[Measured | None]
-    hellaswag: NotRequired[Measured | None]
+Record = TypedDict('Record', {          # a line of log.jsonl: numbers of a step, or an event
+    'step': Count, 'tokens': NotRequired[Count],        # read so far; events have none
+    'event': NotRequired[AnyText], 'words': NotRequired[AnyText],
+    'to_step': NotRequired[Count],                      # of a rollback
+    'step_ms': NotRequired[Measured], 'tokens_per_second': NotRequired[Measured],
+    **{key: NotRequired[Measured | None] for key in (   # null where not finite
+        'loss', 'lr', 'grad_norm', 'val_loss', 'val_bits_per_byte', 'xz_bits_per_byte',
+        'hellaswag')}})
 
 
 def read_lines(path: Path, shape: Any = dict) -> list[dict]:
@@ -62,8 +54,8 @@ def read_log(path: Path) -> list[dict]:
     Raises ValueError if there is no log or nothing in it.
     """
     if not path.exists():
-        raise ValueError(f'given {path.parent}, expected the folder of a run, with a log.jsonl in '
-                         f'it; {other_runs(path.parent)}')
+        raise ValueError(f'given {path.parent}, expected the folder of a run of train.py, with a '
+                         f'log.jsonl in it')
     steps = {}
     for record in read_lines(path, Record):
         if record.get('event') == 'rollback':
@@ -80,16 +72,6 @@ def read_log(path: Path) -> list[dict]:
     if not steps:
         raise ValueError(f'{path}: this log is empty')
     return [steps[step] for step in sorted(steps)]
-
-
-def other_runs(folder: Path) -> str:
-    """Where there are logs instead, in words."""
-    runs = [str(log.parent) for log in sorted(folder.parent.glob('*/log.jsonl'))]
-    if not runs:
-        return 'train.py makes one under out/'
-    if len(runs) > 4:
-        runs[4:] = ['…']
-    return f"there are {', '.join(runs)}"
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -203,15 +185,24 @@ class Curve:
                 return one['tokens'] + fraction * (two['tokens'] - one['tokens'])
         return None
 
-    def seconds_to(self, tokens: float) -> float:
-        return seconds_to(self.records, tokens)
 
+class Group:
+    """Runs of one recipe, which differ in the seed alone: means over them, None where unknown."""
 
-class Cost(NamedTuple):
-    """Means over the runs of a group, None where unknown."""
-    tokens: float | None    # until the target
-    seconds: float | None   # until the target
-    rate: float | None      # tokens per second
+    def __init__(self, curves: Sequence[Curve], key: str, target: float):
+        self.curves, self.finals = curves, [curve.losses(key)[-1] for curve in curves]
+        seeds = f' ({len(curves)} seeds)' if len(curves) > 1 else ''
+        self.name, self.recipe = curves[0].name + seeds, curves[0].recipe
+        self.final, self.best = mean(self.finals), mean(min(curve.losses(key)) for curve in curves)
+        rates = [points(curve.records, 'tokens_per_second')[1] for curve in curves]
+        rates = [median(one) for one in rates if one]
+        tokens = [curve.tokens_to(target, key) for curve in curves]
+        reached = None not in tokens
+        self.cost = {
+            f'tokens to {target:.4f}': mean(tokens) if reached else None,
+            'seconds to it': mean(seconds_to(curve.records, n) for curve, n in zip(curves, tokens))
+            if reached else None,
+            'tokens/s': mean(rates) if rates else None}
 
 
 def compared(folders: Sequence[Path], target: float = 0.0) -> list[str]:
@@ -221,21 +212,20 @@ def compared(folders: Sequence[Path], target: float = 0.0) -> list[str]:
     target: of the columns "tokens to" and "seconds"; 0: the lowest loss that all runs reached.
     """
     curves = [Curve(folder) for folder in folders]
-    groups, key = grouped(curves), common_key(curves)
+    key = common_key(curves)
     target = target or max(min(curve.losses(key)) for curve in curves)
-    lines = [f'{"":32}{key:>22}{"best":>10}{f"tokens to {target:.4f}":>20}{"seconds":>10}'
-             f'{"tokens/s":>12}']
+    groups = [Group(runs, key, target) for runs in grouped(curves)]
+    columns = ''.join(f'{title:>20}' for title in groups[0].cost)
+    lines = [f'{"":32}{key:>22}{"best":>10}{columns}']
     for group in groups:
-        finals = [curve.losses(key)[-1] for curve in group]
-        final = f'{mean(finals):.4f}'
-        if len(group) > 1:
-            final += f' ± {stdev(finals):.4f}'
-        best = mean(min(curve.losses(key)) for curve in group)
-        tokens, seconds, rate = map(format_number, cost_of(group, target, key))
-        lines.append(f'{name_of(group):32}{final:>22}{best:10.4f}{tokens:>20}{seconds:>10}'
-                     f'{rate:>12}')
+        final = f'{group.final:.4f}'
+        if len(group.finals) > 1:
+            final += f' ± {stdev(group.finals):.4f}'
+        costs = ''.join(f'{"-" if value is None else format(value, ",.0f"):>20}'
+                        for value in group.cost.values())
+        lines.append(f'{group.name:32}{final:>22}{group.best:10.4f}{costs}')
     for group in groups[1:]:
-        lines += ['', verdict(groups, group, key), *differences(groups[0], group, target, key)]
+        lines += ['', verdict(groups, group, key), *differences(groups[0], group)]
     return lines
 
 
@@ -258,64 +248,47 @@ def common_key(curves: Sequence[Curve]) -> str:
     keys = ['dataset', 'eval_tokens', 'eval_iters']
     keys += ['batch_size', 'block_size'] if first.settings.get('eval_iters') else []
     for other in curves[1:]:
-        a, b = ({key: curve.settings.get(key) for key in keys} for curve in (first, other))
-        if first.xz != other.xz or (a != b and not first.xz):
-            texts = '; '.join(', '.join(f'{key} {value!r}' for key, value in one.items() if value)
-                              for one in (a, b))
-            raise ValueError(f'{first.name} and {other.name} were validated on different texts '
-                             f'({texts}): nothing says which is better')
+        same = all(first.settings.get(key) == other.settings.get(key) for key in keys)
+        if first.xz != other.xz or not (same or first.xz):
+            raise ValueError(f'{first.name} and {other.name} were validated on different texts: '
+                             f'nothing says which is better')
     datasets = {curve.settings.get('dataset') for curve in curves}
     return 'val_loss' if len(datasets) == 1 else 'val_bits_per_byte'    # of different tokens
 
 
-def cost_of(group: Sequence[Curve], target: float, key: str) -> Cost:
-    logged = [points(curve.records, 'tokens_per_second')[1] for curve in group]
-    medians = [median(rates) for rates in logged if rates]
-    rate = mean(medians) if medians else None
-    tokens = [curve.tokens_to(target, key) for curve in group]
-    if None in tokens:
-        return Cost(None, None, rate)
-    seconds = [curve.seconds_to(n) for curve, n in zip(group, tokens)]
-    return Cost(mean(tokens), mean(seconds), rate)
-
-
-def verdict(groups: Sequence[Sequence[Curve]], group: Sequence[Curve], key: str) -> str:
+def verdict(groups: Sequence[Group], group: Group, key: str) -> str:
     """Whether `group` is better than the first of `groups`.
 
     Noise is what runs of one recipe differ by, pooled over all recipes with several seeds;
     Student's t at 95 %, two-sided.
     """
     first = groups[0]
-    a, b = (mean(curve.losses(key)[-1] for curve in runs) for runs in (first, group))
-    against = f'{name_of(group)} against {name_of(first)}'
-    difference = f'{key} {abs(b - a):.4f} {"lower" if b < a else "higher"}'
-    several = [[curve.losses(key)[-1] for curve in runs] for runs in groups if len(runs) > 1]
+    gain = first.final - group.final
+    against = f'{group.name} against {first.name}'
+    difference = f'{key} {abs(gain):.4f} {"lower" if gain > 0 else "higher"}'
+    several = [one.finals for one in groups if len(one.finals) > 1]
     if not several:
         return (f'{against}: {difference}; how much of it is noise is not known: '
                 f'give runs with other seeds as well')
     freedom = sum(len(finals) - 1 for finals in several)
     spread = sqrt(sum((len(finals) - 1) * variance(finals) for finals in several) / freedom)
-    noise = t95(freedom) * spread * sqrt(1 / len(first) + 1 / len(group))
-    word = 'within noise' if abs(b - a) <= noise else 'better' if b < a else 'worse'
+    noise = t95(freedom) * spread * sqrt(1 / len(first.finals) + 1 / len(group.finals))
+    word = 'within noise' if abs(gain) <= noise else 'better' if gain > 0 else 'worse'
     return (f'{against}: {word}: {difference}; seeds alone make differences up to {noise:.4f} '
             f'(95 %, standard deviation {spread:.4f} from {freedom + len(several)} runs)')
 
 
-def differences(first: Sequence[Curve], group: Sequence[Curve], target: float,
-                key: str) -> list[str]:
+def differences(first: Group, group: Group) -> list[str]:
     """Lines on how `group` differs from `first` in cost and settings."""
     lines = []
-    ends = sorted({curve.records[-1]['tokens'] for curve in (*first, *group)})
+    ends = sorted({curve.records[-1]['tokens'] for curve in (*first.curves, *group.curves)})
     if len(ends) > 1:
         lines.append(f'  note: different lengths, {", ".join(f"{end:,}" for end in ends)} '
                      f'tokens; --target compares at a loss')
-    for title, one, two in zip((f'tokens to {target:.4f}', 'seconds to it', 'tokens/s'),
-                               cost_of(first, target, key), cost_of(group, target, key)):
-        if one and two:
-            lines.append(f'  {title}: {two / one:.2f} times')
-    before, after = first[0].recipe, group[0].recipe
-    changed = [f'{name} {before.get(name)!r} -> {value!r}'
-               for name, value in after.items() if before.get(name) != value]
+    lines += [f'  {title}: {cost / first.cost[title]:.2f} times'
+              for title, cost in group.cost.items() if cost and first.cost[title]]
+    changed = [f'{name} {first.recipe.get(name)!r} -> {value!r}'
+               for name, value in group.recipe.items() if first.recipe.get(name) != value]
     return [*lines, f'  {", ".join(changed) or "the settings are the same"}']
 
 
@@ -323,12 +296,3 @@ def t95(freedom: int) -> float:
     """The 97.5 % quantile of Student's t, to 0.01."""
     table = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23
     return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.37 / freedom + 2.8 / freedom**2
-
-
-def name_of(group: Sequence[Curve]) -> str:
-    seeds = f' ({len(group)} seeds)' if len(group) > 1 else ''
-    return group[0].name + seeds
-
-
-def format_number(value: float | None) -> str:
-    return '-' if value is None else f'{value:,.0f}'

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from gpt.files import read_json
@@ -31,28 +32,15 @@ TOKENIZER_FILES = ('*token*', 'vocab*', 'merges*', '*.model', '*.vocab', '*.tikt
                    '*bpe*', 'encoder.json', 'dict.txt', 'tekken.json')
 
 
-class Added(TypedDict):
-    id: Any
-    content: AnyText
-
-
-class Model(TypedDict):
-    vocab: dict[str, Any] | list[tuple[Any, Any]]
-
-
-class TokenizerFile(TypedDict):
-    """What this program reads of a tokenizer.json; the library judges the rest."""
-    model: Model
-    added_tokens: list[Added]
-    normalizer: NotRequired[dict[str, Any] | None]
-    pre_tokenizer: NotRequired[dict[str, Any] | None]
-    post_processor: NotRequired[dict[str, Any] | None]
-    decoder: NotRequired[dict[str, Any] | None]
+TokenizerFile = TypedDict('TokenizerFile', {        # what is read here; the library judges the rest
+    'model': TypedDict('Model', {'vocab': dict[str, Any] | list[tuple[Any, Any]]}),
+    'added_tokens': list[TypedDict('Added', {'id': Any, 'content': AnyText})],
+    **{part: NotRequired[dict[str, Any] | None]
+       for part in ('normalizer', 'pre_tokenizer', 'post_processor', 'decoder')}})
 
 
 class HFTokenizer:
-    """The tokenizer of the tokenizer.json `text`, with the attributes of a tiktoken.Encoding that
-    are used here.
+    """The tokenizer of the tokenizer.json `text`, with the attributes of gpt.tokenizer.Fast.
 
     names: special tokens by role, {'eos_token': '</s>', …}; the end of text is its eos_token, if
     that is an added token, else <|endoftext|>. Raises ValueError for a text that the library does
@@ -66,6 +54,8 @@ class HFTokenizer:
         if data['model'].get('dropout'):
             raise ValueError('its dropout gives other ids at every call; set it to null')
         self.whole = from_text(text)
+        if 'merges' in data['model']:
+            data['model']['merges'] = pairs(data['model']['merges'])
         for i, content in self.added.items():
             check_same_id(content, i, self.whole.token_to_id(content))
         self.n_vocab = 1 + max(self.whole.get_vocab().values())
@@ -75,24 +65,23 @@ class HFTokenizer:
         self.eot = known.get(self.eot_text)
         self.reader = from_text(without(data, self.eot_text)) if self.eot_text else self.whole
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text` without the tokens that a template puts around it.
-
-        Raises ValueError for text of which the tokenizer has no tokens.
-        """
-        return self._ids(text, False)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """encode() with what the tokenizer's template puts before a text, such as <s>."""
-        ids = self._ids(text, True)
-        while ids and ids[-1] == self.eot:
-            ids.pop()                           # of the template: the prompt is to be continued
-        return ids
-
-    def _ids(self, text, template):
+    def encode(self, text: str, template: bool = False) -> list[int]:
+        """Ids of `text`, with the tokens that a template puts around it if wanted; ValueError for
+        text of which the tokenizer has no tokens."""
         text.encode()                           # UnicodeEncodeError, as tiktoken has it
         with library_errors('the tokenizer cannot encode this text'):
             return self.reader.encode_batch_fast([text], add_special_tokens=template)[0].ids
+
+    def ids(self, text: str) -> np.ndarray:
+        """encode() as uint16."""
+        return np.array(self.encode(text), np.uint16)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """encode() with what the tokenizer's template puts before a text, such as <s>."""
+        ids = self.encode(text, template=True)
+        while ids and ids[-1] == self.eot:
+            ids.pop()                           # of the template: the prompt is to be continued
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, as transformers decodes them with all special tokens."""
@@ -157,15 +146,8 @@ class HFTokenizer:
 
     def _after_another(self, i):
         """The text of a token that is not the first one: some decoders then put a space before."""
-        before, both, alone = (self.whole.decode(ids, skip_special_tokens=False)
-                               for ids in ([self._anchor], [self._anchor, i], [i]))
-        return both.removeprefix(before) if both.startswith(before) else alone
-
-    @cached_property
-    def _anchor(self):
-        """A token of letters."""
-        ids = sorted(self.whole.get_vocab().values(), key=lambda i: (i in self.added, i))
-        return next((i for i in ids if self.whole.decode([i]).strip().isalnum()), ids[0])
+        one, two = (self.whole.decode([i] * n, skip_special_tokens=False) for n in (1, 2))
+        return two.removeprefix(one) if two.startswith(one) else one
 
 
 def byte_characters() -> dict[int, str]:
@@ -203,6 +185,11 @@ def from_text(text: str) -> Tokenizer:
     return made
 
 
+def pairs(merges: list) -> list[tuple[str, str]]:
+    """Merges as pairs; before 2024 the library wrote them as one text."""
+    return [tuple(pair.split(' ') if isinstance(pair, str) else pair) for pair in merges]
+
+
 def without(data: dict[str, Any], name: str) -> str:
     """The tokenizer.json `data` whose token `name` has a random name, which no text contains."""
     unseen = f'<{secrets.token_hex(16)}>'
@@ -215,9 +202,8 @@ def without(data: dict[str, Any], name: str) -> str:
     if model.get('unk_token') == name:
         model['unk_token'] = unseen
     if 'merges' in model:                               # none leads to it, or on from it
-        pairs = [(pair, pair.split(' ') if isinstance(pair, str) else pair)
-                 for pair in model['merges']]
-        model['merges'] = [pair for pair, parts in pairs if name not in (*parts, ''.join(parts))]
+        model['merges'] = [pair for pair in model['merges']
+                           if name not in (*pair, ''.join(pair))]
     added = [{**token, 'content': rename.get(token['content'], token['content'])}
              for token in data['added_tokens']]
     return json.dumps({**data, 'model': model, 'added_tokens': added})
@@ -236,21 +222,18 @@ def check_ids(data: dict[str, Any]) -> None:
     check_vocab_size(1 + max(ids.values()))
     if len(set(ids.values())) < len(ids):
         raise ValueError('two of its tokens have the same id')
-    unknown = set(template_ids(data)) - set(ids.values())
+    unknown = set(template_ids(data.get('post_processor'))) - set(ids.values())
     if unknown:
         raise ValueError(f'its template has the id {min(unknown)}, which no token has')
 
 
-def template_ids(data: dict[str, Any]) -> list[int]:
-    """The ids that the post_processor of a tokenizer.json puts around a text."""
-    found, parts = [], [data.get('post_processor')]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, list):
-            found += [i for i in part if type(i) is int]
-        if isinstance(part, list | dict):
-            parts += part.values() if isinstance(part, dict) else part
-    return found
+def template_ids(part: Any) -> list[int]:
+    """The ids in the post_processor of a tokenizer.json, which it puts around a text."""
+    parts = list(part.values()) if isinstance(part, dict) else part
+    if not isinstance(parts, list):
+        return []
+    own = [i for i in part if type(i) is int]               # in an object it is a type_id
+    return own + [i for one in parts for i in template_ids(one)]
 
 
 def check_same_id(name: str, written: int, found: int | None) -> None:
@@ -283,11 +266,15 @@ def read_folder(path: Path) -> tuple[str, dict[str, str]]:
         config = {'bos_token': EOT, 'eos_token': EOT, 'unk_token': EOT} | config
     else:
         text = path.read_text(encoding='utf-8-sig')
-        parse_json(text, path.name, TokenizerFile)
-        text = with_prefix_space(text, config)
+        data, wanted = parse_json(text, path.name, TokenizerFile), config.get('add_prefix_space')
+        splits = data.get('pre_tokenizer') or {}
+        if (config.get('tokenizer_class') in CLASSES and type(wanted) is bool   # it prefers this
+                and splits.get('type') == 'ByteLevel' and splits.get('add_prefix_space') != wanted):
+            splits['add_prefix_space'] = wanted
+            text = json.dumps(data, ensure_ascii=False, indent=2)
     text = with_added_tokens(text, config, read_object(path.with_name('added_tokens.json')))
     added = {token['id']: token['content'] for token in json.loads(text)['added_tokens']}
-    names = {role: content_of(config[role]) for role in SPECIAL if config.get(role)}
+    names = {role: added_token(config[role]).content for role in SPECIAL if config.get(role)}
     for file in ('config.json', 'generation_config.json'):          # the later one decides
         given = read_object(path.with_name(file)).get('eos_token_id')
         ids = given if isinstance(given, list) else [given]
@@ -297,25 +284,9 @@ def read_folder(path: Path) -> tuple[str, dict[str, str]]:
     return text, {role: name for role, name in names.items() if name in added.values()}
 
 
-def with_prefix_space(text: str, config: dict[str, Any]) -> str:
-    """The tokenizer.json `text` with the add_prefix_space of tokenizer_config.json, which
-    transformers prefers for GPT-2's class."""
-    wanted, data = config.get('add_prefix_space'), json.loads(text)
-    splits = data.get('pre_tokenizer') or {}
-    if (config.get('tokenizer_class') not in CLASSES or type(wanted) is not bool
-            or splits.get('type') != 'ByteLevel' or splits.get('add_prefix_space') == wanted):
-        return text
-    splits['add_prefix_space'] = wanted
-    return json.dumps(data, ensure_ascii=False, indent=2)
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`, {} without the file."""
     return read_json(path, dict[str, Any]) if path.is_file() else {}
-
-
-def content_of(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else token['content']
 
 
 def from_pair(path: Path, config: dict[str, Any]) -> str:
@@ -340,49 +311,49 @@ def from_pair(path: Path, config: dict[str, Any]) -> str:
 
 def with_added_tokens(text: str, config: dict[str, Any], older: dict[str, int]) -> str:
     """The tokenizer.json `text` with the tokens that transformers adds to it: those of
-    added_tokens_decoder (`older`: of added_tokens.json), then special tokens by role."""
+    added_tokens_decoder (`older`: of added_tokens.json), then special tokens by role.
+
+    Refuses one that tokenizer_config.json matches otherwise than tokenizer.json does: transformers
+    follows the one, this program the other.
+    """
     extra = config.get('extra_special_tokens') or config.get('additional_special_tokens') or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
     other = [key for key, value in config.items()
              if key.endswith('_token') and key not in SPECIAL and isinstance(value, str | dict)]
     roles = [config[key] for key in [*SPECIAL, *other] if config.get(key)]
-    special = {content_of(token) for token in [*roles, *extra]}
-    listed = {int(i): token for i, token in config.get('added_tokens_decoder', {}).items()}
-    listed = listed or {i: {'content': name, 'normalized': name not in special,
-                            'special': name in special} for name, i in older.items()}
-    known = {token['content']: token for token in json.loads(text)['added_tokens']}
+    special = [added_token(token) for token in [*roles, *extra]]
+    names = {token.content for token in special}
+    listed = {int(i): added_token(token)
+              for i, token in config.get('added_tokens_decoder', {}).items()}
+    listed = listed or {i: AddedToken(name, normalized=name not in names)
+                        for name, i in older.items()}
+    known, wanted = {token['content']: token for token in json.loads(text)['added_tokens']}, {}
+    for token in [*(listed[i] for i in sorted(listed)), *special]:
+        if token.content not in known:
+            token.special = token.special or token.content in names
+            wanted.setdefault(token.content, token)
     for token in listed.values():
-        check_flags(token, known.get(content_of(token)))
-    wanted = {}
-    for token in [*(listed[i] for i in sorted(listed)), *roles, *extra]:
-        if content_of(token) not in known:
-            wanted.setdefault(content_of(token), added_token(token, special))
+        own = known.get(token.content)
+        if own and any(getattr(token, key) != bool(own.get(key))
+                       for key in ('lstrip', 'rstrip', 'single_word')):
+            raise ValueError(f'the added token {token.content!r} has another lstrip, rstrip or '
+                             f'single_word in tokenizer_config.json than in tokenizer.json; save '
+                             f'the tokenizer again with transformers')
     if not wanted:
         return text
     made = from_text(text)
     made.add_tokens(list(wanted.values()))
     for i, token in listed.items():
-        check_same_id(content_of(token), i, made.token_to_id(content_of(token)))
+        check_same_id(token.content, i, made.token_to_id(token.content))
     return made.to_str(pretty=True)
 
 
-def check_flags(listed: str | dict[str, Any], own: dict[str, Any] | None) -> None:
-    """Refuse an added token that tokenizer_config.json matches otherwise than tokenizer.json does:
-    transformers follows the one, this program the other."""
-    for key in ('lstrip', 'rstrip', 'single_word') if own and isinstance(listed, dict) else ():
-        if key in listed and bool(listed[key]) != bool(own.get(key)):
-            raise ValueError(f'the added token {own["content"]!r} has {key}={listed[key]} in '
-                             f'tokenizer_config.json, {own.get(key)} in tokenizer.json; save the '
-                             f'tokenizer again with transformers')
-
-
-def added_token(token: str | dict[str, Any], special: set[str]) -> AddedToken:
+def added_token(token: str | dict[str, Any]) -> AddedToken:
     """The library's AddedToken of a name, or of its form in JSON."""
     if isinstance(token, str):
         return AddedToken(token, special=True)
-    flags = {key: value for key, value in token.items() if not key.startswith('__')}
-    flags['special'] = flags.get('special', False) or flags['content'] in special
-    return AddedToken(**flags)
+    flags = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
+    return AddedToken(token['content'], **{key: token[key] for key in flags if key in token})
 
 
 def tokenizer_files(folder: str | Path) -> list[str]:

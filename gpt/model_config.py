@@ -11,10 +11,10 @@ import math
 import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from gpt.files import read_json
-from gpt.shapes import in_words
+from gpt.shapes import Positive, checked, in_words
 from gpt.weights import NANOGPT, file_in, load_pickle, shapes
 from model import GPTConfig
 
@@ -35,29 +35,40 @@ FIXED_KEYS = {                          # the values that model.py computes with
 HARMLESS_KEYS = frozenset("""
     architectures transformers_version torch_dtype dtype name_or_path _name_or_path _commit_hash
     attn_implementation _attn_implementation _attn_implementation_autoset tokenizer_class
-    unsloth_version unsloth_fixed
-    n_ctx n_special predict_special_tokens initializer_range gradient_checkpointing
-    resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj summary_activation
-    summary_proj_to_labels summary_first_dropout
-    use_cache output_past reorder_and_upcast_attn add_cross_attention cross_attention_hidden_size
-    is_decoder chunk_size_feed_forward torchscript use_bfloat16 tf_legacy_loss return_dict
-    output_hidden_states output_attentions
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
-    decoder_start_token_id prefix task_specific_params finetuning_task problem_type
-    num_labels _num_labels id2label label2id
-    max_length min_length max_new_tokens min_new_tokens max_time stop_strings do_sample
-    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p min_p
-    typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty
-    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences output_scores output_logits return_dict_in_generate forced_bos_token_id
-    forced_eos_token_id remove_invalid_values renormalize_logits suppress_tokens
+    unsloth_version unsloth_fixed n_ctx n_special predict_special_tokens initializer_range
+    gradient_checkpointing resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj
+    summary_activation summary_proj_to_labels summary_first_dropout use_cache output_past
+    reorder_and_upcast_attn add_cross_attention cross_attention_hidden_size is_decoder
+    chunk_size_feed_forward torchscript use_bfloat16 tf_legacy_loss return_dict output_hidden_states
+    output_attentions bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id
+    mask_token_id decoder_start_token_id prefix task_specific_params finetuning_task problem_type
+    num_labels _num_labels id2label label2id max_length min_length max_new_tokens min_new_tokens
+    max_time stop_strings do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty
+    encoder_repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids num_return_sequences output_scores output_logits return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values renormalize_logits suppress_tokens
     begin_suppress_tokens forced_decoder_ids exponential_decay_length_penalty sequence_bias
     guidance_scale low_memory penalty_alpha constraints force_words_ids cache_implementation
     num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
     assistant_lookbehind target_lookbehind
     """.split())                        # metadata, training, heads of others, generation
 LARGEST = 2 ** 24                       # number of layers, channels, positions or tokens
-NANOGPT_ARGS = 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias', 'dropout'
+
+
+# What is read, by type: numbers of transformers' keys are 1 or more.
+
+SIZES = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
+OwnSettings = TypedDict('OwnSettings', {
+    field.name: type(field.default) for field in fields(GPTConfig)
+    if field.name not in HUGGING_FACE_KEYS and field.name != 'dropout'}, total=False)
+ConfigJson = TypedDict('ConfigJson', {
+    'model_type': str, **{HUGGING_FACE_KEYS[name]: Positive for name in SIZES},
+    'bias': NotRequired[bool], 'activation_function': NotRequired[str],
+    'gpt_config': NotRequired[OwnSettings]})
+NanoGPTArgs = TypedDict('NanoGPTArgs', {
+    **{name: Positive for name in SIZES}, 'bias': NotRequired[bool],
+    'dropout': NotRequired[float]})
 
 
 def config_json(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
@@ -87,29 +98,27 @@ def read_config(folder: str | Path) -> GPTConfig:
     file = file_in(folder, 'config.json')
     if not file:
         return read_nanogpt_config(folder)
-    config = read_json(file, dict[str, Any])
+    config = read_json(file, ConfigJson)
     try:
-        for key in ('model_type', *list(HUGGING_FACE_KEYS.values())[:5]):
-            if key not in config:
-                raise ValueError(f"its config.json has no '{key}'")
         for key, value in config.items():
             check_key(key, value, config)
-        own = config.get('gpt_config', {})
         activation = ACTIVATIONS[config.get('activation_function', 'gelu_new')]
-        return checked_config({**{name: config[key] for name, key in HUGGING_FACE_KEYS.items()
-                                  if key in config}, 'activation': activation, **own})
+        return bounded_config({**{name: config[key] for name, key in HUGGING_FACE_KEYS.items()
+                                  if key in config}, 'activation': activation,
+                               **config.get('gpt_config', {})})
     except ValueError as error:
         raise ValueError(f'{folder}: not a GPT-2 that this program can run: {error}') from None
 
 
 def check_key(key: str, value: Any, config: dict[str, Any]) -> None:
     """Refuse a key of config.json that is not understood, or a value that model.py cannot do."""
-    width = config['n_embd']
     allowed = {**FIXED_KEYS, 'activation_function': tuple(ACTIVATIONS),
-               'n_inner': (None, 4 * width if type(width) is int else None),
+               'n_inner': (None, 4 * config['n_embd']),
                **{alias: (config[name],) for alias, name in ALIASES.items()}}
     if key == 'gpt_config':
-        check_own(value)
+        for name in value.keys() - own_settings(GPTConfig()).keys():
+            raise ValueError(f'its model was built with {name}={value[name]!r}, a setting that '
+                             f'model.py does not have')
     elif key in allowed:
         if value not in allowed[key]:
             usual = allowed[key] if key == 'activation_function' else allowed[key][-1:]
@@ -120,36 +129,19 @@ def check_key(key: str, value: Any, config: dict[str, Any]) -> None:
                          f'what the model computes; if it does not, delete that key')
 
 
-def check_own(own: Any) -> None:
-    """Refuse settings that model.py does not have."""
-    if type(own) is not dict:
-        raise ValueError(f'gpt_config is {own!r}, expected settings by name')
-    for name in own.keys() - own_settings(GPTConfig()).keys():
-        raise ValueError(f'its model was built with {name}={own[name]!r}, a setting that model.py '
-                         f'does not have')
-
-
-def checked_config(values: dict[str, Any]) -> GPTConfig:
-    """GPTConfig(**values), each of the type of its default and no number out of bounds."""
-    for field in fields(GPTConfig):
-        value, kind = values.get(field.name, field.default), type(field.default)
-        key = HUGGING_FACE_KEYS.get(field.name, field.name)
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f'{key} is {value!r}, expected {kind.__name__}')
-        if field.name in HUGGING_FACE_KEYS and kind is int and not 1 <= value <= LARGEST:
-            raise ValueError(f'{key} is {value!r}, expected 1 to {LARGEST:,}')
-    if values['n_embd'] % values['n_head']:
-        raise ValueError(f'n_embd is {values["n_embd"]}, expected a multiple of '
-                         f'n_head={values["n_head"]}')
-    return GPTConfig(**values)
-
-
-def check_size(config: GPTConfig) -> None:
-    """Raise ValueError for a model that cannot be built here; nothing is allocated for that."""
+def bounded_config(values: dict[str, Any]) -> GPTConfig:
+    """GPTConfig(**values); ValueError for a number that is out of bounds."""
+    config = GPTConfig(**values)
     for name in HUGGING_FACE_KEYS:
         value = getattr(config, name)
         if type(value) is int and value > LARGEST:
             raise ValueError(f'{name}: given {value:,}, expected at most {LARGEST:,}')
+    return config
+
+
+def check_size(config: GPTConfig) -> None:
+    """Raise ValueError for a model that cannot be built here; nothing is allocated for that."""
+    bounded_config(vars(config))
     one, two = (sum(map(math.prod, shapes(replace(config, n_layer=n)).values())) for n in (1, 2))
     size = 4 * (one + (config.n_layer - 1) * (two - one))           # float32
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if os.name == 'posix' else (
@@ -165,14 +157,8 @@ def read_nanogpt_config(folder: str | Path) -> GPTConfig:
     file = file_in(folder, NANOGPT)
     if not file:
         raise ValueError(f'{folder}: no config.json in this folder')
-    args = load_pickle(file).get('model_args')
-    if not isinstance(args, dict):
-        raise ValueError(f"{file}: not a checkpoint of nanoGPT: it has no 'model_args'")
-    try:
-        for name in args.keys() - set(NANOGPT_ARGS):
-            raise ValueError(f'model_args has {in_words(name)}, which nanoGPT does not have')
-        for name in set(NANOGPT_ARGS[:5]) - args.keys():
-            raise ValueError(f'model_args has no {name}')
-        return checked_config({**args, 'dropout': 0.0, 'activation': 'gelu'})
-    except ValueError as error:
-        raise ValueError(f'{file}: {error}') from None
+    where = f'{file}: model_args'
+    args = checked(load_pickle(file).get('model_args'), where, NanoGPTArgs)
+    for name in args.keys() - NanoGPTArgs.__annotations__.keys():
+        raise ValueError(f'{where} has {in_words(name)}, which nanoGPT does not have')
+    return bounded_config({**args, 'dropout': 0.0, 'activation': 'gelu'})

@@ -21,19 +21,12 @@ from gpt.shapes import AnyText, Count
 MAX_ROWS, MAX_SAMPLES = 200, 5          # on the page; the files have the rest
 NOT_IN_HTML = re.compile('[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]')    # but models may write it
 Start = dict[str, AnyText | float | bool | None]        # a line of starts.jsonl
-
-
-class Sample(TypedDict):
-    """A line of samples.jsonl."""
-    step: Count
-    text: AnyText
+Sample = TypedDict('Sample', {'step': Count, 'text': AnyText})      # of samples.jsonl
 
 
 def page(folder: Path, records: list[dict], pictures: dict[tuple[str, bool], str]) -> str:
-    """The HTML about the run in `folder`, whose log is `records`.
-
-    pictures: {(theme, whether it is wide): SVG} for the themes 'light' and 'dark'.
-    """
+    """The HTML about the run in `folder`, whose log is `records`; pictures: {(theme, whether it is
+    wide): SVG} for the themes 'light' and 'dark'."""
     import jinja2
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined, finalize=printable)
@@ -82,13 +75,10 @@ def shape(settings: dict, records: list[dict]) -> str:
 def compared_with_defaults(settings: dict) -> dict:
     """Settings that are not the defaults of train.py, and those that are, as rows of a table."""
     defaults = header_defaults(ROOT / 'train.py')
-    changed, unchanged = [], []
-    for key, value in settings.items():
-        if key in defaults and defaults[key] == value:
-            unchanged.append((key, text_of(value)))
-        else:
-            default = text_of(defaults[key]) if key in defaults else 'none'
-            changed.append((key, text_of(value), default))
+    changed = [(key, text_of(value), text_of(defaults.get(key, 'none')))
+               for key, value in settings.items() if defaults.get(key) != value]
+    unchanged = [(key, text_of(value)) for key, value in settings.items()
+                 if defaults.get(key) == value]
     return {'known': bool(settings), 'changed': changed, 'unchanged': unchanged}
 
 
@@ -98,22 +88,18 @@ def text_of(value: Any) -> str:
 
 def data_sets(settings: dict) -> list[dict]:
     """What the manifest of each data set says, or what is wrong with it."""
-    if 'dataset' not in settings:
-        return []
-    data_dir, text = Path(settings.get('data_dir') or DATA_DIR), settings['dataset']
+    data_dir, text = Path(settings.get('data_dir') or DATA_DIR), settings.get('dataset', '')
     names = [text]
     if not (data_dir / text).is_dir():                  # a mixture: name:weight, name:weight
         names = [part.partition(':')[0].strip() for part in text.split(',')]
     described = []
-    for name in names:
-        one = {'problem': 'Its manifest.json is not here, so nothing is known of it.'}
+    for name in filter(None, names):
+        one = {'name': name, 'problem': 'Its manifest.json is not here, so nothing is known of it.'}
         try:
             manifest = read_manifest(name, data_dir)
-            if manifest:
-                one = from_manifest(manifest)
+            described.append({**one, **(from_manifest(manifest) if manifest else {})})
         except ValueError as error:                     # damaged: the rest of the page is not
-            one = {'problem': str(error)}
-        described.append({'name': name, **one})
+            described.append({**one, 'problem': str(error)})
     return described
 
 
@@ -146,9 +132,9 @@ def spread(samples: dict[int, str]) -> list[tuple[int, str]]:
     return [(steps[place], samples[steps[place]]) for place in places]
 
 
-def evaluations(folder: Path) -> dict:
-    """The results under out/results/ of checkpoints of this run, and remarks on them."""
-    rows, remarks = [], []
+def evaluations(folder: Path) -> list[tuple]:
+    """Rows of a table: the results under out/results/ of checkpoints of this run."""
+    rows = []
     for path in sorted(results.OUT.glob('*/*.json')):
         try:
             result = results.read(path)
@@ -157,19 +143,15 @@ def evaluations(folder: Path) -> dict:
         checkpoint = Path(result['model'].get('folder', '')).resolve()
         if not checkpoint.is_relative_to(folder.resolve()):
             continue
-        title = f"{result['task']}, {result['protocol']}"
+        first = f"first {result['first']:,}" if result.get('first') else ''
+        other = '' if result['data'].get('official') else 'not known to be the official file'
+        title = ', '.join(filter(None, (result['task'], result['protocol'], first, other)))
         for name, measure in result['measures'].items():
             value, _, interval = results.format_measure(measure).partition('  95 %: ')
             published = '; '.join(f'{figure:g} ({source})'
                                   for figure, source in measure['published'])
             rows.append((title, checkpoint.name, name, value, interval, published))
-        if result.get('first'):
-            remarks.append(f"{title}: only the first {result['first']:,}; "
-                           f'nothing published compares')
-        if not result['data'].get('official'):
-            remarks.append(f'{title}: not known to be the official file; '
-                           f'nothing published compares')
-    return {'rows': rows, 'remarks': remarks}
+    return rows
 
 
 def counted(events: list[dict]) -> dict:

@@ -7,7 +7,6 @@ models can be compared item by item), and the published figures beside it.
 
 import json
 import math
-import os
 import platform
 import re
 import time
@@ -15,130 +14,103 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
 from gpt import checkpoints, scoring
 from gpt.files import atomic_write, check_output, read_json
+from gpt.hub import SIZES
 from gpt.script import complain
 from gpt.settings import check_bounds
 from gpt.shapes import Count, Measured
 from gpt.world import World
 
 OUT = Path('out/results')   # of the folder in which a script is started, as out/ is for runs
-COLUMNS = {                 # of the GPT-2 paper's table 3: result and measure, title
-    ('lambada-paper', 'perplexity'): 'LAMBADA (perplexity)',
-    ('lambada-paper', 'accuracy'): 'LAMBADA (accuracy)',
-    ('cbt-paper-valid-detok-CN-NE', 'CN'): 'CBT common nouns',
-    ('cbt-paper-valid-detok-CN-NE', 'NE'): 'CBT named entities',
-    ('wikitext2-paper', 'word'): 'WikiText-2 (perplexity)',
-    ('ptb-paper', 'word'): 'PTB (perplexity)',
-    ('enwik8-paper', 'byte'): 'enwik8 (bits per byte)',
-    ('text8-paper', 'character'): 'text8 (bits per char)',
-    ('wikitext103-paper', 'word'): 'WikiText-103 (perplexity)',
-    ('1bw-paper', 'word'): '1BW (perplexity)'}
-TABLE3 = {name: dict(zip(COLUMNS, row)) for name, row in {
-    'gpt2': (35.13, 45.99, 87.65, 83.4, 29.41, 65.85, 1.16, 1.17, 37.50, 75.20),
-    'gpt2-medium': (15.60, 55.48, 92.35, 87.1, 22.76, 47.33, 1.01, 1.06, 26.37, 55.72),
-    'gpt2-large': (10.87, 60.12, 93.45, 88.0, 19.93, 40.31, 0.97, 1.02, 22.05, 44.575),
-    'gpt2-xl': (8.63, 63.24, 93.30, 89.05, 18.34, 35.76, 0.93, 0.98, 17.48, 42.16)}.items()}
 Z = 1.959964                # standard deviations that hold 95 % of a normal distribution
 Measure = dict[str, Any]
+
+# Published figures: per cent of right answers, perplexities, bits.
+
+TABLE3 = {                  # of the GPT-2 paper: result and measure; title, then a figure per size
+    ('lambada-paper', 'perplexity'): ('LAMBADA (perplexity)', 35.13, 15.60, 10.87, 8.63),
+    ('lambada-paper', 'accuracy'): ('LAMBADA (accuracy)', 45.99, 55.48, 60.12, 63.24),
+    ('cbt-paper-valid-detok-CN-NE', 'CN'): ('CBT common nouns', 87.65, 92.35, 93.45, 93.30),
+    ('cbt-paper-valid-detok-CN-NE', 'NE'): ('CBT named entities', 83.4, 87.1, 88.0, 89.05),
+    ('wikitext2-paper', 'word'): ('WikiText-2 (perplexity)', 29.41, 22.76, 19.93, 18.34),
+    ('ptb-paper', 'word'): ('PTB (perplexity)', 65.85, 47.33, 40.31, 35.76),
+    ('enwik8-paper', 'byte'): ('enwik8 (bits per byte)', 1.16, 1.01, 0.97, 0.93),
+    ('text8-paper', 'character'): ('text8 (bits per char)', 1.17, 1.06, 1.02, 0.98),
+    ('wikitext103-paper', 'word'): ('WikiText-103 (perplexity)', 37.50, 26.37, 22.05, 17.48),
+    ('1bw-paper', 'word'): ('1BW (perplexity)', 75.20, 55.72, 44.575, 42.16)}
+LLM_C, HARNESS = 'llm.c and build-nanogpt', 'lm-evaluation-harness'
+PUBLISHED = {               # by result, measure and model: value, source
+    **{(*column, size): (value, 'GPT-2 paper')
+       for column, (_, *row) in TABLE3.items() for size, value in zip(SIZES, row)},
+    ('hellaswag-completion', 'acc_norm', 'gpt2'): (29.55, LLM_C),
+    ('hellaswag-completion', 'acc', 'gpt2'): (28.59, LLM_C),
+    ('hellaswag-completion', 'acc_norm', 'gpt2-medium'): (37.52, 'llm.c, bfloat16'),
+    ('hellaswag-completion', 'acc_norm', 'gpt2-large'): (43.20, 'llm.c, bfloat16'),
+    ('hellaswag-completion', 'acc_norm', 'gpt2-xl'): (48.93, LLM_C),
+    ('hellaswag-completion', 'acc', 'gpt2-xl'): (38.42, LLM_C),
+    ('hellaswag-lm-eval', 'acc_norm', 'gpt2'): (31.14, HARNESS),
+    ('hellaswag-lm-eval', 'acc', 'gpt2'): (28.92, HARNESS),
+    ('hellaswag-lm-eval', 'acc_norm', 'gpt2-xl'): (50.89, HARNESS),
+    ('hellaswag-lm-eval', 'acc', 'gpt2-xl'): (40.04, HARNESS),
+    **{('cbt-mindspore-valid-raw-CN-NE', subset, size): (value, 'MindSpore model zoo')
+       for subset, row in (('CN', (87.85, 92.10, 93.70)), ('NE', (85.10, 87.55, 89.10)))
+       for size, value in zip(SIZES, row)},
+    ('cbt-seed-test-raw-CN', 'CN', 'gpt2'): (86.84, 'SeekDeeper'),
+    ('lambada-harness', 'accuracy', 'gpt2'): (32.56, 'lm-evaluation-harness #2159'),
+    ('lambada-harness', 'perplexity', 'gpt2'): (40.06, 'lm-evaluation-harness #2159'),
+    ('lambada-last-token', 'accuracy', 'gpt2'): (46.67, 'cybertronai/bflm'),
+    ('wikitext2-harness', 'word', 'gpt2'): (37.37, 'transformers #13761'),
+    ('wikitext2-hf', 'token', 'gpt2'): (29.94, "transformers' documentation"),
+    ('wikitext2-hf', 'token', 'gpt2-large'): (19.44, "transformers' documentation")}
 
 
 # What is read of a result.
 
-class Interval(TypedDict):
-    value: float
-    low: float
-    high: float
-    count: Count
-    about: str
-    published: list[tuple[float, str]]
-
-
-class Accuracy(Interval):
-    correct: Count
-    items: str              # 0 or 1 for each question
-
-
-class PerUnit(Interval):
-    bits: bool
-    items: list[Measured]   # nats of each piece of the text
-
-
-class Weights(TypedDict):
-    name: str
-    folder: NotRequired[str]
-    sha256: NotRequired[str]
-
-
-class Facts(TypedDict):
-    sha256: str
-    official: NotRequired[bool]
-
-
-class Result(TypedDict):
-    task: str
-    protocol: str
-    model: Weights
-    data: Facts
-    first: NotRequired[Count]
-    measures: dict[str, Accuracy | PerUnit]
-
-
-class Finished(Result):
-    """What is printed of a result besides all that identifies it."""
-    notes: list[str]
-    tokens: Count
-    tokens_before: Count
-    seconds: Measured
+INTERVAL = {'value': float, 'low': float, 'high': float, 'count': Count, 'about': str,
+            'published': list[tuple[float, str]]}
+Accuracy = TypedDict('Accuracy', {**INTERVAL, 'correct': Count, 'items': str})  # 0 or 1 each
+PerUnit = TypedDict('PerUnit', {**INTERVAL, 'bits': bool, 'items': list[Measured]})     # of nats
+RESULT = {
+    'task': str, 'protocol': str, 'first': NotRequired[Count],
+    'model': TypedDict('Weights', {'name': str, 'folder': NotRequired[str],
+                                   'sha256': NotRequired[str]}),
+    'data': TypedDict('Facts', {'sha256': str, 'official': NotRequired[bool]}),
+    'measures': dict[str, Accuracy | PerUnit]}
+Result = TypedDict('Result', RESULT)
+Finished = TypedDict('Finished', {      # with what is printed of it
+    **RESULT, 'notes': list[str], 'tokens': Count, 'tokens_before': Count, 'seconds': Measured})
 
 
 # The course of an evaluation.
 
-class Data(NamedTuple):
-    """What an evaluation is measured on, and how its result is called."""
-    items: Any              # questions or texts, of a type known to the script
-    facts: dict             # path, sha256, official: as gpt.data.benchmarks returns them
-    first: int              # only the first N items were taken; 0: all
-    unit: str               # what is counted by it
-    task: str               # the title
-    name: str               # of the file in which the result is kept
-    protocol: str
-    published: dict         # {measure: (value, source)} of the same on all of the official data
-
-
-class Outcome(NamedTuple):
-    """What one evaluation measured."""
-    measures: dict[str, Measure]
-    notes: list[str]
-    rows: Iterable[dict] = ()               # a record for each item, of --dump
-
-
-def run_evaluation(cfg: Any, read_data: Callable[..., Data],
-                   outcome: Callable[..., Outcome]) -> None:
+def run_evaluation(cfg: Any, read_data: Callable[..., tuple[Any, dict, str]],
+                   measure: Callable[..., tuple[dict, list[str], list[dict]]]) -> None:
     """Run an evaluation on all processes: read the data, load the model, measure, print, write.
 
-    read_data(cfg) runs on rank 0 alone, outcome(cfg, model, encoding, data, options) on every rank;
-    options are those of gpt.scoring.ScoringOptions, as a dict. The same command after a kill
-    continues, and after the end prints the result again.
+    read_data(cfg) runs on rank 0 alone, and returns what measure() takes; what identifies it: task
+    (a title), name (of the file of the result), protocol, data (path, sha256, official), first
+    (only the first N items were taken; 0: all) and unit (what N counts); and the name under which
+    PUBLISHED has figures of the same. measure(cfg, model, encoding, items, options) runs on every
+    rank, and returns measures, notes, and a row for each item, which --dump writes; options are
+    those of gpt.scoring.ScoringOptions, as a dict. The same command after a kill continues, and
+    after the end prints the result again.
     """
     if cfg.compare:
         return print(compare(cfg.compare))
     check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'limit batch_tokens')])
-    check_outputs(cfg)
     world = World.join(cfg.device, timeout_minutes=120)             # rank 0 may have to download
-    data = world.on_main(read_data, cfg)
+    items, about, published = world.on_main(read_data, cfg)
     if cfg.download:
-        world.print(data.facts['path'])
+        world.print(about['data']['path'])
         return world.leave()
     model, encoding, weights = checkpoints.load_for_evaluation(world, cfg.model, cfg.dtype)
-    about = {'task': data.task, 'name': data.name, 'protocol': data.protocol, 'model': weights,
-             'data': data.facts, 'first': data.first, 'unit': data.unit, 'settings': vars(cfg),
-             'device': str(world.device),
-             'versions': {'python': platform.python_version(), 'torch': torch.__version__}}
+    about |= {'model': weights, 'settings': vars(cfg), 'device': str(world.device),
+              'versions': {'python': platform.python_version(), 'torch': torch.__version__}}
     path, key, before = world.on_main(measured_before, cfg, about)
     if before:
         world.print(f'{format_result(before)}\n  measured before, in {path}; delete it to measure '
@@ -148,20 +120,25 @@ def run_evaluation(cfg: Any, read_data: Callable[..., Data],
     started = time.perf_counter()
     options = {'batch_tokens': cfg.batch_tokens, 'world': world, 'progress': True, 'kept': kept}
     try:
-        found = outcome(cfg, model, encoding, data, options)
+        measures, notes, rows = measure(cfg, model, encoding, items, options)
     except KeyboardInterrupt:
         if world.is_main and kept.path.exists():
             complain(f'stopped; what is measured so far is in {kept.path}, and the same command '
                      f'continues\n')
         raise
-    for key in found.measures.keys() & data.published.keys():
-        if data.facts['official'] and not data.first:
-            found.measures[key]['published'] = [data.published[key]]
+    for key, found in measures.items():
+        figure = PUBLISHED.get((published, key, checkpoints.official_name(cfg.model)))
+        if figure and about['data']['official'] and not about['first']:
+            found['published'] = [figure]
     if world.is_main:
-        finish(cfg, world, path, found.rows, {
-            **about, 'measures': found.measures, 'notes': found.notes, 'tokens': kept.tokens,
-            'tokens_before': kept.tokens_before, 'processes': world.size,
-            'seconds': round(time.perf_counter() - started, 2)})
+        result = {**about, 'measures': measures, 'notes': notes, 'tokens': kept.tokens,
+                  'tokens_before': kept.tokens_before, 'processes': world.size,
+                  'seconds': round(time.perf_counter() - started, 2)}
+        world.print(format_result(result))      # first: nothing that fails below can lose it
+        if getattr(cfg, 'dump', ''):
+            atomic_write(cfg.dump, ''.join(json.dumps(row) + '\n' for row in rows))
+        write(path, result)
+        world.print(f'  written to {path}')
     kept.path.unlink(missing_ok=True)
     world.leave()
 
@@ -169,42 +146,20 @@ def run_evaluation(cfg: Any, read_data: Callable[..., Data],
 def measured_before(cfg: Any, about: dict) -> tuple[Path, str, dict | None]:
     """(where the result is kept, all that identifies it as text, the result if it is there).
 
-    Only of the same weights, data, settings and versions is it the same result.
+    Only of the same weights, data, settings and versions is it the same result. Raises ValueError
+    for an --out or --dump that cannot be written, or is an input or an --out that is no result.
     """
-    path = check_output(cfg.out or result_path(about), cfg.data)
-    key, dump = json.dumps(about), getattr(cfg, 'dump', '')
+    inputs, dump = (cfg.data, getattr(cfg, 'file', '')), getattr(cfg, 'dump', '')
+    path, key = check_output(cfg.out or result_path(about), *inputs), json.dumps(about)
+    if dump:
+        check_output(dump, *inputs, path)
     with suppress(ValueError):
         found = read_json(path, Finished)
         if {**found, **json.loads(key)} == found and (not dump or Path(dump).exists()):
             return path, key, found
+    if cfg.out and path.exists() and path.stat().st_size:
+        read(path)
     return path, key, None
-
-
-def finish(cfg: Any, world: World, path: Path, rows: Iterable[dict], result: dict) -> None:
-    """Print and write a result, and write the rows of its items if asked to."""
-    world.print(format_result(result))          # first: nothing that fails below can lose it
-    if getattr(cfg, 'dump', ''):
-        atomic_write(cfg.dump, ''.join(json.dumps(row) + '\n' for row in rows))
-    write(path, result)
-    world.print(f'  written to {path}')
-
-
-def check_outputs(cfg: Any) -> None:
-    """Refuse files that cannot be written or must not be, before anything is measured."""
-    inputs, dump = (cfg.data, getattr(cfg, 'file', '')), getattr(cfg, 'dump', '')
-    if dump:
-        check_output(dump, *inputs)
-    if not cfg.out:
-        return
-    path = check_output(cfg.out, *inputs)
-    if dump and os.path.realpath(dump) == os.path.realpath(path):
-        raise ValueError(f'dump: given {dump!r}, which is --out; expected another file')
-    if path.exists() and path.stat().st_size:
-        try:
-            read(path)
-        except ValueError:
-            raise ValueError(f'{path}: is a file, but not a result that may be replaced; '
-                             f'give another --out') from None
 
 
 def limited(items: Sequence, limit: int) -> tuple[Sequence, int]:
@@ -277,16 +232,11 @@ def format_measure(measure: Measure, interval: bool = True) -> str:
 def result_path(result: dict) -> Path:
     """Where a result is kept by default; the bare name is for all of the official data, in float32
     and with shared contexts."""
-    name = result['name']
-    if not result['settings'].get('share', True):
-        name += '-unshared'
-    if result['model']['dtype'] != 'float32':
-        name += f"-{result['model']['dtype']}"
-    if result['first']:
-        name += f"-first{result['first']}"
-    if not result['data']['official']:
-        name += f"-{file_id(result['data'])}"
-    return folder_of(result['model']['name']) / f'{name}.json'
+    dtype, first = result['model']['dtype'], result['first']
+    parts = (result['name'], '' if result['settings'].get('share', True) else 'unshared',
+             '' if dtype == 'float32' else dtype, f'first{first}' if first else '',
+             '' if result['data']['official'] else file_id(result['data']))
+    return folder_of(result['model']['name']) / f"{'-'.join(filter(None, parts))}.json"
 
 
 def file_id(facts: dict) -> str:
@@ -312,11 +262,7 @@ def write(path: str | Path, result: dict) -> None:
 
 def read(path: str | Path) -> dict:
     """The result in a file; ValueError if it is none."""
-    try:
-        return read_json(path, Result)
-    except ValueError as error:
-        problem = str(error).removeprefix(f'{path}: ')
-        raise ValueError(f'{path}: not the result of an evaluation ({problem})') from None
+    return read_json(path, Result)
 
 
 def format_result(result: dict) -> str:
@@ -346,28 +292,25 @@ def format_result(result: dict) -> str:
 # Which of two models is better.
 
 def compare(paths: Sequence[str]) -> str:
-    """The lines that say whether the second of two results is better than the first, item by item.
-
-    Raises ValueError if they are not of the same measurement.
-    """
+    """The lines that say whether the second of two results is better than the first, item by item;
+    ValueError if they are not of the same measurement."""
     if len(paths) != 2:
         raise ValueError('compare: expected two results, --compare=a.json,b.json')
     a, b = map(read, paths)
-    for key in ('task', 'protocol'):
-        if a[key] != b[key]:
-            raise ValueError(f'{key}: {paths[0]} has {a[key]!r}, {paths[1]} {b[key]!r}; '
+    for key in ('task', 'protocol', 'data', 'first'):
+        one, two = (found[key]['sha256'] if key == 'data' else found.get(key) for found in (a, b))
+        if one != two:
+            raise ValueError(f'{key}: {paths[0]} has {one!r}, {paths[1]} {two!r}; '
                              f'only results of the same can be compared')
-    if (a['data']['sha256'], a.get('first')) != (b['data']['sha256'], b.get('first')):
-        raise ValueError(f'{paths[0]} and {paths[1]} were measured on different data or subsets')
     lines = [f"{b['task']}, {b['protocol']}: {b['model']['name']} against {a['model']['name']}"]
     for name, before in a['measures'].items():
+        kinds = [(type(items), len(items)) for items in (
+            before['items'], b['measures'].get(name, {'items': []})['items'])]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f'{name}: the two results do not cover the same items; '
+                             f'--limit and --subset have to be the same')
         if before['items']:
-            after = b['measures'].get(name)
-            if (after is None or len(before['items']) != len(after['items'])
-                    or ('correct' in before) != ('correct' in after)):
-                raise ValueError(f'{name}: the two results do not cover the same items; '
-                                 f'--limit and --subset have to be the same')
-            lines.append(f'  {name:12} {verdict(before, after)}')
+            lines.append(f"  {name:12} {verdict(before, b['measures'][name])}")
     return '\n'.join(lines)
 
 

@@ -16,18 +16,18 @@ accept positions (B, T) and a bool mask (B, 1, T, T) by name. A model of transfo
 
 import hashlib
 import math
-import sys
+import time
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 
 from gpt.files import read_bytes
 from gpt.script import complain
@@ -35,9 +35,7 @@ from gpt.sharding import is_sharded
 from gpt.world import World
 
 MAX_LOGITS = 2 ** 25        # made at once: the head is applied to slices of positions
-PROGRESS_LINES = {          # without a terminal: a line every ten seconds instead of a bar
-    'mininterval': 10, 'delay': 10,
-    'bar_format': '{percentage:3.0f} % of {total_fmt} tokens, {rate_fmt}, {remaining} left'}
+SECONDS_TO_A_LINE = 10        # of progress
 
 Item = tuple[Sequence[int], Sequence[Sequence[int]]]                # (context, endings), of ids
 
@@ -79,16 +77,22 @@ class Kept:
 
     def __init__(self, path: Path, key: str, world: World):
         self.path, self.key, self.world = path, key, world
-        self.lines = world.on_main(self.read)           # {hash: what follows it in its line}
+        self.found = world.on_main(self.read)           # {hash: scores}
         self.tokens = self.tokens_before = 0            # read in all, and before a kill
 
-    def read(self) -> dict[bytes, list[bytes]]:
-        lines = read_bytes(self.path).split(b'\n') if self.path.exists() else []
-        return {name: rest for name, *rest in map(bytes.split, filter(bytes.strip, lines))}
+    def read(self) -> dict[bytes, bytes]:
+        found = {}
+        for line in read_bytes(self.path).split(b'\n') if self.path.exists() else ():
+            with suppress(ValueError):                  # of a line that is damaged
+                name, checksum, text = line.split()
+                numbers = b64decode(text, validate=True)
+                if int(checksum) == zlib.crc32(numbers):
+                    found[name] = numbers
+        return found
 
-    def name(self, rows: Iterable[Row]) -> bytes:
+    def name(self, batch: list) -> bytes:
         total = hashlib.sha256(self.key.encode())
-        for part in (part for row in rows for part in row if part is not None):
+        for part in (part for _, row in batch for part in row if part is not None):
             total.update(b'%d ' % len(part) + part.tobytes())
         return total.hexdigest().encode()
 
@@ -96,17 +100,13 @@ class Kept:
         """Fill in the scores of the batches that the file has; returns the other batches."""
         missing = []
         for batch in batches:
-            counts, numbers = [len(row.targets) for _, row in batch], b''
-            n_read = sum(len(row.ids) for _, row in batch)
-            with suppress(ValueError):
-                checksum, text = self.lines.pop(self.name(row for _, row in batch), (0, b''))
-                raw = b64decode(text, validate=True)
-                numbers = raw if int(checksum) == zlib.crc32(raw) else b''
+            numbers, n_read = self.found.pop(self.name(batch), b''), tokens_of(batch)
             self.tokens += n_read
-            if len(numbers) != 12 * sum(counts):
+            if not numbers:
                 missing.append(batch)
                 continue
             self.tokens_before += n_read
+            counts = [len(row.targets) for _, row in batch]
             logprobs = np.frombuffer(numbers, np.float32, sum(counts))
             predicted = np.frombuffer(numbers, np.int64, offset=4 * sum(counts))
             for (i, _), score in zip(batch, split(logprobs, predicted, counts)):
@@ -119,7 +119,7 @@ class Kept:
     def add(self, batch: list, scores: list[Score]) -> None:
         """Append the scores of a batch; on a full disk they are not kept."""
         raw = b''.join(np.concatenate(part).tobytes() for part in zip(*scores))
-        line = b'\n%s %d %s' % (self.name(row for _, row in batch), zlib.crc32(raw), b64encode(raw))
+        line = b'\n%s %d %s' % (self.name(batch), zlib.crc32(raw), b64encode(raw))
         with suppress(OSError), open(self.path, 'ab', buffering=0) as file:
             file.write(line)                            # a kill may have cut off the line before
 
@@ -127,10 +127,9 @@ class Kept:
 @dataclass(frozen=True)
 class ScoringOptions:
     batch_tokens: int = 0       # tokens in a batch with its padding; 0: 1024 on a CPU, else 65536
-    device: torch.device | str | None = None    # None: the model's
     world: World | None = None  # its processes share the batches; what a batch holds does not
                                 # depend on their number, so neither does a result
-    progress: bool = False      # show a bar
+    progress: bool = False      # say on stderr how far it is
     banned: torch.Tensor | None = None      # (V,) bool: ids never predicted as a first token
     kept: Kept | None = None    # where batches are kept that are done
 
@@ -181,27 +180,21 @@ def cut_note(items: Sequence[Item], block_size: int) -> list[str]:
 def rows_of(context: Sequence[int], endings: Sequence[Sequence[int]],
             share: bool = True) -> list[Row]:
     """The Rows in which the endings of one context are scored: one if they share it."""
-    C = len(context)
-    inputs = [ending[:-1] for ending in endings]        # the last token of an ending is not read
-    counts = [len(part) for part in inputs]
-    if not share or len(endings) == 1:
-        return [Row(np.concatenate((context, part)).astype(np.int64),
-                    np.arange(C - 1, C + n), np.asarray(ending, np.int64))
-                for ending, part, n in zip(endings, inputs, counts)]
+    if not share:
+        return [row for ending in endings for row in rows_of(context, [ending])]
+    C, inputs = len(context), [ending[:-1] for ending in endings]   # the last token is not read
     columns, T = [], C
-    for n in counts:                # the end of the context predicts the first token of each ending
+    for n in map(len, inputs):      # the end of the context predicts the first token of each ending
         columns += [[C - 1], np.arange(T, T + n)]
         T += n
-    return [Row(np.concatenate((context, *inputs)).astype(np.int64),
-                np.concatenate(columns).astype(np.int64),
-                np.concatenate(endings).astype(np.int64),
-                np.concatenate((np.arange(C), *(np.arange(C, C + n) for n in counts))),
-                np.repeat(np.arange(len(endings) + 1), (C, *counts)))]
-
-
-def rolling_loglikelihood(model: Callable, ids: Sequence[int], stride: int = 0, **options) -> Score:
-    """The Score of one long text of ids; see rolling_loglikelihoods."""
-    return rolling_loglikelihoods(model, [ids], stride, **options)[0]
+    row = Row(*(np.concatenate(parts).astype(np.int64)
+                for parts in ((context, *inputs), columns, endings)))
+    if len(endings) == 1:
+        return [row]
+    counts = [len(part) for part in inputs]
+    return [row._replace(
+        positions=np.concatenate((np.arange(C), *(np.arange(C, C + n) for n in counts))),
+        branch=np.repeat(np.arange(len(endings) + 1), (C, *counts)))]
 
 
 def rolling_loglikelihoods(model: Callable, texts: Sequence[Sequence[int]], stride: int = 0, *,
@@ -257,7 +250,8 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     Rows are sorted by length and read in batches; a batch that does not fit in the memory of a GPU
     is halved. Raises ValueError, with the row's number, where a model gives NaN.
     """
-    device, world = torch.device(options.device or device_of(model)), options.world or World()
+    own = next(model.parameters()).device if hasattr(model, 'parameters') else 'cpu'
+    device, world = torch.device(own), options.world or World()
     sharded = is_sharded(model)         # then a batch makes logits of all its tokens
     size = options.batch_tokens or (1024 if device.type == 'cpu' else 8192 if sharded else 65536)
     batches, scores, done = batches_of(rows, size), empty_scores(rows), {}
@@ -266,22 +260,25 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     mine = batches[world.rank::world.size]
     if sharded and len(mine) < -(-len(batches) // world.size):
         mine.append(batches[-1])        # a second time: every rank takes part in every pass
-    bar = tqdm(total=sum(len(row.ids) for batch in mine for _, row in batch), unit='tok',
-               unit_scale=True, file=Stderr(), leave=False,
-               disable=not (options.progress and world.is_main),
-               **({} if sys.stderr.isatty() else PROGRESS_LINES))
-    with forward_context(sharded, world):
+    total, read, began = sum(map(tokens_of, mine)), 0, time.monotonic()
+    said = began
+    # a sharded model runs as it trains: its buffers could not keep the tensors of inference mode
+    with (torch.no_grad() if sharded else torch.inference_mode(),
+          world.autocast() if sharded else nullcontext()):
         for batch in mine:
             new = score_batch(model, [row for _, row in batch], options.banned, device)
-            for (i, row), score in zip(batch, new):
+            for (i, _), score in zip(batch, new):
                 if np.isnan(score.logprobs).any():
                     raise ValueError(f'the model gives NaN for row {i}: its weights are damaged, '
                                      f'or the dtype is too narrow for them')
                 done[i] = scores[i].fill(score)
-                bar.update(len(row.ids))
             if options.kept:
                 options.kept.add(batch, new)
-    bar.close()
+            read += tokens_of(batch)
+            if options.progress and world.is_main and time.monotonic() - said > SECONDS_TO_A_LINE:
+                said = time.monotonic()
+                complain(f'{read / total:.0%} of {total:,} tokens, '
+                         f'{(said - began) * (total / read - 1):.0f} s left\n')
     if world.size > 1:
         for part in world.gather(done):
             for i, score in part.items():
@@ -289,19 +286,9 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     return scores
 
 
-class Stderr:
-    """Standard error for a bar; its terminal or disk may be gone. A file gets lines, without what
-    moves the cursor and erases."""
-    flush = staticmethod(lambda: None)
-
-    def write(self, text: str) -> None:
-        if sys.stderr.isatty():
-            complain(text)
-        elif text.strip():
-            complain(f'{text.strip()}\n')
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
+def tokens_of(batch: list) -> int:
+    """How many tokens are read of a batch, without its padding."""
+    return sum(len(row.ids) for _, row in batch)
 
 
 def empty_scores(rows: Sequence[Row]) -> list[Score]:
@@ -318,23 +305,8 @@ def split(logprobs: np.ndarray, predicted: np.ndarray, counts: Sequence[int]) ->
     return [Score(*pair) for pair in zip(np.split(logprobs, ends), np.split(predicted, ends))]
 
 
-@contextmanager
-def forward_context(sharded: bool, world: World) -> Iterator[None]:
-    """Without gradients. A sharded model runs as it trains: under autocast, and not in inference
-    mode, whose tensors its buffers could not keep."""
-    with torch.no_grad() if sharded else torch.inference_mode():
-        with world.autocast() if sharded else nullcontext():
-            yield
-
-
-def device_of(model: Callable) -> torch.device | str:
-    """The device of a model's weights; 'cpu' for a callable that is no module."""
-    return next(model.parameters()).device if hasattr(model, 'parameters') else 'cpu'
-
-
 def batches_of(rows: Sequence[Row], batch_tokens: int) -> list[list[tuple[int, Row]]]:
-    """Batches of (number, Row), the longest first, each of at most batch_tokens with its padding.
-    """
+    """Batches of (number, Row), the longest first, of at most batch_tokens with padding each."""
     batches = []
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
         longest = len(batches[-1][0][1].ids) if batches else batch_tokens
@@ -393,8 +365,7 @@ def body_and_head(model: Callable) -> tuple[Callable, Callable]:
 
 def model_inputs(rows: list[Row],
                  device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(ids (B, T), {positions (B, T), mask (B, 1, T, T)}); the dict is empty if no Row is shared.
-    """
+    """(ids (B, T), {positions (B, T), mask (B, 1, T, T)}); {} if no Row is shared."""
     ids = right_pad([row.ids for row in rows], device)
     if all(row.branch is None for row in rows):
         return ids, {}
@@ -410,7 +381,4 @@ def model_inputs(rows: list[Row],
 
 def right_pad(arrays: list[np.ndarray], device: torch.device) -> torch.Tensor:
     """Arrays (n,) as the rows of one tensor (B, T), with zeros after the shorter ones."""
-    rows = np.zeros((len(arrays), max(map(len, arrays))), np.int64)
-    for row, array in zip(rows, arrays):
-        row[:len(array)] = array
-    return torch.from_numpy(rows).to(device)
+    return pad_sequence(list(map(torch.from_numpy, arrays)), batch_first=True).to(device)

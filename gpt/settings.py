@@ -20,14 +20,14 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt.config_file import LARGEST, TYPES, assignments, evaluate, parsed, shortened
+from gpt.config_file import LARGEST, TYPES, assignments, evaluate, parsed
 from gpt.script import finish
-from gpt.shapes import is_text
+from gpt.shapes import in_words, is_text
 
 SWITCHES = ('compile', 'detok', 'half_residual')    # 'auto', True or False; other 'auto's: a text
 PATHS = frozenset('compare contamination data data_dir dataset dump file hellaswag_data init_from '
@@ -97,7 +97,7 @@ def expanded(key: str, value: Any, default: Any) -> Any:
     if type(value) is tuple:
         return tuple(expanded(key, part, '') for part in value)
     if '\0' in value or not is_text(value):
-        raise ValueError(f'{key}: given {shortened(repr(value))}, expected a path in UTF-8')
+        raise ValueError(f'{key}: given {in_words(value)}, expected a path in UTF-8')
     return os.path.expanduser(value)
 
 
@@ -135,7 +135,7 @@ def typed(value: Any, default: Any, where: str) -> Any:
         return int(value)
     example = {bool: 'True or False', int: 'a whole number below 2**63', float: 'a number',
                str: 'a text in quotes', tuple: 'a list of texts'}[type(default)]
-    raise ValueError(f'{where}: given {shortened(repr(value))}, expected {example} '
+    raise ValueError(f'{where}: given {in_words(value)}, expected {example} '
                      f'(the default is {default!r})')
 
 
@@ -176,6 +176,15 @@ def check_bounds(cfg: Any, bounds: Sequence[tuple[str, Callable[[Any], bool], st
         for name in names.split():
             if not fits(getattr(cfg, name)):
                 raise ValueError(f'{name}: given {getattr(cfg, name)!r}, expected {expected}')
+
+
+def check_choices(cfg: Any, **choices: Iterable[str]) -> None:
+    """Raise ValueError for the first setting, or part of one, that is not among its choices."""
+    for name, allowed in choices.items():
+        value = getattr(cfg, name)
+        for part in value if type(value) is tuple else (value,):
+            if part not in allowed:
+                raise ValueError(f"{name}: given {part!r}, expected one of {', '.join(allowed)}")
 
 
 def run(main: Callable, Config: type, short: dict[str, str] | None = None,

@@ -17,6 +17,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypedDict
@@ -27,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from gpt.device import without_memory
 from gpt.files import read_json
 from gpt.hub import INDEX, PICKLED, PICKLED_INDEX, WEIGHTS
-from gpt.shapes import FileName, in_words
+from gpt.shapes import FileName, checked, in_words
 from model import GPT, GPTConfig
 
 NANOGPT, ADAPTER = 'ckpt.pt', 'adapter_config.json'
@@ -38,13 +39,9 @@ HARMLESS = (                                # tensors without a part in what GPT
     r'h\.\d+\.attn\.(masked_)?bias',                    # the causal mask, and what it masks with
     r'h\.\d+\.(crossattention|ln_cross_attn)\..+')      # reads an encoder, of which there is none
 CHUNK = 2 ** 24                             # bytes read at once
-HOW_TO_CONVERT = ('if you trust it, load it once with the program that wrote it, and save it as '
-                  'safetensors, as save_pretrained() of transformers does')
 
 
-class Index(TypedDict):
-    """model.safetensors.index.json."""
-    weight_map: dict[str, FileName]
+Index = TypedDict('Index', {'weight_map': dict[str, FileName]})     # model.safetensors.index.json
 
 
 class Stored(NamedTuple):
@@ -70,30 +67,21 @@ def file_in(folder: str | Path, name: str) -> Path | None:
     Raises ValueError for anything but a plain file inside the folder. A link may lead to a file
     beside it, and in the hub's cache to the blobs.
     """
+    checked(name, folder, FileName)
     path, home = Path(folder, name), Path(folder).resolve()
-    if name in ('', '..') or Path(name).name != name or '\\' in name or '\0' in name:
-        raise ValueError(f'{folder}: {name!r} is named there, expected the name of a file in this '
-                         f'folder')
-    try:
-        if not path.is_symlink() and not path.exists():
-            return None
-        real = path.resolve()
-        homes = [home, home.parent.parent / 'blobs'] if home.parent.name == 'snapshots' else [home]
-        if real.parent not in homes:
-            raise ValueError(f'{path}: a link that leads out of the folder, to {real}; put the '
-                             f'file itself there')
-        if not real.is_file():
-            raise ValueError(f'{path}: not a plain file; put one there')
-    except (OSError, RuntimeError) as error:            # a circle of links, a name too long
-        raise ValueError(f'{path}: cannot be opened ({error})') from None
-    return path
+    homes = [home, home.parent.parent / 'blobs'] if home.parent.name == 'snapshots' else [home]
+    if not os.path.lexists(path):
+        return None
+    with suppress(OSError, RuntimeError):               # of a circle of links
+        if path.is_file() and path.resolve().parent in homes:
+            return path
+    raise ValueError(f'{path}: not a plain file, or a link that leads out of the folder; put the '
+                     f'file itself there')
 
 
 def weight_files(folder: str | Path) -> list[str]:
-    """The names of the files that hold the weights in `folder`: one, or those that an index names.
-
-    Raises ValueError if there is neither.
-    """
+    """The names of the files that hold the weights in `folder`: one, or those that an index names;
+    ValueError if there is neither."""
     for single, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
         if file_in(folder, single):
             return [single]
@@ -117,11 +105,11 @@ def open_weights(folder: str | Path) -> Weights:
         if not file:
             raise ValueError(f'{folder}: its weights are incomplete ({name} is missing); download '
                              f'them again')
-        if is_nanogpt:
-            found = in_memory(load_pickle(file).get('model'), file)
+        if is_nanogpt or file.suffix == '.bin':
+            pickled = load_pickle(file)
+            found = in_memory(pickled.get('model') if is_nanogpt else pickled, file)
         else:
-            found = in_memory(load_pickle(file), file) if file.suffix == '.bin' else (
-                read_header(file))
+            found = read_header(file)
         for key, stored in found.items():
             key = key.replace('_orig_mod.', '').removeprefix('transformer.')   # if compiled; a head
             if key in tensors:
@@ -174,7 +162,8 @@ def load_pickle(file: Path) -> dict:
     except Exception as error:                          # torch has a class for each failure
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f'{file}: cannot be read: damaged, of torch before 1.6, or not of tensors '
-                         f'and plain types alone ({reason}); {HOW_TO_CONVERT}') from None
+                         f'and plain types alone ({reason}); if you trust it, load it once with '
+                         f'the program that wrote it, and save it as safetensors') from None
     if not isinstance(found, dict):
         raise ValueError(f'{file}: given {type(found).__name__}, expected a dict of tensors')
     return found
@@ -258,7 +247,11 @@ def fit(config: GPTConfig, weights: Weights) -> GPTConfig:
     Raises ValueError unless the tensors are those of this model, all of them and no others.
     """
     try:
-        check_layers(config.n_layer, weights.tensors)
+        layers = [re.match(r'h\.(\d{1,9})\.', name) for name in weights.tensors]
+        layers = {int(found[1]) for found in layers if found}
+        if len(layers) != config.n_layer or max(layers) >= config.n_layer:  # before one is built
+            raise ValueError(f'config.json promises n_layer={config.n_layer}; the files hold '
+                             f'{len(layers)} layers, up to h.{max(layers, default=None)}')
         expected = shapes(replace(config, bias=True))
         check_tensors(expected, weights)
         biases = [weights.tensors[name] for name in expected.keys() - shapes(config).keys()
@@ -273,19 +266,6 @@ def fit(config: GPTConfig, weights: Weights) -> GPTConfig:
     except ValueError as error:
         raise ValueError(f'{weights.folder}: {error}') from None
     return config
-
-
-def check_layers(n_layer: int, names: Iterable[str]) -> None:
-    """The layers in a file, before a model with as many is built."""
-    layers = {int(found[1]) for found in (re.match(r'h\.(\d{1,9})\.', name) for name in names)
-              if found}
-    if layers and max(layers) >= n_layer:
-        raise ValueError(f'it holds weights of h.{max(layers)}, layer {max(layers) + 1}; '
-                         f'config.json promises n_layer={n_layer}')
-    if len(layers) < n_layer:
-        first = next(i for i in range(n_layer) if i not in layers)
-        raise ValueError(f'these weights are missing: h.{first}, of {n_layer} layers that '
-                         f'config.json promises')
 
 
 def check_tensors(expected: dict[str, tuple[int, ...]], weights: Weights) -> None:
@@ -317,9 +297,7 @@ def check_tensors(expected: dict[str, tuple[int, ...]], weights: Weights) -> Non
 def check_head(tensors: dict[str, Stored]) -> None:
     """lm_head is the embedding of the tokens, or it is not GPT-2."""
     tied, head = tensors[TIED], tensors.get(HEAD, tensors[TIED])
-    if head is tied:
-        return
-    for first, last in chunks(tied):
+    for first, last in chunks(tied) if head is not tied else ():
         a, b = tied.read(first, last), head.read(first, last)
         if not torch.equal(a.double().nan_to_num(), b.double().nan_to_num()):
             raise ValueError(f'{HEAD} differs from {TIED}: its head is not tied, which model.py '
@@ -335,10 +313,8 @@ def chunks(stored: Stored) -> Iterable[tuple[int, int]]:
 
 @torch.no_grad()
 def fill(model: GPT, weights: Weights) -> None:
-    """Copy the weights into `model`, whose config fit() returned; its vocabulary may be shorter.
-
-    They are read in pieces: memory never holds a second copy. Raises ValueError for NaN.
-    """
+    """Copy the weights into `model`, whose config fit() returned, in pieces: memory never holds a
+    second copy. The vocabulary of the model may be shorter. Raises ValueError for NaN."""
     for name, p in model.named_parameters():
         stored = weights.tensors[name]
         if name == TIED:                                # rows of padding: here, and in some files
@@ -348,15 +324,9 @@ def fill(model: GPT, weights: Weights) -> None:
             p = p.t()
         for first, last in chunks(stored):
             target = p[first:last]
-            read = stored.read(first, first + len(target))
-            rows = read.to(p.dtype)
+            rows = stored.read(first, first + len(target)).to(p.dtype)
             if len(rows) and not torch.stack(rows.aminmax()).isfinite().all():
-                raise ValueError(f'{weights.folder}: {not_finite(name, read, p.dtype)}')
+                raise ValueError(f'{weights.folder}: {name} is not finite in {p.dtype}, so the '
+                                 f'model gives NaN: its weights are damaged, or another --dtype '
+                                 f'is needed')
             target.copy_(rows)
-
-
-def not_finite(name: str, read: torch.Tensor, dtype: torch.dtype) -> str:
-    if read.isfinite().all():
-        return f'{name} has numbers beyond the range of {dtype}; give another --dtype'
-    return (f'{name} is not finite, so the model gives NaN: its weights are damaged; take an '
-            f'earlier checkpoint, or download them again')

@@ -11,7 +11,6 @@ import zipfile
 import pytest
 from test_files import Server, server
 
-from gpt import results
 from gpt import files
 from gpt.data import benchmarks
 
@@ -71,7 +70,6 @@ def test_rows_without_a_source_or_with_marks_and_line_ends_of_windows(tmp_path):
     write(tmp_path / 'a', ''.join(f'\ufeff{line}\r\n' for line in lines))
     rows, _ = benchmarks.hellaswag(tmp_path / 'a')
     assert len(rows) == 2 and rows[0]['source_id'] is None
-    assert results.by_group([(None, True), ('', False)]) == []
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
@@ -120,26 +118,11 @@ def test_cbt_errors_have_file_and_line(tmp_path, content, words):
         benchmarks.cbt('CN', 'valid', write(tmp_path / 'a', content))
 
 
-def test_cbt_skips_malformed_questions_if_asked_and_counts_them(tmp_path):
-    text = question(1) + question(2, answer='yak') + question(3)
-    questions, facts = benchmarks.cbt('CN', 'valid', write(tmp_path / 'a', text), skip_bad=True)
-    assert [q.query[10] for q in questions] == ['1', '3'] and facts['skipped'] == 1
-
-
 def test_real_cbt_questions(real):
     """13 of the original ones: punctuation, possessives and verbs among the candidates."""
     counts = {name: len(benchmarks.cbt(name, 'valid', real(f'cbt/real/cbtest_{name}_train.txt'))[0])
               for name in ('CN', 'NE', 'P', 'V')}
     assert counts == {'CN': 2, 'NE': 4, 'P': 3, 'V': 4}
-
-
-def test_every_rebuilt_cbt_question_belongs_to_a_book(real):
-    books = benchmarks.cbt_books('valid', real('cbt/raw'))
-    assert len(set(books.values())) == 5
-    questions, _ = benchmarks.cbt('NE', 'valid',
-                                  real('cbt/rebuilt/cbtest_NE_valid_2000ex.rebuilt.txt'))
-    assert len(questions) == 2000
-    assert all(sentence in books for q in questions for sentence in q.sentences)
 
 
 def test_articles_begin_at_headings_of_the_first_level():
@@ -216,3 +199,18 @@ def test_without_a_network_the_error_says_what_to_put_where(monkeypatch, tmp_pat
         benchmarks.obtain('ptb')
     with pytest.raises(ValueError, match='cannot read this file'):
         benchmarks.lambada(tmp_path / 'nothing')
+
+
+def test_cbt_skips_malformed_questions_if_asked_and_counts_them(tmp_path):
+    text = question(1) + question(2, answer='yak') + question(3)
+    questions, facts = benchmarks.cbt('CN', 'valid', write(tmp_path / 'a', text), skip_bad=True)
+    assert [q.query[10] for q in questions] == ['1', '3'] and facts['skipped'] == 1
+
+
+def test_every_rebuilt_cbt_question_belongs_to_a_book(real):
+    books = benchmarks.cbt_books('valid', real('cbt/raw'))
+    assert len(set(books.values())) == 5
+    questions, _ = benchmarks.cbt('NE', 'valid',
+                                  real('cbt/rebuilt/cbtest_NE_valid_2000ex.rebuilt.txt'))
+    assert len(questions) == 2000
+    assert all(sentence in books for q in questions for sentence in q.sentences)

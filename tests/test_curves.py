@@ -72,7 +72,8 @@ def test_what_a_rollback_undid_is_no_part_of_a_curve(tmp_path):
     assert curves.points(curve.records, 'loss') == ([1000, 2000, 5500], [5.0, 5.0, 3.0])
     assert curves.points(curve.records, 'hellaswag') == ([2000], [0.3])
     assert curve.tokens_to(3.0, 'val_loss') == 4000                 # between 2,000 and 6,000
-    assert curve.seconds_to(2000) == 20 and curve.seconds_to(5500) == 20 + 10 * 0.5
+    assert curves.seconds_to(curve.records, 2000) == 20
+    assert curves.seconds_to(curve.records, 5500) == 20 + 10 * 0.5
     assert 'best val_loss 2.0000 at update 35' in curves.summary(curve.records)
 
 
@@ -158,7 +159,8 @@ def test_a_target_lies_between_validations(made):
     curve = curves.Curve(run)
     assert curve.tokens_to(2.5, 'val_loss') == 1500 and curve.tokens_to(6, 'val_loss') == 0
     assert curve.tokens_to(1.9, 'val_loss') is None
-    assert curve.seconds_to(1500) == 15 and curve.seconds_to(50) == 0.5
+    assert curves.seconds_to(curve.records, 1500) == 15
+    assert curves.seconds_to(curve.records, 50) == 0.5
 
 
 def test_seeds_tell_noise_from_progress(made, capsys):

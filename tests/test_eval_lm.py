@@ -49,7 +49,7 @@ def test_a_uniform_model_has_known_perplexities():
     text = 'Héllo, wörld. ' * 40
     cfg = eval_lm.resolved(config(file='x'))
     corpus = eval_lm.as_corpus(text, cfg)
-    measures, notes = eval_lm.rolling(cfg, UNIFORM, BYTES, corpus, HOW)
+    measures, notes, _ = eval_lm.rolling(cfg, UNIFORM, BYTES, corpus, HOW)
     n = len(text.encode())
     assert list(measures)[0] == 'token' and measures['token']['count'] == n
     assert measures['token']['value'] == pytest.approx(V, rel=1e-5)
@@ -66,7 +66,7 @@ def test_a_uniform_model_has_known_perplexities():
 def test_the_stride_is_the_protocols_unless_it_is_set(cfg, count):
     cfg = eval_lm.resolved(cfg)
     corpus = eval_lm.as_corpus('= A = \n some words \n' * 20, cfg)
-    _, notes = eval_lm.rolling(cfg, UNIFORM, BYTES, corpus, HOW)
+    _, notes, _ = eval_lm.rolling(cfg, UNIFORM, BYTES, corpus, HOW)
     assert f'windows of 32 tokens, stride {count}' in notes[0]
 
 
@@ -87,8 +87,8 @@ def test_pieces_are_of_bytes_whatever_the_tokenizer():
 def test_bits_spent_on_detokenizing_are_paid():
     """n lines, a bit each: the total in nats grows by n ln 2."""
     corpus = eval_lm.Corpus(['abc' * 50], {'word': 1, 'byte': 150, 'character': 150}, bits=30.0)
-    paid, _ = eval_lm.rolling(config(), UNIFORM, BYTES, corpus, HOW)
-    free, _ = eval_lm.rolling(config(), UNIFORM, BYTES, corpus._replace(bits=0.0), HOW)
+    paid, *_ = eval_lm.rolling(config(), UNIFORM, BYTES, corpus, HOW)
+    free, *_ = eval_lm.rolling(config(), UNIFORM, BYTES, corpus._replace(bits=0.0), HOW)
     assert paid['byte']['value'] - free['byte']['value'] == pytest.approx(30 / 150, rel=1e-4)
 
 
@@ -117,8 +117,8 @@ def test_enwik8_is_the_last_five_million_bytes(tmp_path):
     for before, text in (('x' * 9, 'y' * 5_000_000), ('ä' * 9, 'ä' + 'y' * 4_999_999)):
         (tmp_path / 'enwik8').write_text(before + text)
         cfg = config(task='enwik8', data=str(tmp_path / 'enwik8'))
-        corpus, _, first, *_ = eval_lm.read_data(cfg)
-        assert corpus.documents == [text.lstrip('ä')] and first == 0
+        corpus, about, _ = eval_lm.read_data(cfg)
+        assert corpus.documents == [text.lstrip('ä')] and about['first'] == 0
         assert corpus.units['byte'] in (5_000_000, 4_999_999)
 
 
@@ -198,14 +198,14 @@ def answering(text):
 def test_lambada_by_a_model_that_answers(protocol, says, right):
     """The whole word has to be the most likely; in the paper's protocol it must also end there."""
     texts = ['Once he saw the dog']
-    measures, _ = eval_lm.lambada(config(task='lambada', protocol=protocol), answering(says),
+    measures, *_ = eval_lm.lambada(config(task='lambada', protocol=protocol), answering(says),
                                   BYTES, texts, HOW)
     assert measures['accuracy']['correct'] == right
     assert ('perplexity' in measures) == (protocol != 'last-token')
 
 
 def test_a_passage_longer_than_the_block_is_cut_and_counted():
-    _, notes = eval_lm.lambada(config(task='lambada', protocol='harness'), UNIFORM, BYTES,
+    _, notes, _ = eval_lm.lambada(config(task='lambada', protocol='harness'), UNIFORM, BYTES,
                                ['so ' * 30 + 'end', 'short end'], HOW)
     assert notes == ['1 of 2 are longer than the block of 32 and lost their beginning']
 
@@ -213,8 +213,8 @@ def test_a_passage_longer_than_the_block_is_cut_and_counted():
 def test_lambada_perplexity_is_of_words_not_of_tokens():
     """Uniform: V to the power of the tokens of a word, over examples."""
     texts = ['a bc', 'a bcd']
-    measures, _ = eval_lm.lambada(config(task='lambada', protocol='harness'), UNIFORM, BYTES, texts,
-                                  HOW)
+    measures, *_ = eval_lm.lambada(config(task='lambada', protocol='harness'), UNIFORM, BYTES,
+                                   texts, HOW)
     assert measures['perplexity']['value'] == pytest.approx(V ** 3.5, rel=1e-4)
     assert measures['perplexity']['count'] == 2
 
@@ -295,10 +295,9 @@ def test_every_task_runs_on_a_file_of_its_kind(model, tmp_path, monkeypatch):
             eval_lm.main(cfg)
     table = eval_lm.table(str(model))
     for line in ('LAMBADA (accuracy)', 'PTB (perplexity)', '/5', 'enwik8 (bits per byte)',
-                 '1BW (perplexity)', 'CBT common nouns',
-                 f'python eval_cbt.py --model={model}'):
+                 '1BW (perplexity)', 'CBT common nouns', 'yet: cbt-paper-valid-detok-CN-NE; ',
+                 f'`make table3 MODEL={model}`'):
         assert line in table, table
-    assert '--task=ptb' not in table                    # it is there
 
 
 def test_results_are_kept_under_out_of_the_current_folder(model, tmp_path, monkeypatch, capsys):
@@ -314,16 +313,16 @@ def test_results_are_kept_under_out_of_the_current_folder(model, tmp_path, monke
 
 
 def test_the_table_of_a_model_without_results():
-    """Every column of the paper, its published figures, and the command for each result."""
+    """Every column of the paper, its published figures, and the command for the results."""
     table = eval_lm.table('gpt2-large')
     for words in ('10.87', '60.12', '93.45', '88', '19.93', '40.31', '0.97', '1.02', '22.05',
-                  '44.575', '--task=ptb --protocol=paper', 'eval_cbt.py'):
+                  '44.575', 'ptb-paper, ', 'make table3 MODEL=gpt2-large'):
         assert words in table, words
 
 
 @pytest.mark.parametrize('flags, words', [
     (['--task=lambda'], "task: given 'lambda', expected one of lambada, wikitext2"),
-    (['--task=ptb', '--protocol=harness'], "protocol: given 'harness', but ptb has paper"),
+    (['--task=ptb', '--protocol=harness'], "protocol: given 'harness', expected one of paper"),
     (['--file=nothing.txt'], 'nothing.txt: cannot read this file'),
     (['--file={model}/empty'], 'there is no text in this file'),
     (['--file={model}/bytes'], 'bytes:1: not UTF-8 .invalid start byte at byte 0'),

@@ -139,9 +139,10 @@ REFUSED = {
     'a classifier': (dict(tensors=add(score__weight=torch.ones(2, 32))), 'score.weight'),
     'a value head': (dict(tensors=add(v_head__summary__weight=torch.ones(1, 32))), 'v_head'),
     'rotary positions': (dict(tensors=add(h__0__attn__rotary=torch.ones(4))), 'attn.rotary'),
-    'fewer layers': (dict(config={'n_layer': 1}), 'weights of h.1, layer 2; .* n_layer=1'),
-    'more layers': (dict(config={'n_layer': 3}), 'these weights are missing: h.2'),
-    'a mask too many': (dict(tensors=add(h__2__attn__bias=torch.ones(1))), 'h.2, layer 3'),
+    'fewer layers': (dict(config={'n_layer': 1}), 'n_layer=1; .* 2 layers, up to h.1'),
+    'more layers': (dict(config={'n_layer': 3}), 'n_layer=3; .* 2 layers'),
+    'a mask too many': (dict(tensors=add(h__2__attn__bias=torch.ones(1))),
+                        'n_layer=2; .* up to h.2'),
     'two prefixes': (dict(tensors=add(wte__weight=torch.ones(257, 32))), 'wte.weight is there twi'),
     'one missing': (dict(tensors=lambda found: found.pop('transformer.ln_f.bias')), 'ln_f.bias'),
     'int8': (dict(tensors=change('h.0.mlp.c_fc.weight', int8)), 'h.0.mlp.c_fc.weight is of I8'),
@@ -149,7 +150,7 @@ REFUSED = {
     'bool': (dict(tensors=change('ln_f.weight', torch.Tensor.bool)), 'ln_f.weight is of BOOL'),
     'float8': (dict(tensors=change('wpe.weight', lambda p: p.to(torch.float8_e4m3fn))), 'is of F8'),
     'NaN': (dict(tensors=change('h.1.mlp.c_fc.bias', lambda p: p * torch.nan)), 'h.1.mlp.c_fc.bias '
-            'is not finite, so the model gives NaN: its weights are damaged'),
+            'is not finite in torch.float32, so the model gives NaN: its weights are damaged'),
     'infinity': (dict(tensors=change('wte.weight', lambda p: p / 0)), 'wte.weight is not finite'),
     'overflow': (dict(tensors=change('ln_f.weight', lambda p: p * 0 + 3e38)), 'model gives NaN'),
     'quantized': (dict(config={'quantization_config': {'bits': 8}}), 'quantization_config'),
@@ -159,8 +160,8 @@ REFUSED = {
         ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon is 1e-06'),
         ({'n_inner': 64}, 'n_inner is 64'),
         ({'activation_function': 'relu'}, "activation_function is 'relu'"),
-        ({'activation_function': None}, 'activation_function is null'),
-        ({'activation_function': ['gelu']}, 'activation_function is'),
+        ({'activation_function': None}, 'activation_function: given null'),
+        ({'activation_function': ['gelu']}, 'activation_function: given'),
         ({'pruned_heads': {'0': [1]}}, 'pruned_heads'),
         ({'is_encoder_decoder': True}, 'is_encoder_decoder'),
         ({'auto_map': {'AutoModelForCausalLM': 'other.Model'}}, 'auto_map'),
@@ -169,13 +170,13 @@ REFUSED = {
         ({'rope_theta': 10000}, "has 'rope_theta' .10000., which may change what the model"),
         ({'alibi': True}, "has 'alibi'"), ({'layer_norm_eps': 1e-6}, "has 'layer_norm_eps'"),
         ({'gpt_config': {'n_layer': 2}}, 'built with n_layer=2, a setting that'),
-        ({'gpt_config': ['x']}, 'gpt_config is'),
-        ({'bias': 1}, 'bias is 1, expected bool'),
-        *(({key: value}, f'{key} is') for key in ('n_layer', 'n_head', 'n_embd', 'n_positions',
+        ({'gpt_config': ['x']}, 'gpt_config: given'),
+        ({'bias': 1}, 'bias: given 1, expected true or false'),
+        *(({key: value}, f'{key}: given') for key in ('n_layer', 'n_head', 'n_embd', 'n_positions',
                                                   'vocab_size')
           for value in (0, -2, True, 10 ** 30, 2.0, '2', None, [2])),
-        ({'n_layer': 10 ** 7}, 'these weights are missing: h.2, of 10000000 layers'),
-        ({'n_head': 3}, 'expected a multiple of n_head=3'),
+        ({'n_layer': 10 ** 7}, 'n_layer=10000000; the files hold 2 layers'),
+        ({'n_head': 3}, 'must be a multiple of n_head=3'),
         ({'n_positions': 10 ** 7}, r'wpe.weight: the file holds \(16, 32\)'),
         ({'n_embd': 2 ** 20}, 'the file holds'), ({'vocab_size': 10 ** 7}, 'wte.weight: the'))}}
 
@@ -299,7 +300,7 @@ def test_nan_is_said_when_sampling_and_training(folder, stories, tmp_path, case)
 def test_a_dtype_too_narrow_is_said(folder):
     place = folder(tensors=change('wpe.weight', lambda p: p * 1e6))
     assert checkpoints.load_model(place)
-    with pytest.raises(ValueError, match='beyond the range of torch.float16; give another --dtype'):
+    with pytest.raises(ValueError, match='not finite in torch.float16.* another --dtype'):
         checkpoints.load_model(place, dtype=torch.float16)
 
 
@@ -330,7 +331,7 @@ def not_plain(kind, path, tmp_path):
 def test_only_plain_files_are_read(folder, tmp_path, name, kind):
     place = folder()
     not_plain(kind, place / name, tmp_path)
-    with pytest.raises(ValueError, match=f'{name}: (not a plain|a link that leads|cannot be op)'):
+    with pytest.raises(ValueError, match=f'{name}: not a plain file, or a link'):
         checkpoints.load_folder(place)
 
 
@@ -604,10 +605,10 @@ def test_a_run_starts_from_nanogpt_and_is_sampled(tmp_path, stories, capsys):
 
 
 @pytest.mark.parametrize('args, words', [
-    ({'rotary': True}, "model_args has 'rotary'"), ({'n_layer': 1}, 'h.1, layer 2'),
-    ({'n_layer': 10 ** 9}, 'n_layer is 1000000000, expected 1 to'),
-    ({'vocab_size': None}, 'vocab_size is None'), ({'bias': 0}, 'bias is 0, expected bool'),
-    ({'n_head': 5}, 'n_embd is 32, expected a multiple of n_head=5')])
+    ({'rotary': True}, "model_args has 'rotary'"), ({'n_layer': 1}, 'n_layer=1; .* 2 layers'),
+    ({'n_layer': 10 ** 9}, 'n_layer: given 1,000,000,000, expected at most'),
+    ({'vocab_size': None}, 'vocab_size: given null'), ({'bias': 0}, 'bias: given 0'),
+    ({'n_head': 5}, 'n_embd=32 must be a multiple of n_head=5')])
 def test_another_model_in_a_folder_of_nanogpt_is_refused(tmp_path, args, words):
     nanogpt(tmp_path, args=args)
     (tmp_path / 'tokenizer.json').write_text(tokenizer.to_json(BYTES))

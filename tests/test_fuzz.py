@@ -450,8 +450,6 @@ def test_benchmarks(tmp_path):
             for row in read[0] if read else ():
                 for protocol in hellaswag.PROTOCOLS:
                     attempt(f'{name}: render', lambda: hellaswag.render(row, BYTES, protocol))
-            if read:
-                hellaswag.by_group(read[0], [True] * len(read[0]))      # after the last question
         elif name == 'cbt':
             read = attempt(name, lambda: benchmarks.cbt('CN', 'valid', path))
             for question in read[0] if read else ():

@@ -8,12 +8,14 @@ import torch
 from conftest import command, script
 
 from gpt import checkpoints
+import eval_lm
 import hellaswag
 from gpt import results
 from gpt import tokenizer
 import train
 from gpt.data import benchmarks
 from gpt import files
+from gpt.hub import SIZES
 from gpt.world import World
 from model import GPT, GPTConfig
 
@@ -183,12 +185,14 @@ def test_any_number_of_processes_gives_the_same_scores(data, tmp_path):
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=BYTES.n_vocab))
     checkpoints.save(tmp_path / 'model', 0, model, BYTES, {})
-    flags = ['--model', tmp_path / 'model', f'--data={data}', '--batch_tokens=300', '-d', 'cpu']
-    command(hellaswag, *flags, f'--out={tmp_path}/1.json', f'--dump={tmp_path}/1.rows')
-    script('hellaswag.py', *flags, f'--out={tmp_path}/3.json', f'--dump={tmp_path}/3.rows',
-           torchrun=3)
-    assert [json.loads((tmp_path / f'{n}.json').read_text())['processes'] for n in (1, 3)] == [1, 3]
-    assert (tmp_path / '1.rows').read_text() == (tmp_path / '3.rows').read_text()
+    for module, given in ((hellaswag, 'data'), (eval_lm, 'file')):
+        flags = ['--model', tmp_path / 'model', f'--{given}={data}', '--batch_tokens=300', '-d',
+                 'cpu']
+        command(module, *flags, f'--out={tmp_path}/1.json')
+        script(f'{module.__name__}.py', *flags, f'--out={tmp_path}/3.json', torchrun=3)
+        one, three = (json.loads((tmp_path / f'{n}.json').read_text()) for n in (1, 3))
+        assert (one['processes'], three['processes']) == (1, 3)
+        assert one['measures'] == three['measures']     # of a text also the sum of its nats
 
 
 def test_training_is_the_same_with_and_without_the_live_curve(data, stories, tmp_path):
@@ -211,11 +215,12 @@ def test_the_questions_can_be_downloaded_alone(data, capsys):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--protocol=lmeval'], "protocol: given 'lmeval', expected 'completion' or 'lm-eval'"),
+    (['--protocol=lmeval'], "protocol: given 'lmeval', expected one of completion, lm-eval"),
     (['--limit=-1'], 'limit: given -1, expected 0 or more'),
     (['--model=random:gpt3'], 'random:gpt3: expected random: and one of gpt2, gpt2-medium'),
     (['--data=nothing.jsonl'], 'nothing.jsonl: cannot read this file'),
     (['--compare=a.json'], 'expected two results'),
+    (['--out=tests'], 'tests: is a folder, expected the name of a file'),
     (['--dump=tests'], 'tests: is a folder, expected the name of a file')])
 def test_bad_input_is_refused(data, flags, words):
     with pytest.raises(ValueError, match=words):
@@ -257,8 +262,10 @@ def test_published_numbers_are_printed_for_official_weights_and_data(data, tmp_p
 
 def test_published_numbers_stand_beside_official_weights_and_data_only(tmp_path):
     """The counts behind them: 2967 and 2871 of 10,042 for gpt2."""
-    assert round(2967 / 100.42, 2) == hellaswag.PUBLISHED['completion', 'gpt2'][0]
-    assert round(2871 / 100.42, 2) == hellaswag.PUBLISHED['completion', 'gpt2'][1]
-    for (protocol, size), (norm, plain, source) in hellaswag.PUBLISHED.items():
-        assert protocol in hellaswag.PROTOCOLS and size in results.TABLE3 and source
-        assert 25 < norm < 60
+    for key, count in (('acc_norm', 2967), ('acc', 2871)):
+        value, _ = results.PUBLISHED['hellaswag-completion', key, 'gpt2']
+        assert round(count / 100.42, 2) == value
+    for (name, key, size), (value, source) in results.PUBLISHED.items():
+        assert size in SIZES and source
+        if name.startswith('hellaswag'):
+            assert name.removeprefix('hellaswag-') in hellaswag.PROTOCOLS and 25 < value < 60

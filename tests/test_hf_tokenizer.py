@@ -72,7 +72,7 @@ def saved(folder, files):
 
 
 SHIFTED = {token: i + 3 for token, i in OURS['model']['vocab'].items()}
-CHARS = json.loads(to_json(tokenizer.characters(sorted(set(''.join(CORPUS))))))
+CHARS = json.loads(to_json(tokenizer.Characters(sorted(set(''.join(CORPUS))))))
 PRE, DECODE = tokenizers.pre_tokenizers, tokenizers.decoders
 FOLDERS = {
     # added tokens
@@ -165,7 +165,7 @@ def test_ids_and_texts_are_those_of_transformers(kind, tmp_path):
 @pytest.mark.parametrize('kind', FOLDERS)
 def test_end_of_text_in_a_text_is_text_and_begins_documents(kind, tmp_path):
     encoding = load(tokenizer.stored(saved(tmp_path / 'it', FOLDERS[kind])))
-    eot, name = eot_id(encoding), tokenizer.eot_text(encoding)
+    eot, name = eot_id(encoding), encoding.eot_text
     if eot is None:
         assert name == ''
         return
@@ -225,7 +225,7 @@ def test_which_token_ends_a_text(files, expected, tmp_path):
                                      added(SIZE + 1, '</s>', special=True)]}
     assert SIZE == 300
     encoding = load(saved(tmp_path, {'tokenizer.json': data, **files}) / 'tokenizer.json')
-    assert tokenizer.eot_text(encoding) == expected
+    assert encoding.eot_text == expected
     assert tokenizer.special_names(encoding)['eos_token'] == expected
 
 
@@ -458,7 +458,7 @@ def test_what_transformers_would_match_otherwise_is_refused(tmp_path):
     token = {**USER, 'rstrip': True}
     both = {'tokenizer.json': {**OURS, 'added_tokens': [*OURS['added_tokens'], USER]}}
     for number, (files, config, words) in enumerate((
-            (both, {'added_tokens_decoder': {str(SIZE): token}}, 'rstrip=True in tokenizer_config'),
+            (both, {'added_tokens_decoder': {str(SIZE): token}}, 'another lstrip, rstrip or s'),
             (both, {'split_special_tokens': True}, 'split_special_tokens, which is not'),
             (PAIR, {**GPT2_CLASS, 'add_bos_token': True}, 'add_bos_token, which is not'))):
         folder = saved(tmp_path / str(number), {**files, 'tokenizer_config.json': config})

@@ -43,7 +43,7 @@ def test_a_folder_without_a_log_is_skipped(run, tmp_path, capsys):
     (tmp_path / 'b').mkdir()
     plot.main(plot.Config(runs=(str(run), str(tmp_path / 'b'))))
     assert f"skipping {tmp_path / 'b'} (no log.jsonl)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match='expected the folder of a run, with a log.jsonl in it'):
+    with pytest.raises(ValueError, match='expected the folder of a run of train.py, with a log'):
         plot.main(plot.Config(runs=(str(tmp_path / 'b'),)))
 
 
@@ -162,11 +162,11 @@ def test_a_mixture_has_no_reference(run):
 
 @pytest.mark.parametrize('runs, words', [
     ((), 'expected the folder of a run'),
-    (('nowhere/at/all',), '^given nowhere/at/all, expected the folder of a run, with a log.jsonl '
-     'in it; train.py makes one under out/$'), (('config',), 'given config, .*; there are .*')])
+    (('nowhere/at/all',), '^given nowhere/at/all, expected the folder of a run of train.py'),
+    (('config',), 'given config, expected the folder of a run')])
 def test_refusals(runs, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=words):
         plot.main(plot.Config(runs=runs))
-    with pytest.raises(ValueError, match="theme: given 'blue', expected 'light' or 'dark'"):
+    with pytest.raises(ValueError, match="theme: given 'blue', expected one of light, dark"):
         plot.main(plot.Config(runs=('anything',), theme='blue'))

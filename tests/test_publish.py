@@ -16,7 +16,7 @@ import sample
 import train
 from data import prepare
 from gpt.data.shards import Tokens
-from gpt.scoring import rolling_loglikelihood
+from gpt.scoring import rolling_loglikelihoods
 
 PROMPTS = '--prompts=Nobody counted,The fox'
 
@@ -61,7 +61,7 @@ def test_the_card_says_what_was_measured(published, stories, capsys):
     model, _ = checkpoints.load_model(published)
     tokens = Tokens('tiny', 'val', 300, str(stories))
     ids = tokens.read(0, len(tokens))
-    score = rolling_loglikelihood(model, ids)
+    score = rolling_loglikelihoods(model, [ids])[0]
     said = float(re.search(r'validation loss \| ([\d.]+) nats', card).group(1))
     assert said == pytest.approx(-score.sum / score.count, abs=0.05)    # each block from its start
     assert f'perplexity of {math.exp(said):.1f}'[:-1] in card
@@ -104,7 +104,7 @@ def test_a_data_set_that_was_prepared_again_is_not_validated_on(published, tmp_p
         assert re.search('^not validated: .*(prepared again|another tokenizer)',
                          capsys.readouterr().out)
         card = (tmp_path / 'given/README.md').read_text()
-        assert '| not validated | the data set was prepared again since the training |' in card
+        assert '| not validated | the data set of the training is not at hand |' in card
         assert 'validation loss' not in card and '## Samples' not in card
 
 

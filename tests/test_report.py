@@ -84,7 +84,7 @@ def test_a_page_tells_what_the_files_tell(html, stories):
     assert '5 of 7' in found and 'samples.jsonl has the rest' in found
     found = section(html, 'Evaluation')
     assert 'here, completion' in found and 'not this one' not in found and '30.00%' in found
-    assert '31.14 (lm-eval)' in found and 'only the first 100; nothing published' in found
+    assert '31.14 (lm-eval)' in found and 'completion, first 100, not known' in found
     assert '1 spike' in section(html, 'Events')
 
 

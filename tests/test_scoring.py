@@ -64,7 +64,7 @@ def test_shared_and_plain_rows_equal_transformers_scored_plainly(model, tmp_path
     """And the callable of transformers is scored by the same code, in either way."""
     transformers = pytest.importorskip('transformers')
     from gpt import checkpoints
-    checkpoints.save(tmp_path, 0, model, tokenizer.characters(''.join(map(chr, range(65, 65 + V)))),
+    checkpoints.save(tmp_path, 0, model, tokenizer.Characters(''.join(map(chr, range(65, 65 + V)))),
                      {})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoints.find(tmp_path)).eval()
     items = random_items(40)
@@ -233,10 +233,14 @@ def test_memory_that_runs_out_halves_the_batch(model):
 
 # Long texts.
 
+def rolling(model, ids, stride=0, **options):
+    return scoring.rolling_loglikelihoods(model, [ids], stride, **options)[0]
+
+
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
     ids = [i % V for i in range(500)]
-    score = scoring.rolling_loglikelihood(lambda ids: torch.zeros(*ids.shape, V), ids, 7,
-                                             block_size=BLOCK)
+    score = rolling(lambda ids: torch.zeros(*ids.shape, V), ids, 7,
+                    block_size=BLOCK)
     assert score.count == 499 and math.exp(-score.sum / score.count) == pytest.approx(V, rel=1e-6)
 
 
@@ -274,7 +278,7 @@ def test_strides_agree_where_the_context_does_not_matter():
     def unigram(ids):
         return table.expand(*ids.shape, V)
 
-    found = [scoring.rolling_loglikelihood(unigram, ids, stride, block_size=BLOCK).sum
+    found = [rolling(unigram, ids, stride, block_size=BLOCK).sum
              for stride in (1, 13, 0)]
     expected = sum(table.log_softmax(-1)[i].item() for i in ids[1:])
     assert found == pytest.approx([expected] * 3, rel=1e-5)
@@ -283,13 +287,13 @@ def test_strides_agree_where_the_context_does_not_matter():
 def test_a_short_stride_gives_more_context(model):
     """A stride of one is one forward pass for each token, over the block before it."""
     ids = torch.tensor([random.Random(5).randrange(V) for _ in range(BLOCK + 9)])
-    score = scoring.rolling_loglikelihood(model, ids, 1)
+    score = rolling(model, ids, 1)
     with torch.no_grad():
         expected = [model(ids[None, max(0, t - BLOCK):t])[0, -1].log_softmax(-1)[ids[t]].item()
                     for t in range(1, len(ids))]
     assert score.logprobs.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     with pytest.raises(ValueError, match='stride: given 49, expected 1 to 48'):
-        scoring.rolling_loglikelihood(model, ids, BLOCK + 1)
+        rolling(model, ids, BLOCK + 1)
 
 
 MEMORY = '''
@@ -302,7 +306,7 @@ model = GPT(GPTConfig(256, 4096, 1, 2, 64)).eval()
 ids = torch.randint(4096, (200_000,)).tolist()
 peaks = []
 for count in (20_000, 200_000):
-    scoring.rolling_loglikelihood(model, ids[:count], 128, batch_tokens=1024)
+    scoring.rolling_loglikelihoods(model, [ids[:count]], 128, batch_tokens=1024)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print(peaks[1] - peaks[0])
 '''

@@ -78,10 +78,10 @@ def test_command_line(argv, key, value):
     (['--learning_rate=1e999'], "given '1e999', expected a number"),
     (['--learning_rate=9.0**64*1e300'], 'expected a number'),
     (['--learning_rate=(-8)**0.5'], 'expected a number'),
-    (['--batch_size=' + '-' * 100_000 + '1'], "given '---.*…, expected a whole number"),
-    (['--batch_size=' + '1' * 5000], "given '111.*…, expected a whole number"),
-    (['--batch_size=0x' + 'f' * 50_000], "given '0xfff.*…, expected a whole number"),
-    (['--batch_size=' + '9**' * 5000 + '9'], "given '9..9.*…, expected a whole number"),
+    (['--batch_size=' + '-' * 100_000 + '1'], "given '---.*, expected a whole number"),
+    (['--batch_size=' + '1' * 5000], "given '111.*, expected a whole number"),
+    (['--batch_size=0x' + 'f' * 50_000], "given '0xfff.*, expected a whole number"),
+    (['--batch_size=' + '9**' * 5000 + '9'], "given '9..9.*, expected a whole number"),
     (['--batch_size="%*d" % (10**10, 5)'], 'expected a whole number'),
     (['--batch_size=True+1'], 'expected a whole number')])
 def test_refusals_name_the_flag_and_what_was_expected(argv, message):

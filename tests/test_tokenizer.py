@@ -127,10 +127,8 @@ def test_a_run_of_equal_letters_is_trained_on_in_a_moment():
     assert time.process_time() - started < 2
 
 
-def test_gpt2s_merges_are_recovered_once(gpt2, monkeypatch):
-    first = to_json(gpt2)
-    monkeypatch.setattr(tokenizer, 'recovered_merges', lambda tokens: 1 / 0)
-    assert to_json(gpt2) is first
+def test_the_file_of_gpt2_is_made_once(gpt2):
+    assert tokenizer.gpt2() is gpt2 and to_json(gpt2) is to_json(gpt2)
 
 
 def test_ctrl_c_is_answered_while_a_tokenizer_is_trained():
@@ -138,8 +136,8 @@ def test_ctrl_c_is_answered_while_a_tokenizer_is_trained():
     threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        tokenizer.interruptible(lambda: time.sleep(15))
-    assert time.monotonic() - started < 10
+        tokenizer.interruptible(lambda: time.sleep(8))
+    assert time.monotonic() - started < 6
 
 
 @pytest.mark.slow
@@ -169,6 +167,7 @@ def test_gpt2_gives_the_ids_of_gpt2(gpt2):
     ids = encode(encoding, "Hello, I'm a language model,").tolist()
     assert ids == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert eot_id(encoding) == 50256 and encoding.n_vocab == 50257
+    assert fingerprint(encoding).startswith('2548045ac46b8ad1')     # data sets are tied to it
     again = from_json(to_json(encoding))
     assert (fingerprint(again) == fingerprint(encoding)
             and (encode(again, TEXT) == encode(encoding, TEXT)).all())
@@ -205,14 +204,12 @@ def test_an_unknown_character_is_named():
 
 
 def test_without_network_and_cache_the_error_says_which_files_go_where(tmp_path, monkeypatch):
-    tiktoken = pytest.importorskip('tiktoken')
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
     monkeypatch.setattr('tiktoken.load.read_file',
                         lambda *_: (_ for _ in ()).throw(ConnectionError('no network')))
     words = 'vocab.bpe as 6d1cbeee.*TIKTOKEN_CACHE_DIR.*bpe:4096 needs no network'
     with pytest.raises(ValueError, match=words):
-        tokenizer.gpt2()
+        tokenizer.gpt2.__wrapped__()
 
 
 def test_ids_that_do_not_fit_16_bits_are_refused():
