@@ -100,7 +100,7 @@ def draw(folders, logs, theme, wide=False):
         figure = Figure(size, layout='constrained')
         axes = figure.subplot_mosaic(rows, height_ratios=[2.3, *[1] * (len(rows) - 1)])
         for key, panel in axes.items():
-            draw_panel(panel, key, logs)
+            draw_panel(panel, key, logs, colours)
             panel.tick_params(labelbottom=key in rows[-1])
             panel.set_xlabel('tokens' if key in rows[-1] else '')
         draw_legend(figure, folders, colours)
@@ -119,9 +119,7 @@ def layout(logs, wide):
 
 def style(colours):
     """matplotlib's settings: light axes, text that can be read on a phone."""
-    from matplotlib import cycler
-    return {'axes.prop_cycle': cycler(color=colours['runs']),
-            'text.parse_math': False,       # a $ in a name is no formula
+    return {'text.parse_math': False,       # a $ in a name is no formula
             'font.size': 10.5, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left',
             'axes.titlecolor': colours['ink'], 'text.color': colours['ink'],
             'axes.labelcolor': colours['quiet'], 'xtick.labelcolor': colours['quiet'],
@@ -144,12 +142,12 @@ def short(value):
     return f'{value:g}'
 
 
-def draw_panel(axes, key, logs):
+def draw_panel(axes, key, logs, colours):
     """The curves of all runs under one key of the log."""
     from matplotlib.ticker import MaxNLocator
     drawn = []
     for i, records in enumerate(logs):
-        line = {'color': f'C{i}', 'linewidth': 1.3}
+        line = {'color': run_colour(i, colours), 'linewidth': 1.3}
         curve = points(records, key)
         if key == 'hellaswag':
             curve = curve[0], [100 * accuracy for accuracy in curve[1]]
@@ -171,6 +169,10 @@ def draw_panel(axes, key, logs):
         axis.set_major_formatter(lambda value, _: short(value))
 
 
+def run_colour(i, colours):
+    return colours['runs'][i % len(colours['runs'])]
+
+
 def dotted(curve):
     """The style of a curve of few measurements: a dot at each, or at about 40 of many."""
     return {'marker': 'o', 'markersize': 3.5, 'markevery': -(-len(curve[0]) // 40) or 1}
@@ -180,7 +182,7 @@ def draw_legend(figure, folders, colours):
     """One legend for all panels: the runs by colour, and lines with and without dots."""
     from matplotlib.lines import Line2D
     names = [folder.resolve().name[:40] for folder in folders]
-    runs = [Line2D([], [], color=f'C{i}', linewidth=3, label=name)
+    runs = [Line2D([], [], color=run_colour(i, colours), linewidth=3, label=name)
             for i, name in enumerate(names)]
     kinds = [Line2D([], [], color=colours['quiet'], linewidth=1.3, alpha=0.7, label='training'),
              Line2D([], [], color=colours['quiet'], linewidth=1.3, marker='o', markersize=3.5,
