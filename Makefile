@@ -52,7 +52,7 @@ quickstart: install
 	@echo '  python sample.py -p "Return the" -m 200                        # another sample'
 	@echo '  python train.py config/quickstart.py --max_iters=1000          # resume, and train longer'
 	@echo '  python data/prepare.py --name=mine --tokenizer=bpe:2048 FOLDER_OR_FILE.txt'
-	@echo '  python train.py config/quickstart.py --dataset=mine --out_dir=out/mine'
+	@echo '  python train.py config/quickstart.py --dataset=mine --out_dir=out/first'
 
 test: install-dev
 	$(TEST)

@@ -80,6 +80,8 @@ def main(cfg):
     if cfg.model not in SIZES:
         raise ValueError(f"model: given {cfg.model!r}, expected one of {', '.join(SIZES)}")
     world = World.join(cfg.device)
+    if world.device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')      # TF32, as the other scripts do
     print(f'{machine(world.device)}; torch {torch.__version__}, Python {platform.python_version()}')
     print(f"{'':44}{'measured':>16}{'limit':>16}{'reached':>9}")
     for part in cfg.parts or lines:

@@ -4,7 +4,7 @@ text file.
 
     python eval_lm.py --model=gpt2 --task=lambada               # or wikitext2, enwik8, ...
     python eval_lm.py --model=gpt2 --task=wikitext2 --protocol=harness
-    python eval_lm.py --model=out/mine --file=book.txt --stride=128
+    python eval_lm.py --model=out/first --file=book.txt --stride=128
     python eval_lm.py --model=gpt2 --table3                     # all results so far, as Table 3
     torchrun --standalone --nproc_per_node=8 eval_lm.py --model=gpt2-xl --task=enwik8
 

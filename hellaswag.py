@@ -2,7 +2,7 @@
 HellaSwag (Zellers et al. 2019): which of four endings continues a text best, zero-shot; 10,042.
 
     python hellaswag.py --model=gpt2                        # downloads the 12 MB of questions once
-    python hellaswag.py --model=out/mine --limit=1000
+    python hellaswag.py --model=out/first --limit=1000
     torchrun --standalone --nproc_per_node=8 hellaswag.py --model=gpt2-xl
     python hellaswag.py --compare=a.json,b.json             # is b better than a?
 

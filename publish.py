@@ -2,7 +2,7 @@
 A trained model as a folder to give away: weights in bfloat16, tokenizer, settings, model card.
 
     python publish.py --model=out/checkpoint --to=checkpoint --about=FILE:about.md
-    python publish.py --model=out/mine --to=mine --prompts=Once,Twice
+    python publish.py --model=out/first --to=my-gpt --prompts=Once,Twice
     hf upload me/mine mine                          # to the hub, with an account there
 """
 
@@ -34,7 +34,7 @@ import torch
 
 from gpt import checkpoints, steps, tokenizer
 from gpt.curves import read_log, seconds_to
-from gpt.data.order import Data, check_tokenizer
+from gpt.data.sets import Data, check_tokenizer
 from gpt.device import pick_device, pick_dtype
 from gpt.files import given_text, read_text
 from gpt.log import duration
@@ -49,7 +49,7 @@ FROM_THE_RUN = 'config.py', 'log.jsonl', 'samples.jsonl', 'starts.jsonl'
 def main(cfg):
     if not cfg.model or not cfg.to:
         raise ValueError('expected a run and a folder to write, as in: '
-                         'python publish.py --model=out/mine --to=mine')
+                         'python publish.py --model=out/first --to=my-gpt')
     check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'eval_tokens max_new_tokens'),
                        ('1 or more', lambda value: value >= 1, 'num_samples')])
     world, target = World(device=pick_device(cfg.device)), Path(cfg.to).resolve()

@@ -74,7 +74,9 @@ def main(cfg):
     model, encoding, origin = load(cfg.model, device, dtype)
     if cfg.seed == -1:
         cfg = replace(cfg, seed=randrange(2 ** 31))
-    print(f'model: {origin}; seed {cfg.seed}', file=sys.stderr)
+    role = steps.role(origin)
+    note = f', the {role} step of its run' if role else ''
+    print(f'model: {origin}{note}; seed {cfg.seed}', file=sys.stderr)
     if dtype == torch.float32 or min(cfg.num_samples, cfg.batch_size) > 1:
         pack(model)                                     # one row in bfloat16 is faster unpacked
     if cfg.interactive:

@@ -99,17 +99,20 @@ import torch
 
 from gpt import budget, cpu, tokenizer
 from gpt.budget import BatchConfig, BatchPlan, Forecast
-from gpt.data.order import Data, draw
+from gpt.data.order import draw
+from gpt.data.sets import Data
 from gpt.device import is_out_of_memory, pick_dtype
 from gpt.log import Stopwatch
 from gpt.optim import OptimizerConfig, Schedule
 from gpt.preflight import Preflight, doubtful, how_it_ended
 from gpt.progress import PendingMetrics, Progress
-from gpt.run import Run, is_fine_tune
+from gpt.run import Run
+from gpt.start import is_fine_tune, starting_point
 from gpt.trainer import Trainer, TrainerConfig
 from gpt.validation import ValidationConfig, validate
 from gpt.world import World
 
+NOTABLE = 0.1               # a change of max_iters that is printed, with --minutes
 OLDER = {'half_residual': False, 'logits_per_slice': 2 ** 26}   # of checkpoints without these
 BOUNDS = (                  # what is expected, whether a value fits, of which settings
     ('1 or more', lambda value: value >= 1,
@@ -180,8 +183,7 @@ def start(cfg, world, run, started):
         world.print(line)
     questions = load_questions(cfg, world, data.encoding)
     run.lock()
-    cfg, model, saved = run.start(data.encoding)
-    run.check_data(saved, data)
+    cfg, model, saved, run.has_changed = starting_point(cfg, world, data)
     data.set_order(cfg.block_size, cfg.seed, cfg.doc_start, world.device.type == 'cuda')
     progress = Progress.restore(saved)
     if saved and not cfg.eval_only and (ended := world.on_main(how_it_ended, cfg, progress, saved)):
@@ -211,6 +213,9 @@ def start(cfg, world, run, started):
     micro_batches = batches.full_updates(cfg.max_iters, progress.step) * batches.full.micro_steps
     trainer.prepare(batch, 60 * cfg.minutes or micro_batches and
                     micro_batches * trainer.eager_seconds(batch))
+    tokens = min(section(cfg, ValidationConfig).tokens, sum(len(part.val) for part in data.sets))
+    trainer.compile_validation((cfg.batch_size, cfg.block_size),
+                               cfg.max_iters / cfg.eval_interval * tokens)
     forecast = Forecast(cfg, batches, budget.save_seconds(trainer))
     if cfg.plan or (cfg.minutes and not saved):
         measure_cost(data, trainer, progress, forecast)
@@ -242,7 +247,8 @@ def computes(cfg, world, saved):
         world.print(f'device {world.device}; {str(dtype)[6:]}: {reason}')
     as_before = {key: before[key] for key in ('compile', 'half_residual', 'logits_per_slice')
                  if same and getattr(cfg, key, 'auto') == 'auto'}
-    return replace(world, dtype=dtype), section(cfg, TrainerConfig, **as_before)
+    return replace(world, dtype=dtype), section(
+        cfg, TrainerConfig, **as_before, compile_as_before='compile' in as_before)
 
 
 def measure_cost(data, trainer, progress, forecast):
@@ -251,8 +257,9 @@ def measure_cost(data, trainer, progress, forecast):
     passes = partial(forward_backward, cfg.seed, data, trainer, progress)
     forecast.cost = budget.measure(trainer, passes, batches, cfg.minutes)
     available = sum(len(part.val) for part in data.sets)
-    with trainer.evaluating() as model:
-        run_validation = partial(validate, model, data.sets, world=world, val_sets=data.val_sets)
+    with trainer.evaluating():
+        run_validation = partial(validate, trainer.validator, data.sets, world=world,
+                                 val_sets=data.val_sets)
         forecast.took['eval_interval'] = budget.time_validation(
             run_validation, section(cfg, ValidationConfig), available, world)
     world.print(budget.describe_cost(trainer, forecast.cost, batches.tokens_per_update))
@@ -263,7 +270,7 @@ def train(data, run, trainer, progress, questions, forecast):
     cfg, world = forecast.cfg, trainer.world
     metrics, stopwatch = PendingMetrics(world.device), Stopwatch()
     intervals = cfg.eval_interval, cfg.hellaswag_interval, cfg.sample_interval
-    run_validation = partial(validate, trainer.model, data.sets, section(cfg, ValidationConfig),
+    run_validation = partial(validate, trainer.validator, data.sets, section(cfg, ValidationConfig),
                              world, lambda: run.signal.received, data.val_sets)
     while True:
         # once in a while: save first, so that nothing below can lose work
@@ -330,7 +337,8 @@ def refit(run, progress, forecast):
         with suppress(OSError):                         # a full disk does not end a run
             run.world.on_main(run.write_config)
         text = f"max_iters {before} -> {fit['max_iters']}, to end in time"
-        run.log.event(progress.step, 'fit', text, **fit)
+        notable = abs(fit['max_iters'] - before) > NOTABLE * before
+        run.log.event(progress.step, 'fit', text, quiet=not notable, **fit)
     return forecast.cfg
 
 

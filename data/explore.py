@@ -165,8 +165,7 @@ def figures(data, found):
     splits, surveys = [data.splits[split] for split in found], found.values()
     sizes = np.array([len(token) for token in token_table(data, b'')])
     sizes = [int(part.counts @ sizes) for part in surveys]          # bytes of the text
-    kind = data.manifest['tokenizer']['name'] if data.manifest else 'gpt2'
-    vocab_size = data.encoding.n_vocab
+    kind, vocab_size = data.encoding.name, data.encoding.n_vocab
     yield 'tokens', [f'{len(tokens):,}' for tokens in splits]
     yield 'bytes of text', [f'{size:,}' for size in sizes]
     yield 'bytes a token', [f'{size / len(tokens):.3f}' for size, tokens in zip(sizes, splits)]

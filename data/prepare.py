@@ -468,7 +468,7 @@ def save_progress(progress, writers):
 def write_manifest(folder, plan, encoding, splits, counts):
     manifest = {
         'format': 1, 'name': plan['name'], 'source': plan['source'], 'settings': plan['settings'],
-        'tokenizer': {'name': plan['settings']['tokenizer'], 'vocab_size': encoding.n_vocab,
+        'tokenizer': {'name': encoding.name, 'vocab_size': encoding.n_vocab,
                       'eot_id': eot_id(encoding), 'fingerprint': fingerprint(encoding)},
         'splits': splits, 'remarks': counts,
         'versions': {name: version(name) for name in ('tiktoken', 'tokenizers', 'numpy')}}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from matplotlib import rc_context
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,6 @@ BLOCK = re.compile(r'```python\n(.*?)```\n\n```text\n(.*?)```', re.DOTALL)
 MARK = '-- end of a block --'
 PICTURES = ROOT / 'docs/pictures'
 SENTENCE = 'The old man looked at the girl, and the girl looked at the old man.'
-BLUE, ORANGE = '#3a6ea5', '#c8702a'
 # Of an update of GPT-2 124M, 32 x 1,024 tokens, on an H100 (docs/benchmarks.md): milliseconds in
 # the first profile, in that of two prototypes, and by the arithmetic of step 16.
 PROFILE = {'matrix products': (33.7, 32.9, 31.6), 'attention': (9.0, 9.1, 2.8),
@@ -42,12 +42,14 @@ def main():
                          text)
         path.write_text(text, encoding='utf-8')
     model, encoding = load_model('checkpoint')
-    with rc_context({'font.size': 11, 'axes.spines.top': False, 'axes.spines.right': False,
-                     'figure.facecolor': 'white', 'savefig.dpi': 120}):
-        for draw in attention, schedules, sampling, profile:
-            draw(model, encoding).savefig(PICTURES / f'{draw.__name__}.png')
-    for theme, name in ('light', 'curve.png'), ('dark', 'curve_dark.png'):
-        plot.main(plot.Config(runs=('checkpoint',), theme=theme, out=str(PICTURES / name)))
+    for theme, suffix in ('light', ''), ('dark', '_dark'):
+        colours = plot.THEMES[theme]
+        with rc_context({**plot.style(colours), 'axes.grid': False, 'savefig.dpi': 120}):
+            for draw in attention, schedules, sampling, profile:
+                figure = draw(model, encoding, colours)
+                figure.savefig(PICTURES / f'{draw.__name__}{suffix}.png')
+        plot.main(plot.Config(runs=('checkpoint',), theme=theme,
+                              out=str(PICTURES / f'curve{suffix}.png')))
     notebook(ROOT / 'play.ipynb')
 
 
@@ -91,7 +93,7 @@ def weights_of(model, ids):
     return (q @ k.mT / q.size(-1) ** 0.5).masked_fill(later, -torch.inf).softmax(dim=-1)
 
 
-def attention(model, encoding):
+def attention(model, encoding, colours):
     """Three heads on one sentence: those that attend most to the previous token, to the first
     token, and to what followed an earlier copy of the same token."""
     ids = torch.tensor(encoding.encode_ordinary(SENTENCE))
@@ -101,68 +103,69 @@ def attention(model, encoding):
     scores = {'the previous token': weights.diagonal(offset=-1, dim1=2, dim2=3).mean(dim=2),
               'the first token': weights[..., 1:, 0].mean(dim=2),
               'what followed this token': (weights * followed).sum(dim=(2, 3))}
+    shades = LinearSegmentedColormap.from_list('', [colours['page'], colours['runs'][0]])
     figure = Figure((5.2, 14.2), layout='constrained')
     tokens = [encoding.decode([i]) for i in ids.tolist()]
     for axis, (name, score) in zip(figure.subplots(3), scores.items()):
         layer, head = divmod(score.argmax().item(), model.config.n_head)
-        axis.imshow(weights[layer, head], cmap='Blues', vmin=0, vmax=1)
+        axis.imshow(weights[layer, head], cmap=shades, vmin=0, vmax=1)
         axis.set_xticks(range(T), tokens, rotation=90)
         axis.set_yticks(range(T), tokens)
         axis.tick_params(length=0)
-        axis.set_title(f'layer {layer}, head {head}: {name}', fontsize=12)
+        axis.set_title(f'layer {layer}, head {head}: {name}')
     return figure
 
 
-def schedules(model, encoding):
+def schedules(model, encoding, colours):
     figure = Figure((5.2, 3), layout='constrained')
     axis = figure.subplots()
-    for name, colour in ('cosine', BLUE), ('wsd', ORANGE):
+    for name, colour in zip(('cosine', 'wsd'), colours['runs']):
         schedule = Schedule(name, learning_rate=1.0, min_lr=0.0, decay_lr=True, max_iters=1000,
                             warmup_iters=50, lr_decay_iters=0, cooldown_iters=500)
         axis.plot([schedule.learning_rate_at(step) for step in range(1001)],
                   color=colour, linewidth=2, label=name)
     axis.set(xlabel='update', ylabel='fraction of the maximum', ylim=(0, 1.05))
-    axis.legend(frameon=False)
+    axis.legend()
     return figure
 
 
-def sampling(model, encoding, prompt='She opened the door and'):
+def sampling(model, encoding, colours, prompt='She opened the door and'):
     """The 20 most likely next tokens at three temperatures, and what top-k and top-p keep."""
     ids = torch.tensor([encoding.encode_ordinary(prompt)])
     with torch.no_grad():
         logits = model(ids)[0, -1]
-    order = logits.sort(descending=True).indices[:20]
+    order, (blue, orange) = logits.sort(descending=True).indices[:20], colours['runs'][:2]
     figure = Figure((5.2, 8), layout='constrained')
     axes = figure.subplots(3, sharex=True)
     for axis, temperature in zip(axes, (0.5, 1.0, 1.5)):
         probs = (logits / temperature).softmax(dim=-1)[order]
         kept = int((probs.cumsum(0) < 0.4).sum()) + 1
-        axis.bar(range(20), probs, color=[BLUE if i < kept else '#b8c8d8' for i in range(20)])
-        axis.axvline(4.5, color=ORANGE, linewidth=1.5, linestyle='--')
+        axis.bar(range(20), probs, color=[(blue, 1 if i < kept else 0.35) for i in range(20)])
+        axis.axvline(4.5, color=orange, linewidth=1.5, linestyle='--')
         axis.yaxis.set_major_formatter('{x:.1%}')
-        axis.set_title(f'temperature {temperature}: dark, top_p = 0.4; left of the line, top_k = 5',
-                       fontsize=10)
+        axis.set_title(f'temperature {temperature}')
     axes[-1].set_xticks(range(20), [encoding.decode([i]) for i in order.tolist()], rotation=90)
-    figure.suptitle(f'“{prompt} …”')
+    figure.suptitle(f'“{prompt} …”\nstrong: top_p = 0.4; left of the line: top_k = 5',
+                    size=11)
     return figure
 
 
-def profile(model, encoding):
+def profile(model, encoding, colours):
     figure = Figure((5.2, 5.2), layout='constrained')
     axis = figure.subplots()
-    before, after, limits = zip(*PROFILE.values())
-    for offset, times, colour, label in ((-0.2, before, BLUE, f'at first: {sum(before):.1f} ms'),
-                                         (0.2, after, ORANGE, f'changed: {sum(after):.1f} ms')):
+    (before, after, limits), (blue, orange) = zip(*PROFILE.values()), colours['runs'][:2]
+    for offset, times, colour, label in ((-0.2, before, blue, f'at first: {sum(before):.1f} ms'),
+                                         (0.2, after, orange, f'changed: {sum(after):.1f} ms')):
         bars = axis.barh([i + offset for i in range(len(times))], times, 0.4, color=colour,
                          label=label)
-        axis.bar_label(bars, fmt='%.1f', padding=4, fontsize=10)
+        axis.bar_label(bars, fmt='%.1f', padding=8, fontsize=10)
     known = [i for i, limit in enumerate(limits) if limit]
     axis.vlines([limits[i] for i in known], [i - 0.45 for i in known], [i + 0.45 for i in known],
-                color='black', linewidth=2, label='limit')
+                color=colours['ink'], linewidth=2, label='limit')
     axis.set_yticks(range(len(PROFILE)), PROFILE)
     axis.invert_yaxis()
     axis.set(xlabel='ms of an update', xlim=(0, 38))
-    axis.legend(frameon=False, loc='lower right')
+    axis.legend(loc='lower right')
     return figure
 
 

@@ -67,6 +67,18 @@ def check_reachable() -> None:
         raise ConnectionError(f'{constants.ENDPOINT}: {error}') from None
 
 
+def cached_or_mirrored(repo: str, name: str) -> str:
+    """The path of a file, in the cache; if it is not there, from a mirror, where one is named."""
+    from huggingface_hub import constants, errors, hf_hub_download
+    try:
+        return hf_hub_download(repo, name, local_files_only=True)
+    except errors.LocalEntryNotFoundError:
+        if constants.ENDPOINT == 'https://huggingface.co':
+            raise
+    check_reachable()
+    return hf_hub_download(repo, name)
+
+
 def download_model(repo: str, read_config: Callable, weight_files: Callable[[Path], Iterable[str]],
                    **how) -> Path:
     """The folder of `repo` in the cache, once everything is there that the hub has of the model."""

@@ -63,10 +63,11 @@ class Log:
         if self.wandb and 'event' not in record:
             self.wandb.do(lambda: self.run.log(record))
 
-    def event(self, step: int, kind: str, text: str, **facts) -> None:
-        """Something unusual, in the log and on the screen."""
+    def event(self, step: int, kind: str, text: str, quiet: bool = False, **facts) -> None:
+        """Something unusual, in the log and, unless `quiet`, on the screen."""
         self.write(step=step, event=kind, words=text, **facts)
-        self.world.print(f'step {step}: {text}')
+        if not quiet:
+            self.world.print(f'step {step}: {text}')
 
     def sample(self, step: int, text: str) -> None:
         self.write_beside('samples.jsonl', {'step': step, 'text': text})

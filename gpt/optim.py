@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from gpt.sharding import full_copy, shard_like
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Muon's quintic (Jordan)
 MAX_ELEMENTS = 2 ** 25                  # of the matrices that are orthogonalized together
+MIN_ELEMENTS_TO_SHARE = 2 ** 18         # of them; with fewer the exchange takes longer
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Muon(torch.optim.Optimizer):
             lr = lr * (1 - self.found_inf)      # a learning rate of 0 nothing changes
         torch._foreach_lerp_(buffers, grads.unbind(), 1 - momentum)
         updates = grads.lerp(torch.stack(buffers), momentum)
-        updates = on_full(lambda matrices: orthogonalize(matrices, self.dtype), updates, batch[0])
+        updates = on_shares(orthogonalize, updates.to(self.dtype), batch[0]).float()
         updates *= lr * math.sqrt(max(1, batch[0].size(0) / batch[0].size(1)))
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_sub_(params, updates.unbind())
@@ -181,37 +183,52 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
-def on_full(function: Callable, matrices: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """function of matrices (n, out, in). If p is sharded, each process has some of their rows: they
-    are gathered, and each process keeps its rows of the result."""
-    if not hasattr(p, 'to_local'):
+def on_shares(function: Callable, matrices: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """function of matrices (n, out, in), of which each process computes its share; a collective. If
+    p is sharded, a process gives and gets its rows of all matrices, else all rows."""
+    is_replicated = not hasattr(p, 'to_local')
+    if processes() == 1 or is_replicated and matrices.numel() < MIN_ELEMENTS_TO_SHARE:
         return function(matrices)
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    mesh, shape = p.device_mesh, torch.Size([len(matrices), *p.shape])
-    stride = (p.numel(), p.size(1), 1)
-    full = DTensor.from_local(matrices, mesh, [Shard(1)], shape=shape, stride=stride).full_tensor()
-    result = DTensor.from_local(function(full), mesh, [Replicate()], run_check=False)
-    return result.redistribute(placements=[Shard(1)]).to_local()
+    if is_replicated:
+        each = -(-len(matrices) // processes())
+        mine = torch.zeros_like(matrices[:1]).repeat(each, 1, 1)        # the last may have fewer
+        share = matrices[each * dist.get_rank():][:each]
+        mine[:len(share)] = function(share)
+        result = torch.empty_like(mine).repeat(processes(), 1, 1)
+        dist.all_gather(list(result.split(each)), mine)
+        return result[:len(matrices)]
+    from torch.distributed.tensor import DTensor, Shard
+    shape, stride = torch.Size([len(matrices), *p.shape]), (p.numel(), p.size(1), 1)
+
+    def exchange(tensor, before, after):
+        part = DTensor.from_local(tensor, p.device_mesh, [Shard(before)], shape=shape,
+                                  stride=stride)
+        return part.redistribute(placements=[Shard(after)]).to_local()
+    return exchange(function(exchange(matrices, 1, 0)).contiguous(), 0, 1)
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def batches_of_one_shape(params: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Lists of parameters of one shape, of up to MAX_ELEMENTS elements."""
+    """Lists of parameters of one shape, of up to MAX_ELEMENTS elements for each process."""
     shapes = {}
     for p in params:
         shapes.setdefault(p.shape, []).append(p)
     for shape, same in shapes.items():
-        size = max(1, MAX_ELEMENTS // shape.numel())
+        size = max(1, processes() * MAX_ELEMENTS // shape.numel())
         yield from (same[i:i + size] for i in range(0, len(same), size))
 
 
-def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
-    """Matrices (n, out, in) with their singular values moved to about 1 (0.7 to 1.2), in float32:
-    a Newton-Schulz iteration of a quintic."""
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Matrices (n, out, in) with their singular values moved to about 1 (0.7 to 1.2): a
+    Newton-Schulz iteration of a quintic."""
     a, b, c = COEFFICIENTS
     tall = matrices.size(1) > matrices.size(2)
-    x = (matrices.mT if tall else matrices).to(dtype)
+    x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).float()
+    return x.mT if tall else x

@@ -10,12 +10,12 @@ from typing import Any
 
 from gpt.budget import BatchConfig, BatchPlan, check_disk
 from gpt.curves import read_log
-from gpt.data.order import Data
+from gpt.data.sets import Data
 from gpt.device import pick_dtype, without_memory
 from gpt.model_config import check_size
 from gpt.progress import Progress
-from gpt.run import is_fine_tune
 from gpt.settings import section
+from gpt.start import is_fine_tune
 from gpt.trainer import should_compile
 from gpt.world import World
 from model import GPT, GPTConfig

@@ -20,7 +20,8 @@ import torch
 from gpt import checkpoints, scoring
 from gpt.files import atomic_write, check_output, read_json
 from gpt.hub import SIZES
-from gpt.settings import check_bounds, complain
+from gpt.script import complain
+from gpt.settings import check_bounds
 from gpt.shapes import Count, Measured
 from gpt.world import World
 

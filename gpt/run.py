@@ -1,41 +1,29 @@
 """
-Run: the folder of a run, what it starts from, and all that is written there.
+Run: the folder of a run, and all that is written there.
 """
 
 import math
-import os
-import signal
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from gpt import checkpoints, files, steps, tokenizer
-from gpt.budget import Forecast, fitted, newest_kept
+from gpt import checkpoints, files, steps
+from gpt.budget import Forecast, newest_kept
 from gpt.config_file import as_config_file
-from gpt.data.order import Data, check_tokenizer
+from gpt.data.sets import Data
 from gpt.log import Log, Speed
-from gpt.model_config import check_size
 from gpt.progress import MAX_ROLLBACKS, Event, Metrics, Progress
-from gpt.settings import section
+from gpt.start import is_read_only
+from gpt.stop_signal import StopSignal
 from gpt.trainer import Trainer
 from gpt.validation import Validation
 from gpt.world import World
-from model import GPT, GPTConfig
 
 TORCHRUN_SECONDS = 25       # it kills 30 after SIGTERM
-
-
-class Start(NamedTuple):
-    """Where a run starts."""
-    cfg: Any                # the settings, where the folder or the minutes decide some of them
-    model: GPT
-    saved: dict             # by checkpoints.save(); {} for a new run
 
 
 class Run:
@@ -45,7 +33,7 @@ class Run:
         """cfg: the settings of train.py, which a run keeps and compares with those it began with.
         """
         self.cfg, self.world = cfg, world
-        self.read_only, self.block_size_asked = cfg.eval_only or cfg.plan, cfg.block_size
+        self.block_size_asked = cfg.block_size
         self.lock_file = self.log = self.signal = None
         self.writer, self.writing = ThreadPoolExecutor(1), None     # of rank 0: one save at a time
         self.saved_at, self.saved_time, self.save_error = -1, time.monotonic(), None
@@ -70,7 +58,7 @@ class Run:
 
     def lock(self) -> None:
         """Hold the folder, on rank 0; ValueError on every rank if another process has it."""
-        if not self.read_only:
+        if not is_read_only(self.cfg):
             self.world.on_main(self.take_lock)
 
     def take_lock(self) -> None:
@@ -84,108 +72,6 @@ class Run:
                              f'give another --out_dir, or end that process') from None
         steps.remove_partial(folder)
 
-    # What it starts from.
-
-    def start(self, encoding: tokenizer.Encoding) -> Start:
-        """The newest checkpoint in the folder, another model, or a new one.
-
-        Raises ValueError if the settings do not fit what the folder holds.
-        """
-        return steps.look_again(self.world, self.newest_checkpoint,
-                                lambda folder: self.start_from(folder, encoding))
-
-    def start_from(self, folder: Path | None, encoding: tokenizer.Encoding) -> Start:
-        cfg = self.cfg
-        if folder and cfg.init_from == 'scratch':
-            raise ValueError(f"init_from='scratch', but {folder} holds a run; --init_from=resume "
-                             f'continues it, another --out_dir leaves it alone')
-        if not folder and cfg.init_from == 'resume':
-            raise ValueError(f"init_from='resume', but there is no checkpoint in {cfg.out_dir}")
-        torch.manual_seed(cfg.seed)
-        if folder:
-            return self.resume(folder, encoding)
-        if is_fine_tune(cfg):
-            return self.fine_tune(encoding)
-        config = section(cfg, GPTConfig, vocab_size=encoding.n_vocab)
-        check_size(config)
-        model = GPT(config)
-        self.announce(f'new run in {cfg.out_dir}')
-        return Start(cfg, model, {})
-
-    def announce(self, text: str) -> None:
-        if not self.read_only:
-            self.world.print(text)
-
-    def newest_checkpoint(self) -> Path | None:
-        """The newest intact checkpoint; damaged ones are renamed, so that they count no more."""
-        folder, problems = self.world.on_main(steps.newest, self.cfg.out_dir)
-        for damaged, wrong in problems:
-            self.world.print(f'skipping {damaged}: {wrong}')
-            if not self.read_only:
-                self.world.on_main(steps.set_aside, damaged)
-        return folder
-
-    def resume(self, folder: Path, encoding: tokenizer.Encoding) -> Start:
-        cfg, saved = self.cfg, checkpoints.load_training(folder)
-        before, on_request = saved['settings'], cfg.init_from == 'resume'
-        for key in ('dataset', 'seed'):
-            if before[key] != getattr(cfg, key) and not (on_request or cfg.eval_only):
-                raise ValueError(f'{cfg.out_dir} holds a run with {key}={before[key]}, given '
-                                 f'{getattr(cfg, key)}; give another --out_dir, or '
-                                 f'--init_from=resume to continue this run anyway')
-        if on_request:
-            cfg = replace(cfg, init_from=before['init_from'])   # so that config.py repeats the run
-        model = self.load_checked(folder, encoding)
-        cfg = replace(cfg, **fitted(cfg, before))
-        if is_fine_tune(cfg):
-            if before['init_from'] != cfg.init_from:
-                raise ValueError(f'{cfg.out_dir} holds a run with init_from={before["init_from"]}, '
-                                 f'given {cfg.init_from}; give another --out_dir to start from '
-                                 f'that')
-            own = given_by(model, cfg)
-            if cfg.block_size != saved.get('block_size_asked'):     # else the model's was smaller
-                own['block_size'] = cfg.block_size
-            cfg = replace(cfg, **own)
-        check_shape(model.config, section(cfg, GPTConfig, vocab_size=encoding.n_vocab), folder)
-        before = {field.name: field.default for field in fields(cfg)} | before      # of old runs
-        changed = [f'{key} {before[key]!r} -> {value!r}'
-                   for key, value in asdict(cfg).items()
-                   if before[key] != value and key not in ('eval_only', 'plan')]
-        self.has_changed = bool(changed)
-        note = f"; changed: {', '.join(changed)}" if changed else ''
-        self.world.print(f'resuming from {folder}{note}')
-        return Start(cfg, model, saved)
-
-    def fine_tune(self, encoding: tokenizer.Encoding) -> Start:
-        cfg = self.cfg
-        source, model = steps.look_again(
-            self.world, lambda: self.world.on_main(checkpoints.find, cfg.init_from),
-            lambda folder: (folder, self.load_checked(folder, encoding)))
-        given, longest = given_by(model, cfg), model.config.block_size
-        note = f' (up to --block_size={longest} is possible)' if cfg.block_size < longest else ''
-        if cfg.block_size > longest:
-            note = f", the model's (given {cfg.block_size})"
-        own = ', '.join(f'{key}={value!r}' for key, value in given.items() if key != 'block_size')
-        self.announce(f'new run in {cfg.out_dir}, from the weights in {source}, which set {own}; '
-                      f'block_size {given["block_size"]}{note}')
-        model.crop_block(given['block_size'])
-        return Start(replace(cfg, **given), model, {})
-
-    def load_checked(self, folder: Path, encoding: tokenizer.Encoding) -> GPT:
-        """The model in `folder`, whose tokenizer must be that of the data set."""
-        device = 'cpu' if self.cfg.parallel == 'fsdp' else self.world.device    # before sharding
-        model, own = checkpoints.load_folder(folder, device, dropout=self.cfg.dropout)
-        check_tokenizer(self.cfg.dataset, encoding, folder, own)
-        return model
-
-    def check_data(self, saved: dict, data: Data) -> None:
-        """Refuse a data set that was prepared again since the run began."""
-        cfg = self.cfg
-        if saved and saved['settings']['dataset'] == cfg.dataset and saved['shards'] != data.shards:
-            raise ValueError(f'the data set {cfg.dataset} was prepared again since {cfg.out_dir} '
-                             f'was trained on it; to continue from these weights, give another '
-                             f'--out_dir and --init_from={cfg.out_dir}')
-
     # While it runs.
 
     def begin(self, cfg: Any, progress: Progress, data: Data, is_new: bool) -> None:
@@ -198,6 +84,9 @@ class Run:
         if cfg.wandb_log:
             self.log.start_wandb(cfg.wandb_project, cfg.wandb_run_name, asdict(cfg))
         self.signal = StopSignal(self.world)
+        if cfg.optimizer == 'muon':
+            self.world.print(f"lr is AdamW's; Muon's is "
+                             f'{cfg.muon_learning_rate / cfg.learning_rate:.3g} times as high')
         self.log.start(progress.step)
         self.saved_at, self.saved_time = 0 if is_new else progress.step, time.monotonic()
 
@@ -372,60 +261,3 @@ class Run:
             text += (f'; best val_loss {progress.best_val_loss:.4f} at step {progress.best_step}. '
                      f'`python sample.py --model={cfg.out_dir}` samples from it')
         return text
-
-
-class StopSignal:
-    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a checkpoint and the end; a second Ctrl-C ends at
-    once. Signals that this process was started to ignore (nohup) stay ignored."""
-
-    def __init__(self, world: World):
-        self.world, self.received, self.since, self.before = world, False, 0.0, {}
-        self.debounce_seconds = 2 if world.under_torchrun else 0    # it sends one Ctrl-C twice
-        if threading.current_thread() is threading.main_thread():
-            for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
-                number = getattr(signal, name, None)                # Windows lacks some
-                if number and signal.getsignal(number) != signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self.receive)
-
-    def receive(self, number: int, frame: Any) -> None:
-        again = self.received and time.monotonic() - self.since > self.debounce_seconds
-        if again and number == signal.SIGINT:
-            self.say('ended, without a checkpoint')
-            raise KeyboardInterrupt
-        if not self.received:                                      # an update may take long
-            hint = '; Ctrl-C again ends at once, without one' if number == signal.SIGINT else ''
-            self.say(f'ending after this update, with a checkpoint{hint}')
-        self.since = self.since or time.monotonic()
-        self.received = True
-
-    def say(self, text: str) -> None:
-        if self.world.is_main:
-            self.world.output.log(text)
-            with suppress(OSError):                 # a terminal that is gone is why this came
-                os.write(2, f'{text}\n'.encode())
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def is_fine_tune(cfg: Any) -> bool:
-    """Whether a run starts from the weights of another model."""
-    return cfg.init_from not in ('auto', 'scratch', 'resume')
-
-
-def given_by(model: GPT, cfg: Any) -> dict[str, Any]:
-    """The settings that a run takes from the model it starts from: the model's block_size is the
-    largest that is possible."""
-    return {key: min(value, cfg.block_size) if key == 'block_size' else value
-            for key, value in asdict(model.config).items()
-            if hasattr(cfg, key) and key != 'dropout'}
-
-
-def check_shape(config: GPTConfig, given: GPTConfig, folder: Path) -> None:
-    """Refuse a model whose config is not the one `given`."""
-    for key, value in asdict(given).items():
-        if value != getattr(config, key):
-            raise ValueError(f'{folder} has {key}={getattr(config, key)}, given {key}={value}; '
-                             f'pass that value ({folder.parent}/config.py holds all settings of '
-                             f'the run), or give another --out_dir')

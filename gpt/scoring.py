@@ -30,7 +30,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from gpt.files import read_bytes
-from gpt.settings import complain
+from gpt.script import complain
 from gpt.sharding import is_sharded
 from gpt.world import World
 

@@ -17,21 +17,18 @@ assignments (literals, arithmetic, settings assigned before): it is evaluated, n
 
 import ast
 import difflib
-import io
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt.config_file import LARGEST, TYPES, assignments, evaluate, parsed
-from gpt.shapes import bounded, in_words, is_text
+from gpt.script import finish
+from gpt.shapes import in_words, is_text
 
-ROOT = Path(__file__).resolve().parent.parent
 SWITCHES = ('compile', 'detok', 'half_residual')    # 'auto', True or False; other 'auto's: a text
 PATHS = frozenset('compare contamination data data_dir dataset file hellaswag_data init_from '
                   'input model out out_dir peers runs to tokenizer'.split())  # ~ is the home folder
@@ -192,82 +189,10 @@ def check_choices(cfg: Any, **choices: Iterable[str]) -> None:
 
 def run(main: Callable, Config: type, short: dict[str, str] | None = None,
         collect: str = '') -> None:
-    """The end of every script: settings from the command line, main, one-line errors, exit status.
-
-    0 done; 1 a bug of ours, with its traceback; 2 bad input or data (an OSError, an ImportError, a
-    MemoryError, or a ValueError that our own code raised); otherwise what main returned. It exits
-    by os._exit after flushing: a process that used gloo may abort in a normal shutdown.
-    """
+    """The end of every script: settings from the command line, main, exit; see script.finish()."""
     if callable(signal.getsignal(signal.SIGINT)):       # not ignored, as it is under nohup
         signal.signal(signal.SIGINT, signal.default_int_handler)
     finish(lambda: main(configure(Config, sys.argv[1:], short, collect)))
-
-
-def finish(task: Callable) -> None:
-    """Run `task` and exit, see run()."""
-    open_standard_streams()
-    try:
-        status = task() or 0
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:
-        os._exit(141)                           # the reader of our output has closed it: `| head`
-    except Exception as error:
-        if isinstance(error, OSError | ImportError | MemoryError) or (
-                isinstance(error, ValueError) and raised_here(error)):
-            text = bounded(str(error) or 'not enough memory')
-            complaint, status = f'{Path(sys.argv[0]).name}: {text}\n', 2
-        else:
-            complaint, status = traceback.format_exc(), 1
-        complain(complaint)
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        status = 141
-    except OSError as error:                    # a full disk: what was printed is lost
-        if not status:                          # else it has been said why it failed
-            complain(f'{Path(sys.argv[0]).name}: {error}\n')
-        status = status or 2
-    os._exit(status)
-
-
-def open_standard_streams() -> None:
-    """Standard streams that were closed become /dev/null, so that no file takes their place; those
-    that cannot show a character show its escape."""
-    for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-    out = sys.stdout
-    sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(StandardOutput(out.fileno(), 'w', closefd=False)), out.encoding,
-        'backslashreplace', line_buffering=out.isatty(), write_through=out.write_through)
-    sys.stderr.reconfigure(errors='backslashreplace')
-    sys.stdin.reconfigure(errors='surrogateescape')     # who reads a line says what is wrong in it
-
-
-class StandardOutput(io.FileIO):
-    """A standard output whose errors say that they are its own, as those of a file name it."""
-
-    def write(self, content: Any) -> int | None:
-        try:
-            return super().write(content)
-        except OSError as error:
-            error.filename = 'standard output'
-            raise
-
-
-def complain(text: str) -> None:
-    """Write to standard error, if it can be written to."""
-    with suppress(OSError, ValueError):
-        sys.stderr.write(text)
-        sys.stderr.flush()
-
-
-def raised_here(error: BaseException) -> bool:
-    """Whether the innermost frame of `error` is in a file of this repository, not of a library."""
-    *_, frame = traceback.extract_tb(error.__traceback__)
-    folders = (ROOT, ROOT / 'data', ROOT / 'gpt', ROOT / 'gpt/data')
-    return Path(frame.filename).resolve().parent in folders and not os.environ.get('TRACEBACK')
 
 
 def print_help(script: dict[str, Any]) -> None:

@@ -93,6 +93,15 @@ def best(out_dir: str | Path) -> Path | None:
     return None
 
 
+def role(folder: Path | str) -> str:
+    """'best' or 'newest' if the folder is that step of a run, else ''."""
+    run = Path(folder).parent
+    with suppress(ValueError):
+        if all_steps(run).get(read_json(run / 'best.json', Best)['step']) == folder:
+            return 'best'
+    return 'newest' if folder in [*all_steps(run).values()][-1:] else ''
+
+
 def newest_run() -> Path | None:
     """The run under out/ that saved a checkpoint last, else checkpoint/, else None."""
     times = {}

@@ -30,6 +30,7 @@ from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, pre_toke
 from gpt.hf_tokenizer import (EOT, MAX_VOCAB_SIZE, HFTokenizer, TokenizerFile, byte_characters,
                               check_ids, check_vocab_size, pairs, read_folder, read_object,
                               template_ids, tokenizer_files)
+from gpt.hub import cached_or_mirrored
 from gpt.shapes import parse_json
 
 GPT2_PATTERN = (    # OpenAI's, with the possessive quantifiers of tiktoken, which match the same
@@ -154,10 +155,7 @@ def gpt2() -> BytePairs:
         return byte_pairs('gpt2', map(str.split, lines), byte_characters().values())
     except Exception as error:      # requests has many errors for a missing network
         with suppress(Exception):   # and so has the hub
-            from huggingface_hub import constants, hf_hub_download
-            no_mirror = constants.ENDPOINT == 'https://huggingface.co'
-            found = load(hf_hub_download('openai-community/gpt2', 'tokenizer.json',
-                                         local_files_only=no_mirror))
+            found = load(cached_or_mirrored('openai-community/gpt2', 'tokenizer.json'))
             if found.name == 'gpt2':                    # from_json() has checked its sha256
                 return found
         raise ValueError(
@@ -343,7 +341,7 @@ def byte_pairs_of(data: dict[str, Any]) -> BytePairs | None:
     merge = models.BPE({**vocab, **added}, merges).tokenize
     if any(len(merge(name)) > 1 for name in longer):
         return None
-    made = BytePairs(f'bpe:{len(ids)}', vocab, merges, bool(added))
+    made = BytePairs(f'bpe:{len(ids)}' if longer else 'bytes', vocab, merges, bool(added))
     if added and hashlib.sha256(b' '.join(made.tokens[:-1])).hexdigest() == GPT2_TOKENS:
         made.name = 'gpt2'
     return made

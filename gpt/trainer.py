@@ -6,7 +6,7 @@ several processes replicated (DDP) or sharded (FSDP2).
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -21,12 +21,14 @@ from gpt.world import World
 
 MIN_SECONDS_TO_COMPILE = {'half': 200, 'float32': 600}  # of training on a CPU without: compiling
                             # takes about 25 s, and saves an eighth of the time, in float32 4 %
+MIN_VALIDATION_FLOPS = {'cuda': 1e16}   # of a run and process; compiling saves half of 40 s (H100)
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
     """Settings of train.py, by the same names."""
     compile: bool | str = 'auto'
+    compile_as_before: bool = False     # no setting: `compile` is what the resumed run did
     parallel: str = 'ddp'
     checkpoint_activations: bool = False
     half_residual: bool | str = 'auto'
@@ -50,6 +52,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type,
                                            enabled=world.dtype == torch.float16)
         self.replica, self.is_compiled = model, False
+        self.validator = model          # computes the loss of a validation
         peak = measure_peak(world.device, world.dtype)
         self.peak = peak and peak * world.size      # operations per second, None if unknown
 
@@ -87,6 +90,7 @@ class Trainer:
         """
         world = self.world
         wanted, reason = world.on_main(should_compile, self.config.compile, world, seconds)
+        reason = 'as before' if self.config.compile_as_before else reason
         if wanted and self.config.plan and world.device.type == 'cpu':
             wanted, reason = False, f'in the plan, to save time; the run compiles: {reason}'
         world.print(f'compile: {"on" if wanted else "off"} ({reason})')
@@ -106,31 +110,57 @@ class Trainer:
         """Compile the whole model in one process. With several, compile each block and the loss:
         then gradients are reduced, or parameters gathered, while other blocks compute."""
         from torch._functorch import config
-        model, world, start, failure = self.model, self.world, time.perf_counter(), ''
+        model, world = self.model, self.world
         if world.device.type == 'cpu':      # recompute elementwise work in the backward pass:
             config.activation_memory_budget = 0.85              # 40 % less memory, 1 % slower
-        if world.size > 1:
+        if world.size > 1:                  # dynamic: a shape that changes would split the graph
             for block in model.h:
-                block.compile()
-            model.loss = torch.compile(model.loss)
+                block.compile(dynamic=False)
+            model.loss = torch.compile(model.loss, dynamic=False)
         else:
-            self.replica = torch.compile(model)
-        try:
-            with world.autocast():
-                self.replica(*batch).backward()
-        except Exception as error:      # compilers fail in many ways
-            if is_out_of_memory(error):
-                raise
-            failure = f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0][:120]
-        self.is_compiled = not world.any(bool(failure))
+            self.replica = torch.compile(model, dynamic=False)
+        with world.autocast():
+            self.is_compiled = self.compiles('', lambda: self.replica(*batch).backward())
         if self.is_compiled:
-            world.print(f'compiled in {time.perf_counter() - start:.0f} s')
             return
-        world.print(f'compiling failed, continuing without ({failure or "on another rank"})')
         self.replica = model
         for block in model.h:
             block._compiled_call_impl = None
         model.__dict__.pop('loss', None)
+
+    def compile_validation(self, shape: tuple[int, int], tokens: float) -> None:
+        """Compile the loss without gradients, for batches of this shape (B, T), if that saves time
+        in a run that validates on so many tokens. Not of a sharded model."""
+        world, flops = self.world, self.model.flops_per_token() / 3 * tokens / self.world.size
+        pays = flops > MIN_VALIDATION_FLOPS.get(world.device.type, math.inf)
+        if not (pays and self.is_compiled) or is_sharded(self.model):
+            return
+        compiled = self.replica if world.size == 1 else self.model
+
+        def validator(x, y):
+            stance = 'default' if x.shape == shape else 'force_eager'
+            with torch.compiler.set_stance(stance):
+                return compiled(x, y)
+        ids = torch.zeros(shape, dtype=torch.long, device=world.device)
+        with self.evaluating(), torch.no_grad(), world.autocast():
+            if self.compiles(' for validation', lambda: validator(ids, ids)):
+                self.validator = validator
+
+    def compiles(self, purpose: str, passes: Callable) -> bool:
+        """Whether passes() compile, on all ranks."""
+        world, start, failure = self.world, time.perf_counter(), ''
+        try:
+            passes()
+        except Exception as error:      # compilers fail in many ways
+            if is_out_of_memory(error):
+                raise
+            failure = f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0][:120]
+        if world.any(bool(failure)):
+            world.print(f'compiling{purpose} failed, continuing without '
+                        f'({failure or "on another rank"})')
+            return False
+        world.print(f'compiled{purpose} in {time.perf_counter() - start:.0f} s')
+        return True
 
     def backward(self, x: torch.Tensor, y: torch.Tensor, micro_steps: int,
                  last: bool) -> torch.Tensor:
@@ -160,7 +190,7 @@ class Trainer:
 
     @contextmanager
     def evaluating(self) -> Iterator[torch.nn.Module]:
-        """The model in eval mode. Compiled blocks run eager: they would be compiled again for
+        """The model in eval mode. What is compiled runs eager: it would be compiled again for
         every new shape."""
         with torch.compiler.set_stance('force_eager') if self.is_compiled else nullcontext():
             self.model.eval()
@@ -223,7 +253,7 @@ def logits_that_fit(memory: int) -> int:
 def should_compile(wanted: bool | str, world: World, seconds: float) -> tuple[bool, str]:
     """(whether to compile, reason) for a run that takes `seconds` without."""
     if isinstance(wanted, bool):
-        return wanted, 'as set, or as before'
+        return wanted, 'as set'
     if world.device.type == 'cuda':
         return True, 'on a GPU'
     if world.device.type != 'cpu':

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from gpt.data.order import DataSet
+from gpt.data.sets import DataSet
 from gpt.data.shards import Tokens
 from gpt.sharding import is_sharded
 from gpt.world import World
@@ -116,7 +116,8 @@ def evaluate(model, tokens: Tokens, config: ValidationConfig, world: World, frac
             stop = world.any(stop)
         if stop:
             break
-        ids = torch.from_numpy(tokens.read(start, max(n, 1) * length + 1)).to(world.device)
+        ids = torch.from_numpy(tokens.read(start, max(n, 1) * length + 1))
+        ids = (ids.pin_memory() if on_gpu else ids).to(world.device, non_blocking=on_gpu)
         with world.autocast():
             loss = model(ids[:-1].view(-1, length), ids[1:].view(-1, length))
         nats += loss.to(nats.device).double() * n * length      # a GPU is not waited for

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from gpt import cpu
 from gpt.device import pick_device
-from gpt.settings import complain
+from gpt.script import complain
 
 
 class Output:

@@ -145,15 +145,17 @@ def one_process_nccl():
 
 
 def two_processes():
-    """DDP, FSDP, and one resumed as the other, on two cards"""
+    """DDP eager and compiled, FSDP, and one resumed as the other, on two cards, Muon"""
     if torch.cuda.device_count() < 2:
         return 'skipped: one card'
-    train('ddp', processes=2, dtype='bfloat16')
-    train('fsdp', processes=2, dtype='bfloat16', parallel='fsdp', max_iters=40, lr_decay_iters=60)
-    train('fsdp', processes=2, dtype='bfloat16', lr_decay_iters=60)
-    worst = difference('ddp', 'fsdp')
-    assert worst < 0.05, worst
-    return f'largest difference of a loss {worst:.4f}'
+    options = {'processes': 2, 'dtype': 'bfloat16', 'optimizer': 'muon', 'dropout': 0.0}
+    train('ddp', **options)
+    train('ddp_compiled', **options, compile=True)
+    train('fsdp', **options, parallel='fsdp', max_iters=40, lr_decay_iters=60)
+    train('fsdp', **options, lr_decay_iters=60)
+    worst = [difference('ddp', name) for name in ('fsdp', 'ddp_compiled')]
+    assert max(worst) < 0.05, worst
+    return f'largest difference of a loss {worst[0]:.4f}, compiled {worst[1]:.4f}'
 
 
 def generation():
@@ -173,32 +175,53 @@ def generation():
     return ', '.join(found)
 
 
-def captured_generation():
-    """a captured step against the eager one, greedy and sampled, over the end of the block"""
+def fixed_step():
+    """a captured step, and one compiled before, against the eager one, greedy and sampled"""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision('highest')
-    model, ids = GPT(SHAPE).cuda().eval(), torch.arange(24, device='cuda')
-    same, rates, before = [], [], generate.captures
-    try:
-        for options in ({'temperature': 0.0}, {'temperature': 1.0, 'top_k': 50, 'seed': 5}):
-            texts = []
-            for wanted in (True, False):
-                generate.captures = lambda model, tokens: wanted
-                texts.append(model.generate(ids.view(2, 12), 300, lengths=(12, 7), **options))
-            same.append((texts[0] == texts[1]).float().mean().item())
-        model = GPT(GPTConfig()).cuda().bfloat16().eval()
-        for wanted in (True, False):
-            generate.captures = lambda model, tokens: wanted
+    ids, never, found = torch.arange(24, device='cuda'), 10 ** 9, []
+    models = GPT(SHAPE).cuda().eval(), GPT(GPTConfig()).cuda().bfloat16().eval()
+    cuts = {'temperature': 0.0}, {'temperature': 1.0, 'top_k': 50, 'seed': 5}
+    texts, before = {}, (generate.MIN_TOKENS_TO_CAPTURE, generate.MIN_TOKENS_TO_COMPILE)
+    modes = {'eager': (never, never), 'captured': (1, never), 'compiled': (1, 1)}
+    for name, limits in modes.items():
+        generate.MIN_TOKENS_TO_CAPTURE, generate.MIN_TOKENS_TO_COMPILE = limits
+        texts[name] = [models[0].generate(ids.view(2, 12), 300, lengths=(12, 7), **options)
+                       for options in cuts]             # over the end of the block
+        start = time.perf_counter()
+        step = generate.stream(models[1], ids[None, :16], 400, temperature=0.8, top_k=200)
+        [next(step) for _ in range(100)][-1].tolist()   # waits for the card
+        middle = time.perf_counter()
+        list(step)[-1].tolist()
+        rate = 300 / (time.perf_counter() - middle)
+        same = [(a == b).float().mean().item() for a, b in zip(texts['eager'], texts[name])]
+        assert min(same) > 0.99, (name, same)
+        found.append(f'{name} {min(same):.1%} equal, {rate:,.0f} tok/s after 100 tokens in '
+                     f'{middle - start:.1f} s')
+    generate.MIN_TOKENS_TO_CAPTURE, generate.MIN_TOKENS_TO_COMPILE = before
+    return '; '.join(found)
+
+
+def compiled_validation():
+    """the loss without gradients compiled against eager, GPT-2 124M, 16 x 1,024, bfloat16"""
+    torch.manual_seed(0)
+    world = World(device=torch.device('cuda'), dtype=torch.bfloat16)
+    trainer = Trainer(GPT(GPTConfig()), world, TrainerConfig(compile=True), OptimizerConfig())
+    ids = torch.randint(50257, (16, 1024), device='cuda')
+    trainer.replica, trainer.is_compiled = torch.compile(trainer.model, dynamic=False), True
+    trainer.compile_validation(ids.shape, 1e12)
+    assert trainer.validator is not trainer.model
+    losses, times = [], []
+    with trainer.evaluating(), torch.no_grad(), world.autocast():
+        for model in (trainer.model, trainer.validator):
             for _ in range(2):                          # the first warms up
                 start = time.perf_counter()
-                model.generate(ids[None, :16], 400, temperature=0.8, top_k=200, seed=0).tolist()
+                losses.append(sum(model(ids, ids) for _ in range(10)).item() / 10)
                 seconds = time.perf_counter() - start
-            rates.append(f'{400 / seconds:,.0f}')
-    finally:
-        generate.captures = before
-    assert min(same) > 0.99, same
-    return (f'{same[0]:.1%} and {same[1]:.1%} of the tokens equal; GPT-2 124M, one row, 400 tokens '
-            f'with capturing: {rates[0]} tok/s, eager {rates[1]}')
+            times.append(f'{10 * ids.numel() / seconds:,.0f}')
+    assert abs(losses[0] - losses[-1]) < 0.01, losses
+    return (f'losses {losses[0]:.4f} and {losses[-1]:.4f}; {times[0]} tok/s eager, {times[1]} '
+            f'compiled')
 
 
 def fused_loss():
@@ -257,7 +280,8 @@ def memory():
 
 
 CHECKS = (resume_float32, resume_bfloat16, float16, compiled, one_process_nccl, two_processes,
-          generation, captured_generation, fused_loss, residual_stream, scores, memory)
+          generation, fixed_step, compiled_validation, fused_loss, residual_stream, scores,
+          memory)
 
 if __name__ == '__main__':
     sys.exit(main())

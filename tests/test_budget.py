@@ -235,6 +235,19 @@ def test_a_run_whose_speed_changes_ends_in_time_and_resumes(config, tmp_path, mo
     assert f'finished {last} updates' in capsys.readouterr().out
 
 
+def test_a_small_fit_is_logged_and_not_printed(config, tmp_path, monkeypatch, capsys):
+    fits = {10: {'max_iters': 105}, 20: {'max_iters': 60}}
+    monkeypatch.setattr(Forecast, 'is_due', lambda self, step: step in fits)
+    monkeypatch.setattr(Forecast, 'refit', lambda self, step: fits[step])
+    train.main(config(max_iters=100, eval_interval=100, optimizer='muon', muon_learning_rate=0.03,
+                      learning_rate=0.006))
+    records = [json.loads(line) for line in (tmp_path / 'run/log.jsonl').open()]
+    assert [record['max_iters'] for record in records if record.get('event') == 'fit'] == [105, 60]
+    text = capsys.readouterr().out
+    assert '100 -> 105' not in text and 'step 20: max_iters 105 -> 60, to end in time' in text
+    assert "lr is AdamW's; Muon's is 5 times as high\n" in text
+
+
 # Memory and disk.
 
 @pytest.mark.parametrize('changes, advice', [

@@ -34,7 +34,7 @@ from data import explore, prepare
 from gpt import curves, report, results, tokenizer
 from gpt import settings as gpt_settings
 from gpt.config_file import as_config_file
-from gpt.data import benchmarks, documents, order, shards
+from gpt.data import benchmarks, documents, sets, shards
 from gpt.settings import raised_here
 
 EXAMPLES = int(os.environ.get('FUZZ', 600 if '--slow' in sys.argv else 12))
@@ -160,7 +160,7 @@ def test_manifests(stories, tmp_path):
     def use(raw):
         path.write_bytes(raw)
         attempt('manifest: verify', lambda: prepare.report('tiny', tmp_path))
-        loaded = attempt('manifest: load', lambda: order.load_sets('tiny', tmp_path))
+        loaded = attempt('manifest: load', lambda: sets.load_sets('tiny', tmp_path))
         if loaded:
             (data,), encoding = loaded
             ids = attempt('manifest: read', lambda: data.train.read(0, 50))

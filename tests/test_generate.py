@@ -88,6 +88,53 @@ def test_a_fixed_step_writes_the_same(monkeypatch, lengths, cuts):
     assert steps == [40]                                # one cache and one graph for all windows
 
 
+@pytest.mark.slow
+def test_a_compiled_step_is_compiled_once_and_writes_the_same(monkeypatch):
+    """Over several windows, by rows of different lengths, when the text to come is long enough."""
+    from torch._dynamo.utils import counters            # takes seconds
+    net, _ = pair(replace(TINY, n_layer=1), std=0.3)
+    ids, graphs = random_ids(TINY, 3, 6), []
+    monkeypatch.setattr(generate, 'captures', lambda model, tokens: True)
+    options = {'temperature': 1.5, 'top_k': 9, 'seed': 3, 'lengths': (6, 1, 3)}
+    for tokens in (40, 41):
+        monkeypatch.setattr(generate, 'MIN_TOKENS_TO_COMPILE', 99)
+        expected = net.generate(ids, tokens, **options)
+        monkeypatch.setattr(generate, 'MIN_TOKENS_TO_COMPILE', 41)
+        before = counters['stats']['unique_graphs']
+        assert torch.equal(net.generate(ids, tokens, **options), expected)
+        graphs.append(counters['stats']['unique_graphs'] - before)
+    assert graphs == [0, 1]
+
+
+@pytest.mark.slow
+def test_logits_of_a_compiled_step_are_those_of_the_eager_one(monkeypatch):
+    net, _ = pair(TINY, std=0.3)
+    options, found = generate.SamplingOptions(temperature=0), []
+    monkeypatch.setattr(generate, 'pick', lambda logits, *_: logits)
+    for compiled in (False, True):
+        cache = Cache(net, 2, 12)
+        step = generate.FixedStep(net, cache, torch.tensor([0, 2]), options, compiled)
+        with torch.inference_mode():
+            net.hidden(random_ids(TINY, 2, 5), cache=cache, **generate.padding(step.pad, 0, 5))
+            found.append(torch.stack([step(ids, None) for ids in random_ids(TINY, 7, 2)]))
+        assert bool(step.compiled) == compiled and cache.length == 12
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
+def test_a_step_that_cannot_be_compiled_stays_eager(monkeypatch):
+    net, ids = GPT(TINY).eval(), random_ids(TINY, 2, 5)
+    expected = net.generate(ids, 20, temperature=0)
+
+    def broken(*_, **__):
+        def call(step):
+            raise RuntimeError('no compiler')
+        return call
+    monkeypatch.setattr(generate, 'captures', lambda model, tokens: True)
+    monkeypatch.setattr(generate, 'MIN_TOKENS_TO_COMPILE', 1)
+    monkeypatch.setattr(torch, 'compile', broken)
+    assert torch.equal(net.generate(ids, 20, temperature=0), expected)
+
+
 def test_logits_of_a_fixed_step_are_those_of_the_growing_cache():
     net, _ = pair(TINY, std=0.3)
     ids, pad = random_ids(TINY, 2, 5), torch.tensor([0, 2])

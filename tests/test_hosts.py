@@ -116,7 +116,7 @@ def run(stories, tmp_path):
     return tmp_path / 'run'
 
 
-def wait_for(condition, *processes, seconds=60):
+def wait_for(condition, *processes, seconds=300):
     deadline = time.time() + seconds
     while time.time() < deadline:
         if condition():
@@ -128,7 +128,7 @@ def wait_for(condition, *processes, seconds=60):
 def ends(*processes):
     """Each of them, with exit status 0."""
     wait_for(lambda: all(process.poll() is not None for process in processes), *processes,
-             seconds=90)
+             seconds=300)
     assert [process.returncode for process in processes] == [0] * len(processes), (
         '\n\n'.join(process.output() for process in processes))
 

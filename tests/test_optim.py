@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT, script
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from gpt import optim
@@ -148,8 +149,8 @@ def test_singular_values_come_near_1(shape, dtype):
     """Between 0.65 and 1.25, as the author of the iteration states for these coefficients; the
     singular vectors stay those of the input."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    found = orthogonalize(x, dtype)
-    assert found.dtype == torch.float32 and found.shape == x.shape
+    found = orthogonalize(x.to(dtype)).float()
+    assert found.shape == x.shape
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     around = (u.mT @ found @ v.mT).diagonal(dim1=1, dim2=2)
     big = s > 0.1 * s.max()
@@ -189,6 +190,59 @@ def test_gradients_are_divided_by_grad_scale():
     for p, q in zip(ours, theirs):
         torch.testing.assert_close(a.state[p]['momentum_buffer'], b.state[q]['momentum_buffer'])
         torch.testing.assert_close(p, q)
+
+
+SHARES = '''
+import os
+import sys
+sys.path[:0] = [{root!r}, {root!r} + '/tests']
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor
+from gpt import optim
+from gpt.world import World
+from test_optim import give_gradients, matrices
+
+world, optim.MIN_ELEMENTS_TO_SHARE = World.join('cpu'), 0
+mesh = dist.init_device_mesh('cpu', (world.size,))
+
+def steps(dtype, sharded=False):
+    params = matrices()
+    if sharded:
+        params = [torch.nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in params]
+    muon = optim.Muon(params, dtype=dtype)
+    for step in range(3):
+        give_gradients(params, step)
+        if sharded:
+            for p in params:
+                p.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+        muon.step()
+    return [p.full_tensor() if sharded else p for p in params]
+
+for dtype in (torch.float32, torch.bfloat16):
+    real, optim.processes = optim.processes, lambda: 1
+    alone = steps(dtype)
+    optim.processes = real
+    seen, real = [], optim.orthogonalize
+    optim.orthogonalize = lambda matrices: seen.append(len(matrices)) or real(matrices)
+    for sharded in (False, True):
+        found = steps(dtype, sharded)
+        print(all(map(torch.equal, alone, found)) and sum(seen), flush=True)
+        seen.clear()
+    optim.orthogonalize = real
+world.leave()
+sys.stdout.flush()
+os._exit(0)                 # as scripts do: gloo may abort while the interpreter shuts down
+'''
+
+
+@pytest.mark.slow
+def test_processes_share_the_matrices_and_change_no_bit(tmp_path):
+    """Of replicated and of sharded parameters, in three processes: of five matrices in three steps
+    each is computed by one of them."""
+    (tmp_path / 'run.py').write_text(SHARES.format(root=str(ROOT)))
+    found = script(tmp_path / 'run.py', torchrun=3).stdout.split()
+    assert sorted(map(int, found)) == sorted(4 * [0, 3, 12])
 
 
 # The schedule.

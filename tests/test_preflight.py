@@ -31,5 +31,6 @@ def test_a_plan_of_a_run_resumes_from_it_and_leaves_it_alone(config, tmp_path, c
     train.main(config())
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'run').rglob('*')}
     train.main(config(plan=True, max_iters=24))
-    assert 'resuming from' in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"reading {tmp_path / 'run'}" in text and 'resuming' not in text
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / 'run').rglob('*')}

@@ -194,7 +194,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(tmp_path, delay):
     for workers in (2, 1):
         running = subprocess.Popen([sys.executable, '-c', code, *map(str, flags),
                                     f'--workers={workers}'], cwd=ROOT)
-        deadline = time.time() + 60
+        deadline = time.time() + 300
         while (not list((tmp_path / 'x').glob('.d.partial/*.bin'))
                and time.time() < deadline and running.poll() is None):
             time.sleep(0.01)
@@ -222,7 +222,7 @@ def test_when_stopped_it_says_so_and_leaves_no_process(tmp_path, victim):
     running = subprocess.Popen([sys.executable, 'data/prepare.py', *map(str, flags)], cwd=ROOT,
                                start_new_session=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while not list(tmp_path.glob('.d.partial/train*.bin')) and time.time() < deadline:
         time.sleep(0.01)
     processes = subprocess.run(['pgrep', '-P', str(running.pid)], capture_output=True,
@@ -231,7 +231,7 @@ def test_when_stopped_it_says_so_and_leaves_no_process(tmp_path, victim):
         os.killpg(running.pid, signal.SIGINT)
     else:
         os.kill(int(processes[-1]), signal.SIGKILL)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=300)
     assert 'the same command resumes' in out + err and 'Traceback' not in out + err
     assert running.returncode == (130 if victim == 'all, by Ctrl-C' else 2)
     deadline = time.time() + 10
@@ -686,7 +686,7 @@ def test_the_tokenizer_of_another_folder_can_be_used(tmp_path):
     other = write_jsonl(tmp_path / 'b.jsonl', [f'Quite another text, {i}' for i in range(30)])
     for folder in ('d', 'run'):
         found = run(tmp_path, other, name=f'by_{folder}', tokenizer=str(tmp_path / folder))
-        assert found['tokenizer']['fingerprint'] == made['tokenizer']['fingerprint']
+        assert found['tokenizer'] == made['tokenizer'], 'under the same name, too'
     assert sorted(sum(decoded(tmp_path, 'by_run').values(), [])) == sorted(
         f'Quite another text, {i}' for i in range(30))
 

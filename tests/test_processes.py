@@ -31,7 +31,7 @@ def start(args, world):
 
 def wait_for_step(process, folder, step):
     """Until the log of the run has reached `step`."""
-    log, deadline = folder / 'log.jsonl', time.time() + 120
+    log, deadline = folder / 'log.jsonl', time.time() + 300
     while time.time() < deadline and process.poll() is None:
         if log.exists() and f'"step": {step},' in log.read_text():
             return
@@ -182,7 +182,7 @@ def test_a_signal_ends_in_a_checkpoint(flags, undisturbed, tmp_path, world, numb
     try:
         wait_for_step(process, tmp_path / 'run', 20)
         process.send_signal(number)
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=300)[0]
     finally:
         kill_all(process, tmp_path)
     assert output.count('ending after this update') == 1
@@ -203,7 +203,7 @@ def test_kill_9_costs_the_steps_since_the_last_save(flags, undisturbed, tmp_path
         wait_for_step(process, tmp_path / 'run', 25)
         if victim == 'worker':
             os.kill(pids(tmp_path)[-1], signal.SIGKILL)
-            assert process.wait(timeout=90) != 0
+            assert process.wait(timeout=300) != 0
     finally:
         kill_all(process, tmp_path)
     assert 120 not in steps.all_steps(tmp_path / 'run')

@@ -109,7 +109,7 @@ def test_ctrl_c_in_a_conversation_keeps_what_was_written(trained):
     begun += process.stdout.readline()                  # the rest of the first turn
     begun += process.stdout.read(len(begun) + 50)       # and the second, a little on its way
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     first, second = (begun + out).split('\n')[:2]
     assert process.returncode == 0 and err.count('tokens per second') == 2
     assert first.startswith('The fox') and second.startswith(first)
@@ -187,6 +187,15 @@ def test_the_newest_checkpoint_under_out_is_found(trained, tmp_path, capsys, mon
     (tmp_path / 'out/copy/step_0000040/manifest.json').touch()
     sample.main(sample.Config(max_new_tokens=3, device='cpu'))
     assert 'model: out/copy/step_0000040' in capsys.readouterr().err
+
+
+def test_it_says_which_step_of_a_run_it_took(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / 'run')
+    newest = max(run.glob('step_*'))
+    for best, said in ((40, 'best'), (7, 'newest')):                # 7 is not there
+        (run / 'best.json').write_text(json.dumps({'step': best, 'val_loss': 1.0}))
+        sample.main(sample.Config(model=str(run), max_new_tokens=3, device='cpu'))
+        assert f'model: {newest}, the {said} step of its run; seed' in capsys.readouterr().err
 
 
 def test_end_of_text_begins_a_prompt_as_a_token(trained, capsys):

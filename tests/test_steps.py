@@ -39,7 +39,7 @@ def live(config, tmp_path, monkeypatch):
     cfg = config(max_iters=2, out_dir=str(tmp_path / 'out/run'))
     train.main(cfg)
     process = subprocess.Popen([sys.executable, '-c', PRUNING, cfg.out_dir], cwd=ROOT)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(steps.all_steps(cfg.out_dir)) != 1 or steps.best(cfg.out_dir).name < 'step_0000009':
         assert process.poll() is None and time.monotonic() < deadline
     yield cfg

@@ -14,7 +14,7 @@ from conftest import ROOT, curve, losses
 
 import train
 from gpt import checkpoints, steps, tokenizer
-from gpt.data import order
+from gpt.data import sets
 from gpt.data.order import TokenBatches
 from gpt.data.shards import Tokens, read_manifest
 from gpt.preflight import doubtful
@@ -247,7 +247,7 @@ def test_only_the_first_batch_of_a_run_is_not_prefetched(config, tmp_path, monke
             asked.append((position, threading.current_thread() is threading.main_thread()))
             return super().read(position, count)
 
-    monkeypatch.setattr(order, 'TokenBatches', Recorded)
+    monkeypatch.setattr(sets, 'TokenBatches', Recorded)
     train.main(config(max_iters=3))
     assert [position for position, main in asked if main] == [0, 0]     # one for prepare()
     assert sorted(position for position, main in asked if not main)[:11] == list(range(4, 48, 4))
@@ -261,7 +261,7 @@ def test_sequences_that_begin_with_a_document(config, stories, tmp_path, monkeyp
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(order, 'TokenBatches', Recorded)
+    monkeypatch.setattr(sets, 'TokenBatches', Recorded)
     train.main(config(doc_start=True, max_iters=2))
     train.main(config(max_iters=2, out_dir=str(tmp_path / 'b')))
     chosen, plain = made

@@ -12,6 +12,7 @@ import train
 from gpt import trainer as trainer_module
 from gpt.optim import OptimizerConfig
 from gpt.trainer import Trainer, TrainerConfig, should_compile
+from gpt.validation import ValidationConfig, evaluate
 from gpt.world import World
 from model import GPT, GPTConfig
 
@@ -105,6 +106,35 @@ def test_how_many_logits_fit_a_card():
     assert [round(n) for n in found] == [67, 125, 208, 417, 734]
 
 
+@pytest.mark.parametrize('recomputed', [False, True])
+def test_what_a_layer_keeps_for_the_backward_pass(recomputed):
+    """In bfloat16, bytes a token: of C channels and h heads 32 C + 4 h and the normalizers of
+    LayerNorms, or 2 C. And its weights, in bfloat16. docs/benchmarks.md computes with this."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    found, C, h, tokens = [], 768, 12, 2 * 1024
+    for n_layer in (1, 2):
+        with FakeTensorMode():
+            model, ids = GPT(GPTConfig(1024, 61, n_layer, h, C)), torch.zeros(2, 1024).long()
+            model.half_residual, model.checkpoint_activations = True, recomputed
+            sizes, params = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+
+            def keep(tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in params:
+                    sizes[storage._cdata] = storage.nbytes()
+                return tensor
+            with (torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+                  World(dtype=torch.bfloat16).autocast()):
+                loss = model(ids, ids)                  # holds what is kept
+        found.append(sum(sizes.values()))
+        del loss
+    per_layer = found[1] - found[0]
+    if recomputed:
+        assert per_layer == 2 * C * tokens
+    else:
+        assert (32 * C + 4 * h) * tokens < per_layer - 24 * C * C <= (32 * C + 4 * h + 16) * tokens
+
+
 def test_how_it_computes_is_in_its_state():
     config = TrainerConfig(compile=False, half_residual=True, logits_per_slice=2 ** 20)
     trainer = Trainer(GPT(TINY), World(), config, OptimizerConfig())
@@ -148,6 +178,19 @@ def test_a_plan_does_not_compile_on_a_cpu(monkeypatch, capsys):
         capsys.readouterr().out)
 
 
+def test_a_choice_to_compile_is_said_to_be_a_setting_or_that_of_the_resumed_run(capsys):
+    trainer = make()
+    for before, reason in ((False, 'as set'), (True, 'as before')):
+        trainer.config = TrainerConfig(compile=False, compile_as_before=before)
+        trainer.prepare((IDS[:, :-1], IDS[:, 1:]), math.inf)
+        assert f'compile: off ({reason})\n' in capsys.readouterr().out
+    saved = {'computes': {'device': 'cpu', 'dtype': 'float32', 'compile': False},
+             'settings': {'max_iters': 1000}}
+    for wanted, expected in (('auto', True), (False, False)):
+        cfg = train.Config(compile=wanted, device='cpu', dtype='float32')
+        assert train.computes(cfg, World(), saved)[1].compile_as_before is expected
+
+
 def test_compiling_is_decided_by_the_length_of_the_run(monkeypatch):
     monkeypatch.setattr(trainer_module.shutil, 'which', lambda name: '/usr/bin/g++')
     for dtype, name in ((torch.bfloat16, 'half'), (torch.float32, 'float32')):
@@ -164,7 +207,7 @@ def test_compiling_is_decided_by_the_length_of_the_run(monkeypatch):
 
 def test_a_compiler_that_fails_leaves_an_eager_run_and_one_line(
         config, tmp_path, monkeypatch, capsys):
-    def broken(model):
+    def broken(model, dynamic):
         def call(*_):
             raise RuntimeError('no compiler\nand a long story')
         return call
@@ -173,6 +216,67 @@ def test_a_compiler_that_fails_leaves_an_eager_run_and_one_line(
     text = 'compiling failed, continuing without (RuntimeError: no compiler)'
     assert text in capsys.readouterr().out
     assert (tmp_path / 'run/step_0000002').exists()
+
+
+class Text:
+    def __len__(self):
+        return 100
+
+    def read(self, start, count):
+        return (torch.arange(start, start + count) % 61).numpy()
+
+
+@pytest.mark.slow
+def test_validations_are_compiled_beside_training(monkeypatch, capsys):
+    """Once, for full batches; neither the others nor training are compiled again."""
+    from torch._dynamo.utils import counters            # takes seconds
+    trainer, batch, losses, graphs = make(), (IDS[:, :-1], IDS[:, 1:]), [], []
+    trainer.config = TrainerConfig(compile=True)
+    trainer.prepare(batch, math.inf)
+    update(trainer)
+    trainer.compile_validation((3, 16), 1e6)
+    assert trainer.validator is trainer.model           # on a CPU it does not pay
+    monkeypatch.setitem(trainer_module.MIN_VALIDATION_FLOPS, 'cpu', 0.0)
+    before = counters['stats']['unique_graphs']
+    trainer.compile_validation((3, 16), 1e6)
+    assert counters['stats']['unique_graphs'] == before + 1     # of another shape, in one graph
+    assert 'compiled for validation in ' in capsys.readouterr().out
+    assert trainer.model.training and trainer.validator is not trainer.model
+    for _ in range(3):
+        with trainer.evaluating():
+            losses.append([evaluate(model, Text(), ValidationConfig(3, 16, 100), World())[0]
+                           for model in (trainer.validator, trainer.model)])
+        graphs.append(counters['stats']['unique_graphs'])
+        update(trainer)
+        graphs.append(counters['stats']['unique_graphs'])
+    assert len(set(graphs)) == 1, 'compiled again'
+    for a, b in losses:
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_a_validation_that_cannot_be_compiled_is_eager(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError('no compiler')
+    trainer = make()
+    trainer.is_compiled, trainer.replica = True, broken
+    monkeypatch.setitem(trainer_module.MIN_VALIDATION_FLOPS, 'cpu', 0.0)
+    trainer.compile_validation((3, 16), 1e6)
+    assert trainer.validator is trainer.model and trainer.model.training
+    text = 'compiling for validation failed, continuing without (RuntimeError: no compiler)'
+    assert text in capsys.readouterr().out
+
+
+def test_a_run_validates_by_what_was_compiled_for_it(config, monkeypatch):
+    """It says in which batches, and on how many tokens in all: 12 updates, 3 validations."""
+    asked, used = [], []
+
+    def compile_validation(trainer, shape, tokens):
+        asked.append((shape, tokens))
+        trainer.validator = lambda x, y: used.append(x.shape) or trainer.model(x, y)
+    monkeypatch.setattr(Trainer, 'compile_validation', compile_validation)
+    cfg = config(eval_tokens=100)
+    train.main(cfg)
+    assert asked == [((4, 16), 300)] and used == 4 * [(4, 16), (2, 16), (1, 4)]     # and at step 0
 
 
 COMPILED = """
@@ -186,10 +290,10 @@ from torch._dynamo.utils import counters
 
 import train
 from gpt import tokenizer
-from gpt.data.order import DataSet
+from gpt.data.sets import DataSet
 from gpt.optim import OptimizerConfig
 from gpt.progress import Progress
-from gpt.trainer import Trainer, TrainerConfig
+from gpt.trainer import MIN_VALIDATION_FLOPS, Trainer, TrainerConfig
 from gpt.validation import ValidationConfig, validate
 from gpt.world import World
 from model import GPT, GPTConfig
@@ -218,6 +322,8 @@ trainer = Trainer(GPT(GPTConfig(16, 257, 2, 2, 32)), world,
                   TrainerConfig(compiled, parallel), OptimizerConfig())
 ids = torch.randint(257, (2, 2, 4, 17), generator=torch.Generator().manual_seed(world.rank))
 trainer.prepare((ids[0, 0, :, :-1], ids[0, 0, :, 1:]), math.inf)
+MIN_VALIDATION_FLOPS['cpu'] = 0.0
+trainer.compile_validation((3, 16), 1e6)
 blocks = [block._compiled_call_impl is not None for block in trainer.model.h]
 losses, graphs = [], []
 for step in range(6):
@@ -230,15 +336,16 @@ for step in range(6):
     trainer.step(loss, norm)
     losses.append([loss.item() / world.size, norm.item()])
     graphs.append(counters['stats']['unique_graphs'])
-    with trainer.evaluating() as model:     # shapes that differ from those of training
-        val = validate(model, Data.sets, ValidationConfig(3, 16, 100), world).loss
+    with trainer.evaluating():              # shapes that differ from those of training
+        val = validate(trainer.validator, Data.sets, ValidationConfig(3, 16, 100), world).loss
     train.draw_sample(trainer, tokenizer.byte_pairs('bytes', []), seed=1)
     graphs.append(counters['stats']['unique_graphs'])
 cfg = train.Config(batch_size=4, block_size=16, total_batch_size=4 * 4 * 16)
 train.measure_cost(Data(), trainer, Progress(), train.Forecast(cfg, train.batch_plan(cfg, world)))
 graphs.append(counters['stats']['unique_graphs'])
 if world.is_main:
-    print(json.dumps([losses, graphs, blocks, 'loss' in vars(trainer.model), val]))
+    print(json.dumps([losses, graphs, blocks, 'loss' in vars(trainer.model),
+                      trainer.validator is trainer.model, val]))
 world.leave()
 sys.stdout.flush()
 os._exit(0)                 # as scripts do: gloo may abort while the interpreter shuts down
@@ -248,15 +355,16 @@ os._exit(0)                 # as scripts do: gloo may abort while the interprete
 @pytest.mark.slow
 @pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
 def test_two_processes_compile_blocks_and_loss_and_evaluate_without(tmp_path, parallel):
-    """The updates are those of an eager run, to rounding. Validations and samples between them
-    compile nothing, nor does measuring what a run takes."""
+    """The updates are those of an eager run, to rounding. Validations (compiled before, of
+    replicas) and samples between them compile nothing, nor does measuring what a run takes."""
     (tmp_path / 'run.py').write_text(COMPILED)
     found = {}
     for how in ('eager', 'compiled'):
         done = script(tmp_path / 'run.py', how, parallel, torchrun=2, timeout=600,
                       env={**os.environ, 'PYTHONPATH': str(ROOT)})
         found[how] = json.loads(done.stdout.splitlines()[-1])
-    losses, graphs, blocks, loss_is_compiled, val = found['compiled']
+    losses, graphs, blocks, loss_is_compiled, validates_eager, val = found['compiled']
+    assert validates_eager == (parallel == 'fsdp')
     assert blocks == [True, True] and loss_is_compiled
     assert graphs[0] > 0 and len(set(graphs)) == 1, 'compiled again'
     expected, none, *_, expected_val = found['eager']

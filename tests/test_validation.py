@@ -11,7 +11,7 @@ from conftest import losses
 
 import train
 from gpt import checkpoints, validation
-from gpt.data.order import DataSet
+from gpt.data.sets import DataSet
 from gpt.data.shards import Tokens, read_manifest
 from gpt.validation import Validation, ValidationConfig, bits_per_byte, evaluate, validate
 from gpt.world import World
@@ -92,7 +92,7 @@ def test_other_sets_and_the_training_split_are_validated_beside_it(config, two_s
         assert both[-1][key] == pytest.approx(expected, rel=1e-6)
     text = capsys.readouterr().out
     assert re.search(rf"val_loss \S+ \(other \S+\), train_loss {both[-1]['train_loss']:.4f}", text)
-    for name, message in (('bytes', 'bytes holds tokens of bpe:257'),
+    for name, message in (('bytes', 'bytes holds tokens of bytes'),
                           ('tiny', 'tiny is trained on'), ('other:0.5', "given 'other:0.5'"),
                           ('other,other', "given 'other,other'")):
         with pytest.raises(ValueError, match=f'val_datasets: {message}'):

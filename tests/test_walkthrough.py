@@ -64,7 +64,7 @@ def test_the_blocks_print_what_is_shown():
 @pytest.mark.parametrize('english, chinese', PAIRS)
 def test_both_languages_have_the_same_sections_commands_and_figures(english, chinese):
     one, two = ((ROOT / name).read_text(encoding='utf-8') for name in (english, chinese))
-    for pattern in (r'^(#+) ', r'```\w+\n.*?```', r'!\[[^]]*\]\(([^)]+)\)', REFERENCE.pattern):
+    for pattern in (r'^(#+) ', r'```\w+\n.*?```', r'src(?:set)?="([^"]+)"', REFERENCE.pattern):
         found = [re.findall(pattern, text, re.MULTILINE | re.DOTALL) for text in (one, two)]
         assert found[0] == found[1], pattern
     prose = [re.sub('```.*?```', '', text, flags=re.DOTALL) for text in (one, two)]
@@ -76,7 +76,9 @@ def test_both_languages_have_the_same_sections_commands_and_figures(english, chi
     str(path.relative_to(ROOT)) for path in sorted((ROOT / 'docs').glob('*.md')))])
 def test_links_and_pictures_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding='utf-8')
-    for target in re.findall(r'\]\(([^)\s]+)\)', re.sub('```.*?```', '', text, flags=re.DOTALL)):
+    prose = re.sub('```.*?```', '', text, flags=re.DOTALL)
+    for target in re.findall(r'\]\(([^)\s]+)\)|src(?:set)?="([^"]+)"', prose):
+        target = ''.join(target)
         path, _, anchor = target.partition('#')
         if '://' in path:
             continue
