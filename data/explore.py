@@ -1,7 +1,7 @@
 """
 What is in prepared data, how it reads, and whether test sets appear in it.
 
-    python data/explore.py pydocs                           # a page of figures, and lengths.png
+    python data/explore.py pydocs                           # a page of figures
     python data/explore.py pydocs --decode=train_000000:0   # the text at a position
     python data/explore.py pydocs --contamination=hellaswag,cbt,lambada,wikitext2
 
@@ -15,7 +15,6 @@ import random
 import re
 import sys
 from array import array
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +27,7 @@ decode = ''             # SHARD:OFFSET, as train_000000:0: show the text there, 
 count = 256             # tokens that are shown of it
 contamination = ()      # of hellaswag, cbt, lambada, wikitext2: look for these, instead of the
                         # page; SET=PATH reads your own file, cbt=PATH also a folder
-seed = 1337             # of the documents whose beginning the page shows
-width = 100             # columns of what is printed
-out = ''                # '': lengths.png or contamination.json in the folder of the data set
+out = ''                # of --contamination; '': contamination.json in the folder of the data set
 data_dir = ''           # where prepared data is; '': data/ beside this script
 # -----------------------------------------------------------------------------
 Config = settings(globals())
@@ -40,11 +37,12 @@ from tqdm import tqdm
 
 from gpt import tokenizer
 from gpt.data import benchmarks, overlap, shards
-from gpt.files import atomic_write, check_output, picture_path, write_picture
+from gpt.files import atomic_write, check_output
+from gpt.files import decode as decode_text
 
 COLLECT = 'name'        # takes the argument without a flag
-BOUNDS = (('1 or more', lambda value: value >= 1, 'count'),
-          ('60 to 10,000', lambda value: 60 <= value <= 10_000, 'width'))
+BOUNDS = (('1 or more', lambda value: value >= 1, 'count'),)
+WIDTH = 100             # columns of what is printed
 TOP, SHOWN, WORST = 20, 5, 3        # tokens, documents, and overlaps of a test set that are printed
 QUANTILES = (('shortest', 0), ('10 % are up to', 0.1), ('half are up to', 0.5),
              ('90 % are up to', 0.9), ('longest', 1))
@@ -77,11 +75,11 @@ def main(cfg):
     check_bounds(cfg, BOUNDS)
     data = open_data(cfg.name[0], cfg.data_dir)
     if cfg.decode:
-        print(text_at(data, cfg.decode, cfg.count, cfg.width))
+        print(text_at(data, cfg.decode, cfg.count))
     elif cfg.contamination:
         report_contamination(cfg, data)
     else:
-        print_page(cfg, data)
+        print_page(data)
 
 
 def open_data(name, data_dir):
@@ -107,7 +105,7 @@ def progress_bar(tokens, split):
 
 # The page.
 
-def print_page(cfg, data):
+def print_page(data):
     found = {split: survey(data, split) for split in data.splits}
     print(f'{data.folder.name}: {describe_source(data.manifest)}\n')
     print(' ' * 22 + ''.join(f'{split:>18}' for split in found))
@@ -116,14 +114,10 @@ def print_page(cfg, data):
     if data.eot is None:
         print('\nThese tokens have no <|endoftext|>: document boundaries are not known.')
     else:
-        print(f'\n{histogram(found, cfg.width)}')
+        print(f'\n{histogram(found)}')
     print(f'\nmost frequent in train\n{most_frequent(data.encoding, found["train"].counts)}')
     print('\nsampled from train, by', 'position' if data.eot is None else 'length in tokens')
-    print(*samples(cfg, data, found['train'].lengths), sep='\n')
-    if data.eot is not None:
-        path = picture_path(cfg.out or str(data.folder / 'lengths.png'))
-        write_picture(path, draw(data.folder.name, found), dpi=150)
-        print(f'\n{path}')
+    print(*samples(data, found['train'].lengths), sep='\n')
 
 
 def survey(data, split):
@@ -133,16 +127,12 @@ def survey(data, split):
         counts += np.bincount(ids, minlength=len(counts))
     if data.eot is not None:
         counts[data.eot] = 0
-    lengths, hashes, length, digest = array('q'), bytearray(), 0, blake2b(digest_size=8)
+    lengths, hashes = array('q'), bytearray()
     with progress_bar(tokens, split) as bar:
-        for ids, ends in shards.documents(tokens, data.eot):
-            digest.update(ids)
-            length += len(ids)
-            bar.update(len(ids) + ends)
-            if ends:
-                lengths.append(length)
-                hashes += digest.digest()
-                length, digest = 0, blake2b(digest_size=8)
+        for length, digest in shards.document_hashes(tokens, data.eot):
+            lengths.append(length)
+            hashes += digest[:8]
+            bar.update(length + 1)
     return Survey(np.asarray(lengths), np.frombuffer(hashes, '<u8'), counts)
 
 
@@ -188,13 +178,13 @@ def figures(data, found):
     yield '  mean', [f'{part.lengths.mean():,.1f} tokens' for part in surveys]
 
 
-def histogram(found, width):
+def histogram(found):
     """Documents by length, a line for each power of two, the splits side by side."""
     powers = {split: np.log2(np.maximum(part.lengths, 1)).astype(int)
               for split, part in found.items()}
     low, high = min(map(np.min, powers.values())), max(map(np.max, powers.values()))
     bins = {split: np.bincount(part, minlength=high + 1) for split, part in powers.items()}
-    room = (width - 25) // len(bins) - 10                           # columns of the longest bar
+    room = (WIDTH - 25) // len(bins) - 10                           # columns of the longest bar
     largest = max((part / part.sum()).max() for part in bins.values())
     lines = ['tokens of a document'.ljust(25)
              + ''.join(f'{split:>7}'.ljust(room + 10) for split in bins)]
@@ -225,9 +215,9 @@ def readable(raw):
         return repr(raw)
 
 
-def samples(cfg, data, lengths):
+def samples(data, lengths):
     """The beginnings of some documents of train, a line each; without documents, some positions."""
-    tokens, rng = data.splits['train'], random.Random(cfg.seed)
+    tokens, rng = data.splits['train'], random.Random(1337)
     if data.eot is None:
         places = [(start, start, len(tokens) - start)
                   for start in sorted(rng.sample(range(len(tokens)), min(SHOWN, len(tokens))))]
@@ -236,39 +226,15 @@ def samples(cfg, data, lengths):
         places = [(int(lengths[i]), first + i + int(lengths[:i].sum()), int(lengths[i]))
                   for i in sorted(rng.sample(range(len(lengths)), min(SHOWN, len(lengths))))]
     for label, start, length in places:
-        raw = data.encoding.decode_bytes(tokens.read(start, min(length, cfg.width)).tolist())
+        raw = data.encoding.decode_bytes(tokens.read(start, min(length, WIDTH)).tolist())
         line = re.sub(r'\s*\n\s*', ' ↵ ', raw.decode('utf-8', 'replace').strip())
         line = ''.join(char if char.isprintable() else ' ' for char in line)
-        yield f'{label:>12,}  {line}'[:cfg.width]
-
-
-def draw(title, found):
-    """A figure of the lengths, two bars for each power of two."""
-    from matplotlib.figure import Figure
-    figure = Figure((8, 4.5), layout='constrained')
-    axes = figure.subplots()
-    lengths = {split: np.maximum(part.lengths, 1) for split, part in found.items()}
-    low = np.floor(np.log2(min(map(np.min, lengths.values()))))
-    high = np.floor(np.log2(max(map(np.max, lengths.values()))))
-    edges = 2 ** np.arange(low, high + 1.5, 0.5)
-    styles = ({'color': 'C0', 'alpha': 0.5}, {'color': 'C1', 'histtype': 'step', 'linewidth': 2})
-    for (split, part), style in zip(lengths.items(), styles):
-        median = np.median(found[split].lengths)
-        axes.hist(part, edges, weights=np.full(len(part), 100 / len(part)),
-                  label=f'{split}: {len(part):,}, median {median:,.0f} tokens', **style)
-        axes.axvline(max(median, 1), color=style['color'], linestyle='--', linewidth=1)
-    axes.set_xscale('log', base=2)
-    axes.xaxis.set_major_formatter('{x:,.0f}')
-    axes.set(xlabel='tokens of a document', ylabel='% of the documents')
-    axes.set_title(title, parse_math=False)             # a $ in a name is no formula
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return figure
+        yield f'{label:>12,}  {line}'[:WIDTH]
 
 
 # Text at a position.
 
-def text_at(data, place, count, width):
+def text_at(data, place, count):
     """The text of `count` tokens from SHARD:OFFSET on, below a line that describes the position."""
     shard, _, offset = place.rpartition(':')
     if not shard or not (offset.isdecimal() and len(offset) < 20):
@@ -285,20 +251,9 @@ def text_at(data, place, count, width):
                          f'the tokens of {stem}')
     ids = tokens.read(first + offset, min(count, size - offset))
     head = f'{stem}: tokens {offset:,} to {offset + len(ids) - 1:,} of {size:,}'
-    started = count_eot(tokens, data.eot, first, first + offset + 1)
-    if started:
-        head += f', in document {started:,} of those that begin in this shard'
-    elif data.eot is not None:
-        head += ', before the first <|endoftext|> of this shard'
-    rule = f'\n──── <|endoftext|> {"─" * (width - 19)}\n'.encode()
+    rule = f'\n──── <|endoftext|> {"─" * (WIDTH - 19)}\n'.encode()
     table = token_table(data, rule)
     return f'{head}\n' + b''.join(table[id] for id in ids.tolist()).decode('utf-8', 'replace')
-
-
-def count_eot(tokens, eot, start, end):
-    """How many of the tokens from start to end are `eot`; 0 for None."""
-    return sum(int((tokens.read(at, min(2 ** 20, end - at)) == eot).sum())
-               for at in range(start, end, 2 ** 20))
 
 
 # Contamination: the n-grams of the test sets are in memory, the shards are streamed.
@@ -309,9 +264,8 @@ def report_contamination(cfg, data):
     if len(sets) < len(cfg.contamination):
         raise ValueError(f"contamination: given {','.join(cfg.contamination)}, expected each set "
                          f"once; look for them one after another, each with its own --out")
-    shards_read = [path for tokens in data.splits.values() for path in tokens.paths]
-    path = check_output(cfg.out or data.folder / 'contamination.json', *shards_read,
-                        *(data.folder / name for name in ('manifest.json', 'tokenizer.json')),
+    own = data.folder / 'contamination.json'
+    path = check_output(cfg.out or own, *{*data.folder.iterdir()} - {own},
                         *(facts['path'] for _, facts in sets.values()))
     grams = {name: {n: overlap.ngrams_of(items, n) for n in NGRAMS}
              for name, (items, _) in sets.items()}
@@ -325,7 +279,7 @@ def report_contamination(cfg, data):
         hits = {n: found[n][np.searchsorted(known[n], hashes)]
                 for n, (hashes, _) in grams[name].items()}
         result[name] = {**facts, 'items': len(items), **measure(items, grams[name], hits)}
-    print(format_report(data, result, cfg.width))
+    print(format_report(data, result))
     atomic_write(path, json.dumps({'dataset': data.folder.name, 'settings': vars(cfg),
                                    'tokens': len(train), 'sets': result}, indent=1))
     print(f'\n{path}')
@@ -343,8 +297,7 @@ def read_set(entry):
         return name, *benchmarks.lambada(path)
     if name == 'wikitext2':
         raw, facts = benchmarks.obtain(name, path)
-        lines = [line for _, line in benchmarks.lines_of(raw, facts['path'])]
-        return name, benchmarks.articles('\n'.join(lines)), facts
+        return name, benchmarks.articles(decode_text(raw, facts['path'])), facts
     raise ValueError(f'contamination: given {name!r}, expected some of hellaswag, cbt, lambada, '
                      f'wikitext2, each also as NAME=PATH')
 
@@ -404,7 +357,7 @@ def measure(items, grams, hits):
     return {'ngrams': ngrams, 'longest': longest}
 
 
-def format_report(data, result, width):
+def format_report(data, result):
     lines = [f"{data.folder.name}: {len(data.splits['train']):,} tokens of train, searched for the "
              f"n-grams of test sets", '',
              f'{"":10}{"items":>8}{"n":>5}{"long enough":>13}{"n-grams":>12}{"found":>10}'
@@ -425,7 +378,7 @@ def format_report(data, result, width):
     for name, facts in result.items():
         for worst in facts['longest']:
             line = f"{name}, item {worst['item'] + 1:,}, {worst['words']:,} words: {worst['text']}"
-            lines.append(f'  {line}' if len(line) < width - 1 else f'  {line[:width - 4]} …')
+            lines.append(f'  {line}' if len(line) < WIDTH - 1 else f'  {line[:WIDTH - 4]} …')
     return '\n'.join(lines)
 
 

@@ -67,7 +67,7 @@ def test_the_page_is_a_plain_recount(stories, capsys):
         seen = explore.survey(data, split)
         assert seen.lengths.tolist() == list(map(len, documents))
         assert [int(h).to_bytes(8, 'little') for h in seen.hashes] == [
-            hashlib.blake2b(np.array(part, '<u2').tobytes(), digest_size=8).digest()
+            hashlib.blake2b(np.array(part, '<u2').tobytes(), digest_size=16).digest()[:8]
             for part in documents]
         counts = Counter(i for part in documents for i in part)
         assert {i: n for i, n in enumerate(seen.counts.tolist()) if n} == counts
@@ -78,15 +78,7 @@ def test_the_page_is_a_plain_recount(stories, capsys):
     top, n = every[0].most_common(1)[0]
     shown = repr(data.encoding.decode([top]))
     assert re.search(rf'{re.escape(shown)} +{n / sum(every[0].values()):.2%}', page)
-    assert max(map(len, page.splitlines()[:-1])) <= 100
-
-
-def test_the_picture_of_the_lengths(stories, tmp_path, capsys):
-    assert str(tmp_path / 'a.png') in explored(capsys, 'tiny', f'--data_dir={stories}',
-                                               f'--out={tmp_path / "a.png"}')
-    assert (tmp_path / 'a.png').read_bytes()[:4] == b'\x89PNG'
-    with pytest.raises(ValueError, match='a.what'):
-        explored(capsys, 'tiny', f'--data_dir={stories}', f'--out={tmp_path / "a.what"}')
+    assert max(map(len, page.splitlines())) <= 100
 
 
 def test_a_data_set_with_its_files_can_be_replaced(tmp_path, capsys):
@@ -95,8 +87,8 @@ def test_a_data_set_with_its_files_can_be_replaced(tmp_path, capsys):
     before = set((tmp_path / 'd').iterdir())
     explored(capsys, 'd', f'--data_dir={tmp_path}')
     explored(capsys, 'd', f'--data_dir={tmp_path}', f'--contamination=lambada={tmp_path}/l.jsonl')
-    assert {path.name for path in set((tmp_path / 'd').iterdir()) - before} == {
-        'lengths.png', 'contamination.json'}
+    assert set((tmp_path / 'd').iterdir()) - before == {tmp_path / 'd/contamination.json'}
+    (tmp_path / 'd/lengths.png').write_bytes(b'of an earlier version')
     prepared(tmp_path, ['three', 'four'], replace=True)
     assert set((tmp_path / 'd').iterdir()) == before
 
@@ -140,7 +132,6 @@ def test_characters_have_no_document_boundaries(tmp_path, capsys):
     prepared(tmp_path, ['to be or not to be, that is the question ' * 20], tokenizer='chars')
     page = explored(capsys, 'd', f'--data_dir={tmp_path}')
     assert 'document boundaries are not known' in page and 'documents' not in page
-    assert not (tmp_path / 'd/lengths.png').exists()
     shown = explored(capsys, 'd', f'--data_dir={tmp_path}', '--decode=train_000000:3', '--count=10')
     assert shown.splitlines()[1] == 'be or not '
 
@@ -161,10 +152,7 @@ def test_decode_shows_exactly_the_text(tmp_path, capsys):
     for offset in (0, 3, 12):
         shown = explored(capsys, 'd', f'--data_dir={tmp_path}', '--count=3',
                          f'--decode=train_000001.bin:{offset}').splitlines()
-        begun = ids[start:start + offset + 1].count(256)
-        assert shown[0] == (f'train_000001: tokens {offset} to {offset + 2} of 20, ' + (
-            f'in document {begun} of those that begin in this shard' if begun
-            else 'before the first <|endoftext|> of this shard'))
+        assert shown[0] == f'train_000001: tokens {offset} to {offset + 2} of 20'
         part = ids[start + offset:start + offset + 3]
         assert '\n'.join(shown[1:]) == ''.join(mark if i == 256 else chr(i) for i in part)
 
@@ -179,7 +167,7 @@ def test_a_plain_text_comes_back_from_decode(stories, capsys):
         *documents[:-1], documents[-1] + '\n']
     second = 1 + len(tokenizer.encode(data.encoding, documents[0]))
     shown = explored(capsys, 'tiny', f'--data_dir={stories}', f'--decode=train_000000:{second + 1}')
-    assert 'in document 2 of' in shown and shown.splitlines()[1].startswith(documents[1][:40])
+    assert shown.splitlines()[1].startswith(documents[1][:40])
 
 
 @pytest.mark.parametrize('args, words', [
@@ -188,7 +176,7 @@ def test_a_plain_text_comes_back_from_decode(stories, capsys):
     (('tiny', '--decode=train_000009:0'), 'expected one of train_000000, val_000000'),
     (('tiny', '--decode=val_000000:999999'), 'given the offset 999,999, expected less than'),
     (('tiny', '--decode=val_000000:-1'), 'expected SHARD:OFFSET'),
-    (('tiny', '--count=0'), 'count: given 0'), (('tiny', '--width=9'), 'width: given 9'),
+    (('tiny', '--count=0'), 'count: given 0'),
     (('tiny', '--contamination=squad'), 'expected some of hellaswag, cbt, lambada, wikitext2'),
     (('tiny', '--contamination=cbt=/nowhere'), '/nowhere: cannot read'),
     (('nothing_here',), "the data set 'nothing_here' is not prepared")])

@@ -323,6 +323,17 @@ def documents(tokens: Tokens, eot_id: int | None,
         yield rest, True
 
 
+def document_hashes(tokens: Tokens, eot_id: int | None) -> Iterator[tuple[int, bytes]]:
+    """(number of tokens, 16 bytes of hash) of every document, see documents()."""
+    length, digest = 0, hashlib.blake2b(digest_size=16)
+    for ids, ends in documents(tokens, eot_id):
+        length += len(ids)
+        digest.update(ids)
+        if ends:
+            yield length, digest.digest()
+            length, digest = 0, hashlib.blake2b(digest_size=16)
+
+
 def read_manifest(name: str, data_dir: str | Path = '') -> dict:
     """The manifest of data set `name`, or {} for shards without one."""
     folder = Path(data_dir or DATA_DIR) / name
@@ -387,17 +398,7 @@ def leaked(name: str, data_dir: str | Path = '') -> int:
     vocabulary = read_manifest(name, data_dir)['tokenizer']
     if vocabulary['eot_id'] is None:
         return 0
-    seen, both = set(), 0
-    for split in ('val', 'train'):
-        tokens = Tokens(name, split, vocabulary['vocab_size'], data_dir)
-        digest = hashlib.blake2b(digest_size=16)
-        for ids, ends in documents(tokens, vocabulary['eot_id']):
-            digest.update(ids)
-            if not ends:
-                continue
-            if split == 'val':
-                seen.add(digest.digest())
-            elif digest.digest() in seen:
-                both += 1
-            digest = hashlib.blake2b(digest_size=16)
-    return both
+    val, train = (document_hashes(Tokens(name, split, vocabulary['vocab_size'], data_dir),
+                                  vocabulary['eot_id']) for split in ('val', 'train'))
+    seen = {digest for _, digest in val}
+    return sum(digest in seen for _, digest in train)
