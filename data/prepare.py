@@ -205,22 +205,16 @@ def is_current(folder, plan, ready, replace):
         found = f' (it holds {foreign[0]})' if foreign else ''
         raise ValueError(f'{folder}: not made by this program{found}; give another --name')
     existing = read_manifest(folder.name, folder.parent)
-    before, wanted = existing['settings'], plan['settings']
-    if 0 < wanted.get('shards', 0) < before.get('shards', 0) and not replace:
-        before['shards'] = wanted['shards']                         # it has more than enough
-    if not is_same(existing, plan):
-        same_text = is_same({**existing, 'settings': wanted}, plan)
-        changed = [f'{key} {before.get(key)!r} -> {wanted.get(key)!r}'
-                   for key in before | wanted if before.get(key) != wanted.get(key)]
-        if not same_text:
-            what = 'text' if has_other_text(existing, plan) else 'vocabulary'
-            changed.insert(0, f'other {what}')
+    held, wanted = (part['settings'].get('shards', 0) for part in (existing, plan))
+    if 0 < wanted < held and not replace:                           # it has more than enough
+        existing['settings']['shards'] = wanted
+    if changed := differences(existing, plan):
         made = f"{folder}: was made otherwise ({', '.join(changed)})"
-        grows = before.get('shards', 0) < wanted.get('shards', 0) and same_text
+        grows = held < wanted and len(changed) == 1
         if not (replace or grows):
             raise ValueError(f'{made}; give another --name, or --replace to replace it (a run '
                              f'trained on it cannot be resumed then)')
-        print(f'{made}; ' + (f"shards are added (--shards={before['shards']} --replace goes back)"
+        print(f'{made}; ' + (f'shards are added (--shards={held} --replace goes back)'
                              if grows else 'it will be replaced'))
         return False
     try:
@@ -250,22 +244,24 @@ def has_returns(folder):
     return False
 
 
-def is_same(a, b):
-    """Whether two plans give the same data set.
+def differences(made, plan):
+    """How two plans differ, in words; none if they give the same data set.
 
     The hub's revision may differ: what counts are its files that are read. Earlier versions kept
     only the last part of a local file's name.
     """
-    a, b = ((plan['settings'], {**plan['source'], 'revision': '', 'files': [
-        [name.rpartition('/')[2], *facts] for name, *facts in plan['source'].get('files', [])]})
-        for plan in (a, b))
-    return a == b
-
-
-def has_other_text(a, b):
-    """Whether two plans differ in more of their sources than a tokenizer's sha256."""
-    a, b = ({'settings': {}, 'source': {**plan['source'], 'tokenizer': ''}} for plan in (a, b))
-    return not is_same(a, b)
+    before, wanted = made['settings'], plan['settings']
+    found = [f'{key} {before.get(key)!r} -> {wanted.get(key)!r}'
+             for key in before | wanted if before.get(key) != wanted.get(key)]
+    texts, vocabularies = zip(*((
+        {**source, 'revision': '', 'tokenizer': '', 'files': [
+            [name.rpartition('/')[2], *facts] for name, *facts in source.get('files', [])]},
+        source.get('tokenizer')) for source in (made['source'], plan['source'])))
+    if texts[0] != texts[1]:
+        found.insert(0, 'other text')
+    elif vocabularies[0] != vocabularies[1]:
+        found.insert(0, 'other vocabulary')
+    return found
 
 
 def open_partial(partial, plan):
@@ -273,15 +269,12 @@ def open_partial(partial, plan):
 
     With errors='strict' there were no errors so far, which fits the other settings as well.
     """
-    before, is_new_reader = None, True
-    if (partial / 'plan.json').exists():
-        before = read_json(partial / 'plan.json', StartedPlan)
-        is_new_reader = before.get('reader') == READER
-    elif (partial / 'manifest.json').exists():                      # it is complete
-        before = read_manifest(partial.name, partial.parent)
+    notes = [partial / name for name in ('manifest.json', 'plan.json')]     # it may be complete
+    before = next((read_json(note, StartedPlan) for note in notes if note.exists()), None)
     if before and before['settings'].get('errors') == 'strict':
         before['settings']['errors'] = plan['settings'].get('errors')
-    if before and is_new_reader and is_same(before, plan):
+    is_readable = before and (notes[0].exists() or before.get('reader') == READER)
+    if is_readable and not differences(before, plan):
         print(f'resuming from {partial}')
     else:
         if before:
@@ -494,7 +487,6 @@ def take_shards(cfg, source, plan, folder):
     files = [file for file in source.files if '_val_' in file.name]
     files += [file for file in source.files
               if '_train_' in file.name][:plan['settings']['shards']]
-    check_disk(files, folder, existing)
     sizes = np.zeros(2 ** 16, np.int64)             # of tokens in bytes, 0 for <|endoftext|>
     sizes[:encoding.n_vocab] = [len(token) for token in token_bytes(encoding)]
     splits = {split: {'tokens': 0, 'documents': 0, 'bytes': 0, 'shards': []}
@@ -513,16 +505,6 @@ def take_shards(cfg, source, plan, folder):
             total[key] += facts[key]
     atomic_write(folder / 'tokenizer.json', to_json(encoding))
     write_manifest(folder, plan, encoding, splits, {})
-
-
-def check_disk(files, *folders):
-    """Raise OSError if the files that are in none of `folders` do not fit on the disk."""
-    sizes = [file.size for file in files
-             if not any((folder / file.name).exists() for folder in folders)]
-    free = shutil.disk_usage(folders[0]).free
-    if sum(sizes) > free:
-        raise OSError(f'{len(sizes)} shards need {sum(sizes) / 1e9:.1f} GB, {free / 1e9:.1f} GB '
-                      f'are free; --shards=N takes the first N')
 
 
 # What is printed.
