@@ -43,7 +43,7 @@ from gpt.files import decode as decode_text
 COLLECT = 'name'        # takes the argument without a flag
 BOUNDS = (('1 or more', lambda value: value >= 1, 'count'),)
 WIDTH = 100             # columns of what is printed
-TOP, SHOWN, WORST = 20, 5, 3        # tokens, documents, and overlaps of a test set that are printed
+TOP, SHOWN = 20, 5      # tokens and documents that are printed
 QUANTILES = (('shortest', 0), ('10 % are up to', 0.1), ('half are up to', 0.5),
              ('90 % are up to', 0.9), ('longest', 1))
 NGRAMS = (8, 13)
@@ -92,12 +92,6 @@ def open_data(name, data_dir):
     return Prepared(folder, manifest, encoding, tokenizer.eot_id(encoding), tokens)
 
 
-def token_table(data, eot_text):
-    """The bytes of every token in order of its id, `eot_text` for <|endoftext|>."""
-    return [eot_text if i == data.eot else data.encoding.decode_single_token_bytes(i)
-            for i in range(data.encoding.n_vocab)]
-
-
 def progress_bar(tokens, split):
     return tqdm(total=len(tokens), unit=' tokens', unit_scale=True, desc=split, leave=False,
                 disable=not sys.stderr.isatty())
@@ -113,8 +107,6 @@ def print_page(data):
         print(f'{label:<22}' + ''.join(f'{text:>18}' for text in texts))
     if data.eot is None:
         print('\nThese tokens have no <|endoftext|>: document boundaries are not known.')
-    else:
-        print(f'\n{histogram(found)}')
     print(f'\nmost frequent in train\n{most_frequent(data.encoding, found["train"].counts)}')
     print('\nsampled from train, by', 'position' if data.eot is None else 'length in tokens')
     print(*samples(data, found['train'].lengths), sep='\n')
@@ -153,7 +145,7 @@ def describe_source(manifest):
 def figures(data, found):
     """(label, a text for each split) of every line of the page's table."""
     splits, surveys = [data.splits[split] for split in found], found.values()
-    sizes = np.array([len(token) for token in token_table(data, b'')])
+    sizes = np.array([len(token) for token in tokenizer.token_bytes(data.encoding)])
     sizes = [int(part.counts @ sizes) for part in surveys]          # bytes of the text
     kind = data.manifest['tokenizer']['name'] if data.manifest else 'gpt2'
     vocab_size = data.encoding.n_vocab
@@ -176,25 +168,6 @@ def figures(data, found):
         yield f'  {label}', [f"{np.quantile(part.lengths, q, method='inverted_cdf'):,} tokens"
                              for part in surveys]
     yield '  mean', [f'{part.lengths.mean():,.1f} tokens' for part in surveys]
-
-
-def histogram(found):
-    """Documents by length, a line for each power of two, the splits side by side."""
-    powers = {split: np.log2(np.maximum(part.lengths, 1)).astype(int)
-              for split, part in found.items()}
-    low, high = min(map(np.min, powers.values())), max(map(np.max, powers.values()))
-    bins = {split: np.bincount(part, minlength=high + 1) for split, part in powers.items()}
-    room = (WIDTH - 25) // len(bins) - 10                           # columns of the longest bar
-    largest = max((part / part.sum()).max() for part in bins.values())
-    lines = ['tokens of a document'.ljust(25)
-             + ''.join(f'{split:>7}'.ljust(room + 10) for split in bins)]
-    for i in range(int(low), int(high) + 1):
-        line = f'{2 ** i if i else 0:>10,} to {2 ** (i + 1) - 1:>9,}  '
-        for part in bins.values():
-            bar = '█' * round(room * part[i] / part.sum() / largest) or '▏'
-            line += f'{part[i]:>7,} {bar:<{room + 2}}' if part[i] else ' ' * (room + 10)
-        lines.append(line)
-    return '\n'.join(line.rstrip() for line in lines)
 
 
 def most_frequent(encoding, counts):
@@ -251,9 +224,10 @@ def text_at(data, place, count):
                          f'the tokens of {stem}')
     ids = tokens.read(first + offset, min(count, size - offset))
     head = f'{stem}: tokens {offset:,} to {offset + len(ids) - 1:,} of {size:,}'
-    rule = f'\n──── <|endoftext|> {"─" * (WIDTH - 19)}\n'.encode()
-    table = token_table(data, rule)
-    return f'{head}\n' + b''.join(table[id] for id in ids.tolist()).decode('utf-8', 'replace')
+    table = tokenizer.token_bytes(data.encoding)
+    if data.eot is not None:
+        table[data.eot] = f'\n──── <|endoftext|> {"─" * (WIDTH - 19)}\n'.encode()
+    return f'{head}\n' + b''.join(table[i] for i in ids.tolist()).decode('utf-8', 'replace')
 
 
 # Contamination: the n-grams of the test sets are in memory, the shards are streamed.
@@ -267,18 +241,20 @@ def report_contamination(cfg, data):
     own = data.folder / 'contamination.json'
     path = check_output(cfg.out or own, *{*data.folder.iterdir()} - {own},
                         *(facts['path'] for _, facts in sets.values()))
-    grams = {name: {n: overlap.ngrams_of(items, n) for n in NGRAMS}
-             for name, (items, _) in sets.items()}
-    known = {n: overlap.distinct(np.concatenate([of_set[n][0] for of_set in grams.values()]))
-             for n in NGRAMS}
+    items = [text for texts, _ in sets.values() for text in texts]
+    first = np.cumsum([0, *(len(texts) for texts, _ in sets.values())])     # item of each set
+    grams = {n: overlap.ngrams_of(items, n) for n in NGRAMS}
+    known = {n: overlap.distinct(hashes) for n, (hashes, _) in grams.items()}
     train = data.splits['train']
     with progress_bar(train, 'train') as bar:
         found = overlap.look_up(pieces(data, bar), known)
-    result = {}
-    for name, (items, facts) in sets.items():
-        hits = {n: found[n][np.searchsorted(known[n], hashes)]
-                for n, (hashes, _) in grams[name].items()}
-        result[name] = {**facts, 'items': len(items), **measure(items, grams[name], hits)}
+    result = {name: {**facts, 'items': len(texts), 'ngrams': {}}
+              for name, (texts, facts) in sets.items()}
+    for n, (hashes, of) in grams.items():
+        hits = found[n][np.searchsorted(known[n], hashes)]
+        bounds = np.searchsorted(of, first)                         # of each set's n-grams
+        for name, start, end in zip(result, bounds, bounds[1:]):
+            result[name]['ngrams'][n] = measure(hashes[start:end], of[start:end], hits[start:end])
     print(format_report(data, result))
     atomic_write(path, json.dumps({'dataset': data.folder.name, 'settings': vars(cfg),
                                    'tokens': len(train), 'sets': result}, indent=1))
@@ -321,14 +297,11 @@ def read_cbt(path):
 
 def pieces(data, bar):
     """The bytes of train in pieces that end between words, overlap.MARK between documents."""
-    table, rest = token_table(data, overlap.MARK), b''
-    joined, sizes = np.frombuffer(b''.join(table), np.uint8), np.array([len(raw) for raw in table])
-    starts = np.cumsum(sizes) - sizes
+    table, rest = tokenizer.token_bytes(data.encoding), b''
+    if data.eot is not None:
+        table[data.eot] = overlap.MARK
     for ids in data.splits['train'].chunks(2 ** 15):
-        size = sizes[ids]                           # in numpy, twice as fast as joining the table's
-        ends = np.cumsum(size)
-        places = np.repeat(starts[ids] - (ends - size), size) + np.arange(ends[-1])
-        raw = rest + joined[places].tobytes()
+        raw = rest + b''.join([table[i] for i in ids.tolist()])
         cut = max(raw.rfind(between) for between in (b' ', b'\n', overlap.MARK)) + 1
         if not cut and len(raw) > 2 ** 22:
             cut = len(raw)                                          # no word is that long
@@ -338,23 +311,12 @@ def pieces(data, bar):
     yield rest
 
 
-def measure(items, grams, hits):
-    """{'ngrams': {n: figures}, 'longest': the longest overlaps} of a test set.
-
-    grams: {n: (hashes, of)}, see overlap.ngrams_of(); hits: {n: which of them are in train}.
-    """
-    ngrams = {}
-    for n, (hashes, of) in grams.items():
-        total, hit = np.bincount(of), np.bincount(of, hits[n])
-        ngrams[n] = {
-            'items': int((total > 0).sum()), 'distinct': len(overlap.distinct(hashes)),
-            'found': len(overlap.distinct(hashes[hits[n]])), 'touched': int((hit > 0).sum()),
+def measure(hashes, of, hits):
+    """Figures of the n-grams of a test set: their hashes, items, and whether they are in train."""
+    total, hit = np.bincount(of), np.bincount(of, hits)
+    return {'items': int((total > 0).sum()), 'distinct': len(overlap.distinct(hashes)),
+            'found': len(overlap.distinct(hashes[hits])), 'touched': int((hit > 0).sum()),
             'half': int((2 * hit >= total)[total > 0].sum())}
-    longest, n = [], NGRAMS[0]
-    for item, first, count in overlap.longest(hits[n], *grams[n], WORST):
-        words = overlap.normalize(items[item].encode()).split()[first:first + count + n - 1]
-        longest.append({'item': item, 'words': len(words), 'text': b' '.join(words).decode()})
-    return {'ngrams': ngrams, 'longest': longest}
 
 
 def format_report(data, result):
@@ -373,12 +335,6 @@ def format_report(data, result):
     paper = [PAPER[name] for name, facts in result.items() if name in PAPER and facts['official']]
     if paper:
         lines.append(f"\nThe GPT-2 paper found in WebText, of the 8-grams {', '.join(paper)}")
-    if any(facts['longest'] for facts in result.values()):
-        lines.append('\nlongest overlaps')
-    for name, facts in result.items():
-        for worst in facts['longest']:
-            line = f"{name}, item {worst['item'] + 1:,}, {worst['words']:,} words: {worst['text']}"
-            lines.append(f'  {line}' if len(line) < WIDTH - 1 else f'  {line[:WIDTH - 4]} …')
     return '\n'.join(lines)
 
 

@@ -252,9 +252,8 @@ def test_planted_overlaps_are_counted_exactly(tmp_path, capsys):
     assert got['items'] == 4 and got['ngrams'] == {
         '8': {'items': 3, 'distinct': 33 + 33 + 3, 'found': 13, 'touched': 1, 'half': 0},
         '13': {'items': 2, 'distinct': 28 + 28, 'found': 8, 'touched': 1, 'half': 0}}
-    assert got['longest'] == [{'item': 0, 'words': 20, 'text': ' '.join(copied)}]
     assert got['sha256'] == hashlib.sha256((tmp_path / 'l.jsonl').read_bytes()).hexdigest()
-    assert not got['official'] and 'lambada, item 1, 20 words: ' + copied[0] in printed
+    assert not got['official']
     assert re.search(rf'lambada +4 +8 +3 +69 +{13 / 69:.3%} +{1 / 3:.2%} +0.00%', printed)
 
 
@@ -322,7 +321,7 @@ def test_empty_documents_and_a_short_text_are_explored(tmp_path, capsys):
     capsys.readouterr()
     explore.main(configure(explore.Config, ['d', f'--data_dir={tmp_path}'], None, 'name'))
     words = capsys.readouterr().out
-    assert re.search(r'documents +4 +4\n', words) and re.search(r'0 to +1 ', words)
+    assert re.search(r'documents +4 +4\n', words)
     prepare.main(prepare.Config(input=(str(tmp_path / 'a.txt'),), tokenizer='chars', name='c',
                                 data_dir=str(tmp_path), val_fraction=0.3))
     explore.main(configure(explore.Config, ['c', f'--data_dir={tmp_path}'], None, 'name'))
