@@ -135,7 +135,7 @@ def test_configurations_lines_and_converted_data_sets(hub, tmp_path):
         '--dataset=hub:someone/parquet:two', '--dataset=hub:someone/nothing',
         '--dataset=hub:someone/parquet --split=dev', '--dataset=hub:someone/lines --name=x')
     assert found[:3] == ['', '', '']
-    for words, line in zip(("'two' not found.*one", 'no such data set', "no split 'dev'",
+    for words, line in zip(("'two' not found.*one", 'not found at', "no split 'dev'",
                             "no field 'text'"), found[3:], strict=True):
         assert re.search(words, line), line
     assert texts_in(tmp_path, 'parquet-one') == sorted(TEXTS[100:200])
