@@ -168,14 +168,10 @@ def files_in(folder: str) -> list[str]:
                 texts.append(path)
             else:
                 others[os.path.splitext(name)[1] or name] += 1
+    skipped = ', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items()))
     if not texts:
-        hint = ''
-        if others['.arrow']:
-            hint = ("; .arrow files are those of datasets' save_to_disk: "
-                    "datasets.load_from_disk(…).to_parquet('a.parquet') converts them")
-        raise ValueError(f'{folder}: there is no {EXPECTED} in this folder{hint}')
-    if others:
-        skipped = ', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items()))
+        raise ValueError(f'{folder}: given {skipped or "no files"}, expected {EXPECTED}')
+    if skipped:
         print(bounded(f'{folder}: skipped {skipped}'))
     return sorted(texts, key=lambda path: path.split(os.sep))
 
