@@ -103,10 +103,7 @@ def read_data(cfg):
     _, first = results.limited(max(subsets.values(), key=len), cfg.limit)
     subsets = {name: results.limited(questions, first)[0] for name, questions in subsets.items()}
     books = benchmarks.cbt_books(cfg.split, cfg.data)
-    together = {'path': ', '.join(one['path'] for one in facts),
-                'sha256': '-'.join(one['sha256'] for one in facts),
-                'official': all(one['official'] for one in facts),
-                'skipped': sum(one['skipped'] for one in facts)}
+    together = benchmarks.facts_together(facts)
     preset, size = PRESETS[cfg.preset], checkpoints.official_name(cfg.model)
     is_preset = (cfg.split, cfg.text, together['skipped']) == (preset.split, preset.text, 0)
     return results.Data((subsets, books), together, first, 'questions of each subset',

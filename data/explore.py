@@ -101,7 +101,7 @@ def progress_bar(tokens, split):
 
 def print_page(data):
     found = {split: survey(data, split) for split in data.splits}
-    print(f'{data.folder.name}: {describe_source(data.manifest)}\n')
+    print(f'{data.folder.name}: {shards.describe_source(data.manifest)}\n')
     print(' ' * 22 + ''.join(f'{split:>18}' for split in found))
     for label, texts in figures(data, found):
         print(f'{label:<22}' + ''.join(f'{text:>18}' for text in texts))
@@ -121,25 +121,11 @@ def survey(data, split):
         counts[data.eot] = 0
     lengths, hashes = array('q'), bytearray()
     with progress_bar(tokens, split) as bar:
-        for length, digest in shards.document_hashes(tokens, data.eot):
+        for length, digest in shards.documents(tokens, data.eot):
             lengths.append(length)
             hashes += digest[:8]
             bar.update(length + 1)
     return Survey(np.asarray(lengths), np.frombuffer(hashes, '<u8'), counts)
-
-
-def describe_source(manifest):
-    """What the data set was made from, according to its manifest."""
-    if not manifest:
-        return 'shards without a manifest, taken for tokens of gpt2'
-    files = manifest['source'].get('files')
-    if not files:
-        return ', '.join(map(str, manifest['source'].values()))
-    names = [file for file, *_ in files[:2]]
-    if len(files) > 2:
-        names.append('…')
-    number = '1 file' if len(files) == 1 else f'{len(files):,} files'
-    return f"{', '.join(names)} ({number}, {sum(size for _, size, *_ in files):,} bytes)"
 
 
 def figures(data, found):
@@ -290,9 +276,7 @@ def read_cbt(path):
         for asked in questions:
             text = ' '.join([*asked.sentences, asked.query.replace('XXXXX', asked.answer)])
             texts.append(re.sub(r'-[LR][RSC]B-', ' ', text).replace(" n't", "n't"))
-    return texts, {'path': ', '.join(facts['path'] for _, facts in sets),
-                   'sha256': '-'.join(facts['sha256'] for _, facts in sets),
-                   'official': all(facts['official'] for _, facts in sets)}
+    return texts, benchmarks.facts_together([facts for _, facts in sets])
 
 
 def pieces(data, bar):

@@ -63,8 +63,8 @@ from tqdm import tqdm
 
 from gpt.data import documents, sources
 from gpt.data.encode import CUT, SplitRule, cores, divide, is_near, tokenized, val_range
-from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, leaked, load_facts,
-                             read_manifest, read_shard)
+from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, describe_source, leaked,
+                             load_facts, read_manifest, read_shard)
 from gpt.data.shards import verify as find_problems
 from gpt.files import atomic_write, lock, plain_text, read_json, sha256
 from gpt.shapes import is_text
@@ -136,7 +136,7 @@ def main(cfg):
     with locked(root / '.locks' / plan['name'], folder):
         if folder.exists() and is_current(folder, plan, source.ready, cfg.replace):
             return
-        print(f'{folder}: preparing {describe_source(source)}', flush=True)
+        print(f'{folder}: preparing {describe_source(plan)}', flush=True)
         partial = open_partial(folder.with_name(f'.{folder.name}.partial'), plan)
         with keep_partial(partial):
             if not (partial / 'manifest.json').exists():
@@ -508,14 +508,6 @@ def take_shards(cfg, source, plan, folder):
 
 
 # What is printed.
-
-def describe_source(source):
-    facts = source.facts
-    if 'pydocs' in facts:
-        return f"the documentation of {facts['pydocs']}"
-    place = f" of hub:{facts['hub']}" if 'hub' in facts else f' ({source.files[0].name}, …)'
-    return number_of(len(source.files), 'file') + place
-
 
 def describe(counts):
     """': 2 empty (the first: a.txt), …', '' without remarks."""

@@ -159,8 +159,9 @@ def test_decode_shows_exactly_the_text(tmp_path, capsys):
 
 def test_a_plain_text_comes_back_from_decode(stories, capsys):
     data = explore.open_data('tiny', str(stories))
-    documents = [data.encoding.decode(part.tolist())
-                 for part, _ in shards.documents(data.splits['train'], data.eot)]
+    tokens = data.splits['train']
+    documents = [data.encoding.decode(part)
+                 for part in plain_documents(tokens.read(0, len(tokens)).tolist(), data.eot)]
     shown = explored(capsys, 'tiny', f'--data_dir={stories}', '--decode=train_000000:0',
                      '--count=1000000')
     assert re.split(r'\n── *[─ ]+<\|endoftext\|> ─+\n', shown.partition('\n')[2])[1:] == [

@@ -582,7 +582,7 @@ def test_a_name_alone_makes_nothing(tmp_path, capsys, monkeypatch):
     command(prepare, '--dataset=pydocs', '--name=mine', *flags)
     assert {'pydocs', 'mine'} <= {path.name for path in tmp_path.iterdir()}
     words = capsys.readouterr().out
-    assert 'mine: preparing the documentation of Python 3.' in words
+    assert 'mine: preparing Python 3.' in words
     with pytest.raises(ValueError, match="given 'pydocs' and 'a.txt', expected one of them"):
         command(prepare, '--dataset=pydocs', 'a.txt', *flags)
 

@@ -60,16 +60,9 @@ CBT_BLOBS = {   # the beginnings of git's hashes (sha1) of the unmodified files
     'cbtest_V_valid_2000ex.txt': '19ceb44a', 'cbtest_V_test_2500ex.txt': '2959302b',
     'cbtest_P_valid_2000ex.txt': 'a74aab34', 'cbtest_P_test_2500ex.txt': 'b24728c1'}
 
-DOWNLOAD = 'not the data; download the file itself'
-NOT_THE_DATA = (        # beginnings of files, and what they are
-    (b'<!doctype', f'a web page, {DOWNLOAD}'), (b'<html', f'a web page, {DOWNLOAD}'),
-    (b'version https://git-lfs', f'a Git LFS pointer, {DOWNLOAD}'),
-    (b'\x1f\x8b', 'compressed (gzip); decompress it first'),
-    (b'\x28\xb5\x2f\xfd', 'compressed (zstd); decompress it first'),
-    (b'\xfd7zxz', 'compressed (xz); decompress it first'),
-    (b'bzh', 'compressed (bzip2); decompress it first'),
-    (b'par1', 'a parquet file; expected the text of the original files, or lines of JSON'),
-    (b'arrow1', 'an Arrow file; expected the text of the original files, or lines of JSON'))
+NOT_THE_DATA = (        # how such files begin, in lower case
+    b'<!doctype', b'<html', b'version https://git-lfs', b'\x1f\x8b', b'\x28\xb5\x2f\xfd', b'\xfd7zxz',
+    b'bzh', b'par1', b'arrow1')
 
 
 class HellaSwagRow(TypedDict):
@@ -123,13 +116,20 @@ def facts(path: str | Path, raw: bytes, known: set | tuple = ()) -> dict:
     return {'path': str(path), 'sha256': sha256, 'official': sha256 in known}
 
 
+def facts_together(facts: list[dict]) -> dict:
+    """The facts of several files as those of one."""
+    return {'path': ', '.join(one['path'] for one in facts),
+            'sha256': '-'.join(one['sha256'] for one in facts),
+            'official': all(one['official'] for one in facts),
+            'skipped': sum(one['skipped'] for one in facts)}
+
+
 def read_bytes(path: str | Path) -> bytes:
     """The content of a file; ValueError for what is often given instead of it."""
     raw = files.read_bytes(path)
-    head = raw[:200].lstrip(b'\xef\xbb\xbf \r\n').lower()
-    for start, what in NOT_THE_DATA:
-        if head.startswith(start):
-            raise ValueError(f'{path}: is {what}')
+    if raw[:200].lstrip(b'\xef\xbb\xbf \r\n').lower().startswith(NOT_THE_DATA):
+        raise ValueError(f'{path}: is a web page, a Git LFS pointer, or compressed or parquet; '
+                         f'expected the text of the original file')
     return raw
 
 

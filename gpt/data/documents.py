@@ -194,7 +194,7 @@ def separated_batches(name: str, path: Path, options: Options, start: Position) 
 
 
 def chunks(file: IO[bytes]) -> Iterator[bytes]:
-    """What is left of a file in pieces, none of which ends between \\r and \\n; the last is empty."""
+    """What is left of a file in pieces; none ends between \\r and \\n, and the last is empty."""
     held = b''
     while chunk := file.read(BATCH_BYTES):
         chunk, held = held + chunk, b''
