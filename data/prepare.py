@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
 from gpt.settings import check_bounds, run, settings
@@ -91,14 +90,6 @@ BOUNDS = (
     ('0 or more', lambda value: value >= 0, 'shards'),
     ('0 (default) to 1,024', lambda value: 0 <= value <= 1024, 'workers'),
 )
-
-
-class StartedPlan(Plan):
-    reader: NotRequired[int]
-
-
-class Note(TypedDict):
-    sha256: str             # of the rest, as JSON
 
 
 @dataclass
@@ -270,7 +261,7 @@ def open_partial(partial, plan):
     With errors='strict' there were no errors so far, which fits the other settings as well.
     """
     notes = [partial / name for name in ('manifest.json', 'plan.json')]     # it may be complete
-    before = next((read_json(note, StartedPlan) for note in notes if note.exists()), None)
+    before = next((read_json(note, Plan) for note in notes if note.exists()), None)
     if before and before['settings'].get('errors') == 'strict':
         before['settings']['errors'] = plan['settings'].get('errors')
     is_readable = before and (notes[0].exists() or before.get('reader') == READER)
@@ -355,8 +346,8 @@ def read_progress(folder):
     file = folder / 'progress.json'
     if not file.exists():
         return None
-    note = read_json(file, Note)
-    if note.pop('sha256') != digest(note):
+    note = read_json(file, dict)
+    if note.pop('sha256', '') != digest(note):
         raise ValueError(f'{file}: is damaged; delete {folder} to start over')
     return Progress(**note)
 
@@ -413,9 +404,7 @@ def sample(texts, kind, rule):
 
 def write_splits(results, writers, progress, n_files):
     """Write what tokenized() yields to shards, and progress.json every SAVE_SECONDS."""
-    train = progress.splits['train']
-    saved = started = time.monotonic()
-    tokens_before = train['tokens']
+    train, saved = progress.splits['train'], time.monotonic()
     with tqdm(unit='B', unit_scale=True, initial=train['bytes'],
               disable=not sys.stderr.isatty()) as bar:
         for after, encoded, counts in results:
@@ -425,11 +414,8 @@ def write_splits(results, writers, progress, n_files):
                 bar.update(amounts.bytes)
             progress.add(after, encoded, counts)
             if len(writers['train'].shards) > shards_before:
-                rate = (train['tokens'] - tokens_before) / (time.monotonic() - started)
-                shards = number_of(len(writers['train'].shards), 'shard')
-                bar.write(f"{train['tokens']:,} tokens, {shards}, "
-                          f'file {min(after[0] + 1, n_files)} of {n_files}, '
-                          f'{rate:,.0f} tokens/s', file=sys.stdout)
+                bar.write(f"{train['tokens']:,} tokens, file {min(after[0] + 1, n_files):,} of "
+                          f'{n_files:,}', file=sys.stdout)
             if time.monotonic() - saved > SAVE_SECONDS:
                 save_progress(progress, writers)
                 saved = time.monotonic()
@@ -489,8 +475,7 @@ def take_shards(cfg, source, plan, folder):
               if '_train_' in file.name][:plan['settings']['shards']]
     sizes = np.zeros(2 ** 16, np.int64)             # of tokens in bytes, 0 for <|endoftext|>
     sizes[:encoding.n_vocab] = [len(token) for token in token_bytes(encoding)]
-    splits = {split: {'tokens': 0, 'documents': 0, 'bytes': 0, 'shards': []}
-              for split in ('train', 'val')}
+    shards = {'train': [], 'val': []}
     for file in tqdm(files, unit='shard', disable=not sys.stderr.isatty()):
         path = folder / file.name
         if not path.exists():
@@ -499,10 +484,10 @@ def take_shards(cfg, source, plan, folder):
         if not path.exists() or sha256(path) != file.hash:
             os.replace(sources.download_from_hub(file, folder / 'downloads'), path)
         facts, _ = read_shard(path, eot_id(encoding), sizes)
-        total = splits['val' if '_val_' in file.name else 'train']
-        total['shards'].append({'file': file.name, **facts})
-        for key in ('tokens', 'documents', 'bytes'):
-            total[key] += facts[key]
+        shards['val' if '_val_' in file.name else 'train'].append({'file': file.name, **facts})
+    splits = {split: {**{key: sum(shard[key] for shard in found)
+                         for key in ('tokens', 'documents', 'bytes')}, 'shards': found}
+              for split, found in shards.items()}
     atomic_write(folder / 'tokenizer.json', to_json(encoding))
     write_manifest(folder, plan, encoding, splits, {})
 

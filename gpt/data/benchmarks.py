@@ -61,8 +61,8 @@ CBT_BLOBS = {   # the beginnings of git's hashes (sha1) of the unmodified files
     'cbtest_P_valid_2000ex.txt': 'a74aab34', 'cbtest_P_test_2500ex.txt': 'b24728c1'}
 
 NOT_THE_DATA = (        # how such files begin, in lower case
-    b'<!doctype', b'<html', b'version https://git-lfs', b'\x1f\x8b', b'\x28\xb5\x2f\xfd', b'\xfd7zxz',
-    b'bzh', b'par1', b'arrow1')
+    b'<!doctype', b'<html', b'version https://git-lfs', b'\x1f\x8b', b'\x28\xb5\x2f\xfd',
+    b'\xfd7zxz', b'bzh', b'par1', b'arrow1')
 
 
 class HellaSwagRow(TypedDict):

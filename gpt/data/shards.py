@@ -43,6 +43,7 @@ class Plan(TypedDict):
     name: str
     source: Source
     settings: Settings
+    reader: NotRequired[int]        # how text is read, in the note of an unfinished data set
 
 
 class Vocabulary(TypedDict):
