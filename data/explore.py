@@ -43,7 +43,7 @@ from gpt.files import decode as decode_text
 COLLECT = 'name'        # takes the argument without a flag
 BOUNDS = (('1 or more', lambda value: value >= 1, 'count'),)
 WIDTH = 100             # columns of what is printed
-TOP, SHOWN = 20, 5      # tokens and documents that are printed
+SHOWN = 5               # documents that are printed
 QUANTILES = (('shortest', 0), ('10 % are up to', 0.1), ('half are up to', 0.5),
              ('90 % are up to', 0.9), ('longest', 1))
 NGRAMS = (8, 13)
@@ -65,7 +65,6 @@ class Survey(NamedTuple):
     """What one pass over a split finds; 16 bytes of memory per document."""
     lengths: np.ndarray     # tokens of each document, in order
     hashes: np.ndarray      # of each document's ids
-    counts: np.ndarray      # of each token, <|endoftext|> left out
 
 
 def main(cfg):
@@ -107,40 +106,32 @@ def print_page(data):
         print(f'{label:<22}' + ''.join(f'{text:>18}' for text in texts))
     if data.eot is None:
         print('\nThese tokens have no <|endoftext|>: document boundaries are not known.')
-    print(f'\nmost frequent in train\n{most_frequent(data.encoding, found["train"].counts)}')
     print('\nsampled from train, by', 'position' if data.eot is None else 'length in tokens')
     print(*samples(data, found['train'].lengths), sep='\n')
 
 
 def survey(data, split):
-    """The Survey of a split, in two passes."""
-    tokens, counts = data.splits[split], np.zeros(data.encoding.n_vocab, np.int64)
-    for ids in tokens.chunks():
-        counts += np.bincount(ids, minlength=len(counts))
-    if data.eot is not None:
-        counts[data.eot] = 0
+    """The Survey of a split."""
+    tokens = data.splits[split]
     lengths, hashes = array('q'), bytearray()
     with progress_bar(tokens, split) as bar:
         for length, digest in shards.documents(tokens, data.eot):
             lengths.append(length)
             hashes += digest[:8]
             bar.update(length + 1)
-    return Survey(np.asarray(lengths), np.frombuffer(hashes, '<u8'), counts)
+    return Survey(np.asarray(lengths), np.frombuffer(hashes, '<u8'))
 
 
 def figures(data, found):
     """(label, a text for each split) of every line of the page's table."""
     splits, surveys = [data.splits[split] for split in found], found.values()
-    sizes = np.array([len(token) for token in tokenizer.token_bytes(data.encoding)])
-    sizes = [int(part.counts @ sizes) for part in surveys]          # bytes of the text
     kind = data.manifest['tokenizer']['name'] if data.manifest else 'gpt2'
-    vocab_size = data.encoding.n_vocab
-    yield 'tokens', [f'{len(tokens):,}' for tokens in splits]
-    yield 'bytes of text', [f'{size:,}' for size in sizes]
-    yield 'bytes a token', [f'{size / len(tokens):.3f}' for size, tokens in zip(sizes, splits)]
+    yield f'tokens of {kind}', [f'{len(tokens):,}' for tokens in splits]
     yield 'shards', [f'{len(tokens.paths):,}' for tokens in splits]
-    yield f'{kind}, {vocab_size:,} tokens', [
-        f'{np.count_nonzero(part.counts) / vocab_size:.1%} used' for part in surveys]
+    if data.manifest:
+        sizes = [data.manifest['splits'][split]['bytes'] for split in found]
+        yield 'bytes of text', [f'{size:,}' for size in sizes]
+        yield 'bytes a token', [f'{size / len(tokens):.3f}' for size, tokens in zip(sizes, splits)]
     if data.eot is None:
         return
     yield 'documents', [f'{len(part.lengths):,}' for part in surveys]
@@ -154,24 +145,6 @@ def figures(data, found):
         yield f'  {label}', [f"{np.quantile(part.lengths, q, method='inverted_cdf'):,} tokens"
                              for part in surveys]
     yield '  mean', [f'{part.lengths.mean():,.1f} tokens' for part in surveys]
-
-
-def most_frequent(encoding, counts):
-    """The most frequent tokens and their fractions, in four columns."""
-    cells = []
-    for i in np.argsort(-counts, kind='stable')[:TOP].tolist():
-        if counts[i]:
-            token = readable(encoding.decode_single_token_bytes(i))
-            cells.append(f'{token:>12} {counts[i] / counts.sum():6.2%}    ')
-    rows = -(-len(cells) // 4)
-    return '\n'.join(''.join(cells[row::rows]).rstrip() for row in range(rows))
-
-
-def readable(raw):
-    try:
-        return repr(raw.decode('utf-8'))
-    except UnicodeDecodeError:                                      # a part of a character
-        return repr(raw)
 
 
 def samples(data, lengths):
@@ -196,20 +169,16 @@ def samples(data, lengths):
 def text_at(data, place, count):
     """The text of `count` tokens from SHARD:OFFSET on, below a line that describes the position."""
     shard, _, offset = place.rpartition(':')
-    if not shard or not (offset.isdecimal() and len(offset) < 20):
-        raise ValueError(f'decode: given {place!r}, expected SHARD:OFFSET, such as train_000000:0')
     known = {path.stem: (tokens, i) for tokens in data.splits.values()
              for i, path in enumerate(tokens.paths)}
-    stem, offset = shard.removesuffix('.bin'), int(offset)
-    if stem not in known:
-        raise ValueError(f"decode: given shard {shard!r}, expected one of {', '.join(known)}")
-    tokens, i = known[stem]
-    first, size = int(tokens.starts[i]), int(tokens.starts[i + 1] - tokens.starts[i])
-    if offset >= size:
-        raise ValueError(f'decode: given the offset {offset:,}, expected less than {size:,}, '
-                         f'the tokens of {stem}')
+    tokens, i = known.get(shard.removesuffix('.bin'), (None, 0))
+    first, size = (int(tokens.starts[i]), int(np.diff(tokens.starts)[i])) if tokens else (0, 0)
+    if not (offset.isdecimal() and len(offset) < 20 and int(offset) < size):
+        holds = f'an offset below {size:,}' if tokens else f"a shard of {', '.join(known)}"
+        raise ValueError(f'decode: given {place!r}, expected SHARD:OFFSET, {holds}')
+    offset = int(offset)
     ids = tokens.read(first + offset, min(count, size - offset))
-    head = f'{stem}: tokens {offset:,} to {offset + len(ids) - 1:,} of {size:,}'
+    head = f'{tokens.paths[i].stem}: tokens {offset:,} to {offset + len(ids) - 1:,} of {size:,}'
     table = tokenizer.token_bytes(data.encoding)
     if data.eot is not None:
         table[data.eot] = f'\n──── <|endoftext|> {"─" * (WIDTH - 19)}\n'.encode()

@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import re
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -48,7 +47,6 @@ def test_the_page_is_a_plain_recount(stories, capsys):
     data = explore.open_data('tiny', str(stories))
     lines = {re.split(r'\s{2,}', line.strip())[0]: re.split(r'\s{2,}', line.strip())[1:]
              for line in page.splitlines()}
-    used, every = [], []
     for split in ('train', 'val'):
         tokens, said = data.splits[split], manifest['splits'][split]
         ids = tokens.read(0, len(tokens)).tolist()
@@ -56,7 +54,7 @@ def test_the_page_is_a_plain_recount(stories, capsys):
         lengths = sorted(map(len, documents))
         column = ['train', 'val'].index(split)
         expected = {
-            'tokens': f"{said['tokens']:,}", 'bytes of text': f"{said['bytes']:,}",
+            'tokens of bpe:300': f"{said['tokens']:,}", 'bytes of text': f"{said['bytes']:,}",
             'bytes a token': f"{said['bytes'] / said['tokens']:.3f}", 'shards': '1',
             'documents': f"{said['documents']:,}", 'shortest': f'{lengths[0]:,} tokens',
             'half are up to': f'{lengths[-(-len(lengths) // 2) - 1]:,} tokens',
@@ -69,15 +67,7 @@ def test_the_page_is_a_plain_recount(stories, capsys):
         assert [int(h).to_bytes(8, 'little') for h in seen.hashes] == [
             hashlib.blake2b(np.array(part, '<u2').tobytes(), digest_size=16).digest()[:8]
             for part in documents]
-        counts = Counter(i for part in documents for i in part)
-        assert {i: n for i, n in enumerate(seen.counts.tolist()) if n} == counts
-        used.append(f'{len(counts) / 300:.1%} used')
-        every.append(counts)
-    assert re.search(rf'bpe:300, 300 tokens +{used[0]} +{used[1]}\n', page)
     assert 'tiny.jsonl (1 file, ' in page
-    top, n = every[0].most_common(1)[0]
-    shown = repr(data.encoding.decode([top]))
-    assert re.search(rf'{re.escape(shown)} +{n / sum(every[0].values()):.2%}', page)
     assert max(map(len, page.splitlines())) <= 100
 
 
@@ -118,7 +108,6 @@ def test_nanogpt_s_files_without_header_are_read(tmp_path, capsys, gpt2, behind)
         np.array(ids, '<u2').tofile(tmp_path / f'd/{split}.bin')
     page = explored(capsys, 'd', f'--data_dir={tmp_path}')
     assert 'taken for tokens of gpt2' in page and re.search(r'documents +7 +1\n', page)
-    assert re.search(rf'bytes of text +{sum(map(len, texts))} +{len(texts[0])}\n', page)
     read = page.partition('sampled from train')[2]
     sampled = re.findall(r'(\d+)  (Story \d: .*)', read)
     assert len(sampled) == 5 and all(
@@ -174,8 +163,8 @@ def test_a_plain_text_comes_back_from_decode(stories, capsys):
 @pytest.mark.parametrize('args, words', [
     ((), 'given none, expected one data set'), (('a', 'b'), 'given a b, expected one'),
     (('tiny', '--decode=train_000000'), 'expected SHARD:OFFSET'),
-    (('tiny', '--decode=train_000009:0'), 'expected one of train_000000, val_000000'),
-    (('tiny', '--decode=val_000000:999999'), 'given the offset 999,999, expected less than'),
+    (('tiny', '--decode=train_000009:0'), 'expected SHARD:OFFSET, a shard of train_000000, val'),
+    (('tiny', '--decode=val_000000:999999'), 'expected SHARD:OFFSET, an offset below'),
     (('tiny', '--decode=val_000000:-1'), 'expected SHARD:OFFSET'),
     (('tiny', '--count=0'), 'count: given 0'),
     (('tiny', '--contamination=squad'), 'expected some of hellaswag, cbt, lambada, wikitext2'),

@@ -782,4 +782,4 @@ def test_a_data_set_with_one_validation_token_can_be_verified_and_explored(tmp_p
     prepare.report('d', tmp_path)
     assert 'd: verified; ' in capsys.readouterr().out and leaked('d', tmp_path) == 0
     explore.main(explore.Config(name=('d',), data_dir=str(tmp_path)))
-    assert re.search(r'\ntokens +\d+ +1\n', capsys.readouterr().out)
+    assert re.search(r'\ntokens of \w+ +\d+ +1\n', capsys.readouterr().out)

@@ -56,7 +56,7 @@ def test_nanogpt_s_files_without_header_are_read(tmp_path):
     (lambda path: path.write_bytes(b'\0' * 4 + path.read_bytes()[4:]), 'not a token shard'),
     (lambda path: path.write_bytes(b''), 'not a token shard'),
     (lambda path: path.write_bytes(path.read_bytes()[:4] + b'\7' + path.read_bytes()[5:]),
-     'format 7')])
+     'not a token shard')])
 def test_a_damaged_shard_is_refused_by_name(tmp_path, damage, words):
     write(tmp_path / 'd', np.arange(300))
     damage(tmp_path / 'd/train_000001.bin')

@@ -8,6 +8,7 @@ file, with which published numbers were measured. All raise ValueError with file
 
 import hashlib
 import io
+import re
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from gpt.files import ROOT, atomic_write, decode, download
 from gpt.shapes import parse_json
 
 PLACE = ROOT / 'data' / 'benchmarks'
+BLANK = r'[^\S\n]*'
+HEADING = re.compile(       # before a line = A =, but not before = = A = =
+    rf'(?:^|\n)(?={BLANK}= (?!=).*(?<!=) ={BLANK}(?:\n|$))')
 WIKITEXT = 'https://wikitext.smerity.com/'
 SOURCES = {     # name: (url, its sha256, the file in an archive)
     'hellaswag': ('https://raw.githubusercontent.com/rowanz/hellaswag/master/data/'
@@ -280,12 +284,5 @@ def articles(text: str) -> list[str]:
 
     An article begins at a heading of the first level.
     """
-    found, lines = [], []
-    for line in text.split('\n'):
-        heading = line.replace('= = =', '===').replace('= =', '==').strip()
-        if heading.startswith('= ') and heading.endswith(' ='):
-            found.append('\n'.join(lines))
-            lines = []
-        lines.append(line)
-    found.append('\n'.join(lines))
-    return [article for article in found[:-1] if article.strip()] + found[-1:]
+    *parts, last = HEADING.split(text)
+    return [part for part in parts if part.strip()] + [last]

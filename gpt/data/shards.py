@@ -176,11 +176,9 @@ def count_tokens(path: Path) -> tuple[int, int]:
         check_uint16(path, size)
         return size // 2, 0
     header = np.fromfile(path, '<i4', count=256)
-    if len(header) < 256 or header[0] != MAGIC:
-        raise ValueError(f'{path}: not a token shard (its first number is not {MAGIC}); '
+    if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
+        raise ValueError(f'{path}: not a token shard (it does not begin with {MAGIC}, {VERSION}); '
                          f'prepare the data set again')
-    if header[1] != VERSION:
-        raise ValueError(f'{path}: shard format {header[1]}, expected {VERSION}')
     count = int(header[2])
     if size != HEADER_BYTES + 2 * count:
         raise ValueError(f'{path}: the header says {count:,} tokens, the file holds '
