@@ -103,9 +103,9 @@ class Progress:
 
     def add(self, after, encoded, counts):
         """Count a batch as written."""
-        for split, amounts in encoded.items():
-            for key in ('tokens', 'documents', 'bytes'):
-                self.splits[split][key] += getattr(amounts, key)
+        for split, (_, amounts) in encoded.items():
+            for key, amount in amounts.items():
+                self.splits[split][key] += amount
         for remark, (count, first) in counts.items():
             self.counts.setdefault(remark, [0, first])[0] += count
         self.after = after
@@ -389,9 +389,9 @@ def write_splits(results, writers, progress, n_files):
               disable=not sys.stderr.isatty()) as bar:
         for after, encoded, counts in results:
             shards_before = len(writers['train'].shards)
-            for split, amounts in encoded.items():
-                writers[split].write(np.frombuffer(amounts.ids, np.uint16))
-                bar.update(amounts.bytes)
+            for split, (ids, amounts) in encoded.items():
+                writers[split].write(np.frombuffer(ids, np.uint16))
+                bar.update(amounts['bytes'])
             progress.add(after, encoded, counts)
             if len(writers['train'].shards) > shards_before:
                 bar.write(f"{train['tokens']:,} tokens, file {min(after[0] + 1, n_files):,} of "

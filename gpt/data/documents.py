@@ -376,7 +376,14 @@ def parsed(raw: bytes, is_json: bool, options: Options) -> tuple[str, bytes, lis
     """(text, the same as UTF-8, remarks) of a document; text '' leaves it out."""
     if len(raw) > options.max_bytes:
         return '', b'', [TOO_LONG]
-    original, intact = decoded(raw, options.errors)
+    try:
+        original, intact = raw.decode(), True
+    except UnicodeDecodeError as error:
+        if options.errors != 'replace':
+            raise BadDocument('not UTF-8', f'byte {raw[error.start]:#04x} at {error.start:,} is '
+                              f'not UTF-8; {how_to_convert(raw)}, or give --errors=replace or '
+                              f'--errors=skip') from None
+        original, intact = raw.decode(errors='replace'), False
     if is_json:
         original = json_text(original, options.text_key)
     text = plain_text(original)
@@ -422,33 +429,17 @@ def unwrapped(text: str) -> str:
     return '\n'.join(paragraphs)
 
 
-def decoded(raw: bytes, errors: str) -> tuple[str, bool]:
-    """(text, whether all of it was UTF-8)."""
-    try:
-        return raw.decode(), True
-    except UnicodeDecodeError as error:
-        if errors == 'replace':
-            return raw.decode(errors='replace'), False
-        raise BadDocument('not UTF-8', f'byte {raw[error.start]:#04x} at {error.start:,} is not '
-                          f'UTF-8; {how_to_convert(raw)}, or give --errors=replace or '
-                          f'--errors=skip') from None
-
-
 def json_text(line: str, text_key: str) -> str:
     """The text in a line of JSON, '' for null."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:   # RecursionError: thousands of brackets
-        message = f'not JSON: {error}'.partition(' for integer string')[0]
-        if line.strip() in ('[', '{'):
-            message += f'; {ONE_PER_LINE}'
-        raise BadDocument('not JSON', message) from None
-    if not isinstance(row, dict):
-        raise BadDocument(f'without {text_key}', ONE_PER_LINE)
-    if text_key not in row:
-        found = ', '.join(key[:40] for key in list(row)[:8]) or 'none'
-        raise BadDocument(f'without {text_key}', f'no field {text_key!r} among {found!r}; '
-                                                 f'--text_key names another')
+        reason = str(error).partition(' for integer string')[0]
+        raise BadDocument('not JSON', f'not JSON: {reason}; {ONE_PER_LINE}') from None
+    if not isinstance(row, dict) or text_key not in row:
+        found = ', '.join(key[:40] for key in list(row)[:8]) if isinstance(row, dict) else ''
+        raise BadDocument(f'without {text_key}', f'no field {text_key!r} among {found!r}, '
+                          f'--text_key names another; {ONE_PER_LINE}')
     text = row[text_key]
     if not isinstance(text, str | None):
         raise BadDocument(f'with a {text_key} that is not a string',
