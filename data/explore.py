@@ -47,9 +47,6 @@ SHOWN = 5               # documents that are printed
 QUANTILES = (('shortest', 0), ('10 % are up to', 0.1), ('half are up to', 0.5),
              ('90 % are up to', 0.9), ('longest', 1))
 NGRAMS = (8, 13)
-# the GPT-2 paper on WebText: table 6, and for LAMBADA an average over its passages
-PAPER = {'lambada': 'of LAMBADA 1.2 % (mean over its passages)',
-         'wikitext2': 'of WikiText-2 1.63 %'}
 
 
 class Prepared(NamedTuple):
@@ -93,7 +90,7 @@ def open_data(name, data_dir):
 
 def progress_bar(tokens, split):
     return tqdm(total=len(tokens), unit=' tokens', unit_scale=True, desc=split, leave=False,
-                disable=not sys.stderr.isatty())
+                disable=None)
 
 
 # The page.
@@ -106,7 +103,7 @@ def print_page(data):
         print(f'{label:<22}' + ''.join(f'{text:>18}' for text in texts))
     if data.eot is None:
         print('\nThese tokens have no <|endoftext|>: document boundaries are not known.')
-    print('\nsampled from train, by', 'position' if data.eot is None else 'length in tokens')
+    print('\nsampled from train, by length in tokens')
     print(*samples(data, found['train'].lengths), sep='\n')
 
 
@@ -135,7 +132,7 @@ def figures(data, found):
     if data.eot is None:
         return
     yield 'documents', [f'{len(part.lengths):,}' for part in surveys]
-    repeated = [len(part.hashes) - len(overlap.distinct(part.hashes)) for part in surveys]
+    repeated = [len(part.hashes) - len(np.unique(part.hashes)) for part in surveys]
     yield '  exact duplicates', [f'{n:,} ({n / len(part.hashes):.2%})'
                                  for n, part in zip(repeated, surveys)]
     if 'val' in found:
@@ -148,20 +145,16 @@ def figures(data, found):
 
 
 def samples(data, lengths):
-    """The beginnings of some documents of train, a line each; without documents, some positions."""
+    """The beginnings of some documents of train, a line each."""
     tokens, rng = data.splits['train'], random.Random(1337)
-    if data.eot is None:
-        places = [(start, start, len(tokens) - start)
-                  for start in sorted(rng.sample(range(len(tokens)), min(SHOWN, len(tokens))))]
-    else:
-        first = int(tokens.read(0, 1)[0] == data.eot)   # 0: nothing before the first document
-        places = [(int(lengths[i]), first + i + int(lengths[:i].sum()), int(lengths[i]))
-                  for i in sorted(rng.sample(range(len(lengths)), min(SHOWN, len(lengths))))]
-    for label, start, length in places:
+    first = int(tokens.read(0, 1)[0] == data.eot)       # 0: nothing before the first document
+    places = [(int(lengths[i]), first + i + int(lengths[:i].sum()))
+              for i in sorted(rng.sample(range(len(lengths)), min(SHOWN, len(lengths))))]
+    for length, start in places:
         raw = data.encoding.decode_bytes(tokens.read(start, min(length, WIDTH)).tolist())
         line = re.sub(r'\s*\n\s*', ' ↵ ', raw.decode('utf-8', 'replace').strip())
         line = ''.join(char if char.isprintable() else ' ' for char in line)
-        yield f'{label:>12,}  {line}'[:WIDTH]
+        yield f'{length:>12,}  {line}'[:WIDTH]
 
 
 # Text at a position.
@@ -199,7 +192,7 @@ def report_contamination(cfg, data):
     items = [text for texts, _ in sets.values() for text in texts]
     first = np.cumsum([0, *(len(texts) for texts, _ in sets.values())])     # item of each set
     grams = {n: overlap.ngrams_of(items, n) for n in NGRAMS}
-    known = {n: overlap.distinct(hashes) for n, (hashes, _) in grams.items()}
+    known = {n: np.unique(hashes) for n, (hashes, _) in grams.items()}
     train = data.splits['train']
     with progress_bar(train, 'train') as bar:
         found = overlap.look_up(pieces(data, bar), known)
@@ -267,8 +260,8 @@ def pieces(data, bar):
 def measure(hashes, of, hits):
     """Figures of the n-grams of a test set: their hashes, items, and whether they are in train."""
     total, hit = np.bincount(of), np.bincount(of, hits)
-    return {'items': int((total > 0).sum()), 'distinct': len(overlap.distinct(hashes)),
-            'found': len(overlap.distinct(hashes[hits])), 'touched': int((hit > 0).sum()),
+    return {'items': int((total > 0).sum()), 'distinct': len(np.unique(hashes)),
+            'found': len(np.unique(hashes[hits])), 'touched': int((hit > 0).sum()),
             'half': int((2 * hit >= total)[total > 0].sum())}
 
 
@@ -285,9 +278,6 @@ def format_report(data, result):
                          f"{row['found'] / (row['distinct'] or 1):>10.3%}"
                          f"{row['touched'] / items:>16.2%}{row['half'] / items:>18.2%}")
             head = ' ' * 18
-    paper = [PAPER[name] for name, facts in result.items() if name in PAPER and facts['official']]
-    if paper:
-        lines.append(f"\nThe GPT-2 paper found in WebText, of the 8-grams {', '.join(paper)}")
     return '\n'.join(lines)
 
 

@@ -216,23 +216,24 @@ def is_current(folder, plan, replace):
 
 
 def differences(made, plan):
-    """How two plans differ, in words; none if they give the same data set.
-
-    The hub's revision may differ: what counts are its files that are read. Earlier versions kept
-    only the last part of a local file's name.
-    """
+    """How two plans differ, in words; none if they give the same data set."""
     before, wanted = made['settings'], plan['settings']
     found = [f'{key} {before.get(key)!r} -> {wanted.get(key)!r}'
              for key in before | wanted if before.get(key) != wanted.get(key)]
-    texts, vocabularies = zip(*((
-        {**source, 'revision': '', 'tokenizer': '', 'files': [
-            [name.rpartition('/')[2], *facts] for name, *facts in source.get('files', [])]},
-        source.get('tokenizer')) for source in (made['source'], plan['source'])))
-    if texts[0] != texts[1]:
+    if content(made['source']) != content(plan['source']):
         found.insert(0, 'other text')
-    elif vocabularies[0] != vocabularies[1]:
+    elif made['source'].get('tokenizer') != plan['source'].get('tokenizer'):
         found.insert(0, 'other vocabulary')
     return found
+
+
+def content(source):
+    """What decides the text: not the hub's revision, but its files that are read.
+
+    Earlier versions kept only the last part of a local file's name.
+    """
+    files = [[name.rpartition('/')[2], *facts] for name, *facts in source.get('files', [])]
+    return {**source, 'files': files, 'revision': '', 'tokenizer': ''}
 
 
 def open_partial(partial, plan):
@@ -276,7 +277,7 @@ def keep_partial(partial):
 def put_in_place(folder, partial):
     """Put the complete data set in `partial` in its place."""
     shutil.rmtree(partial / 'downloads', ignore_errors=True)
-    for pattern in ('plan.json', 'progress.json', '.*.partial', '*.aside'):     # of killed writes
+    for pattern in ('plan.json', 'progress.json', '.*.partial'):  # of killed writes
         for path in partial.glob(pattern):
             path.unlink()
     old = folder.with_name(f'.{folder.name}.old')
@@ -385,8 +386,7 @@ def sample(texts, kind, rule):
 def write_splits(results, writers, progress, n_files):
     """Write what tokenized() yields to shards, and progress.json every SAVE_SECONDS."""
     train, saved = progress.splits['train'], time.monotonic()
-    with tqdm(unit='B', unit_scale=True, initial=train['bytes'],
-              disable=not sys.stderr.isatty()) as bar:
+    with tqdm(unit='B', unit_scale=True, initial=train['bytes'], disable=None) as bar:
         for after, encoded, counts in results:
             shards_before = len(writers['train'].shards)
             for split, (ids, amounts) in encoded.items():
@@ -456,7 +456,7 @@ def take_shards(cfg, source, plan, folder):
     sizes = np.zeros(2 ** 16, np.int64)             # of tokens in bytes, 0 for <|endoftext|>
     sizes[:encoding.n_vocab] = [len(token) for token in token_bytes(encoding)]
     shards = {'train': [], 'val': []}
-    for file in tqdm(files, unit='shard', disable=not sys.stderr.isatty()):
+    for file in tqdm(files, unit='shard', disable=None):
         path = folder / file.name
         if not path.exists():
             with suppress(OSError):                 # not there, or a disk without such links

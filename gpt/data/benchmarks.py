@@ -110,7 +110,10 @@ def obtain(name: str, path: str | Path = '') -> tuple[bytes, dict]:
     raw = read_bytes(path)
     about = facts(path, raw, {expected, KNOWN.get(name)})
     if member and raw[:2] == b'PK':
-        raw = unzip(raw, member, path)
+        try:
+            raw = zipfile.ZipFile(io.BytesIO(raw)).read(member)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise ValueError(f'{path}: cannot be unpacked ({error})') from None
     return raw, about
 
 
@@ -135,13 +138,6 @@ def read_bytes(path: str | Path) -> bytes:
         raise ValueError(f'{path}: is a web page, a Git LFS pointer, or compressed or parquet; '
                          f'expected the text of the original file')
     return raw
-
-
-def unzip(raw: bytes, member: str, path: str | Path) -> bytes:
-    try:
-        return zipfile.ZipFile(io.BytesIO(raw)).read(member)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f'{path}: cannot be unpacked ({error})') from None
 
 
 def unpack(name: str, members: list[str]) -> Path:

@@ -77,14 +77,6 @@ def ngrams_of(texts: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(hashes), np.concatenate(of)
 
 
-def distinct(hashes: np.ndarray) -> np.ndarray:
-    """Each of the hashes once, sorted; faster than np.unique, which hashes them again."""
-    hashes = np.sort(hashes)
-    is_first = np.ones(len(hashes), bool)
-    is_first[1:] = hashes[1:] != hashes[:-1]
-    return hashes[is_first]
-
-
 def look_up(pieces: Iterable[bytes], known: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
     """Which of the n-grams {n: distinct hashes, sorted} appear in a text: {n: array of bool}.
 

@@ -109,8 +109,7 @@ def from_files(inputs: Sequence[str]) -> Source:
             found.setdefault(identity(path), path)
     folder = os.path.commonpath([folder_of(os.path.abspath(text)) for text in given])
     files = []
-    for path in tqdm(found.values(), 'checksums', unit='file', leave=False, delay=2,
-                     disable=not sys.stderr.isatty()):
+    for path in tqdm(found.values(), 'checksums', unit='file', leave=False, delay=2, disable=None):
         stat, label = os.stat(path), os.path.relpath(path, folder)
         files.append(File(path, Path(path), stat.st_size, sha256(path), stat.st_mtime_ns,
                           label.replace(os.sep, '/')))
