@@ -340,16 +340,11 @@ def read_manifest(name: str, data_dir: str | Path = '') -> dict:
     folder = Path(data_dir or DATA_DIR) / name
     path = folder / 'manifest.json'
     if path.exists():
-        try:
-            manifest = read_json(path, Manifest)
-            if manifest['splits'].keys() != {'train', 'val'}:
-                raise ValueError(f"splits: given {', '.join(manifest['splits'])!r}, expected "
-                                 f"'train, val'")
-            return manifest
-        except ValueError as error:
-            problem = str(error).removeprefix(f'{path}: ')
-            raise ValueError(f'{path} is damaged ({problem}); delete the folder and '
-                             f'prepare the data set again') from None
+        manifest = read_json(path, Manifest)
+        if manifest['splits'].keys() != {'train', 'val'}:
+            raise ValueError(f"{path}: splits: given {', '.join(manifest['splits'])!r}, expected "
+                             f"'train, val'")
+        return manifest
     if (folder / 'meta.pkl').exists():
         raise ValueError(f'{folder}: made by nanoGPT with a vocabulary in meta.pkl; pickles '
                          f'are not read, run\n    {prepare_command(name, data_dir)}')
