@@ -287,23 +287,17 @@ def row_batches(table: Any, name: str, key: str, start: Position) -> Iterator[Ba
 
 
 def decoded_rows(column: Any) -> Iterator[list[bytes]]:
-    """The rows of a column; of one of references to values about BATCH_BYTES at a time."""
-    import numpy as np
+    """The rows of a column; of one of references to values at most about BATCH_BYTES at a time."""
     import pyarrow
     from pyarrow import compute
-    first, ends = 0, []
-    if pyarrow.types.is_dictionary(column.type):
-        sizes = compute.binary_length(column.dictionary).take(column.indices).fill_null(0)
-        ends = np.cumsum(sizes.to_numpy(), dtype=np.int64)
-    while first < len(column):
-        last = len(column)
-        if len(ends):
-            limit = int(ends[first - 1] if first else 0) + BATCH_BYTES
-            last = max(first + 1, int(np.searchsorted(ends, limit, side='right')))
-        rows = column[first:last]
-        rows = rows.dictionary_decode() if len(ends) else rows
+    is_dictionary, step = pyarrow.types.is_dictionary(column.type), max(1, len(column))
+    if is_dictionary:
+        longest = compute.max(compute.binary_length(column.dictionary)).as_py()
+        step = max(1, BATCH_BYTES // (longest or 1))
+    for first in range(0, len(column), step):
+        rows = column[first:first + step]
+        rows = rows.dictionary_decode() if is_dictionary else rows
         yield [raw or b'' for raw in rows.cast(pyarrow.large_binary()).to_pylist()]
-        first = last
 
 
 def joined_rows(batches: Iterator[Batch], begins: str, start: Position) -> Iterator[Batch]:
