@@ -162,16 +162,16 @@ def samples(data, lengths):
 def text_at(data, place, count):
     """The text of `count` tokens from SHARD:OFFSET on, below a line that describes the position."""
     shard, _, offset = place.rpartition(':')
-    known = {path.stem: (tokens, i) for tokens in data.splits.values()
-             for i, path in enumerate(tokens.paths)}
-    tokens, i = known.get(shard.removesuffix('.bin'), (None, 0))
-    first, size = (int(tokens.starts[i]), int(np.diff(tokens.starts)[i])) if tokens else (0, 0)
+    known = {path.stem: (tokens, int(start), int(end - start)) for tokens in data.splits.values()
+             for path, start, end in zip(tokens.paths, tokens.starts, tokens.starts[1:])}
+    stem = shard.removesuffix('.bin')
+    tokens, first, size = known.get(stem, (None, 0, 0))
     if not (offset.isdecimal() and len(offset) < 20 and int(offset) < size):
         holds = f'an offset below {size:,}' if tokens else f"a shard of {', '.join(known)}"
         raise ValueError(f'decode: given {place!r}, expected SHARD:OFFSET, {holds}')
     offset = int(offset)
     ids = tokens.read(first + offset, min(count, size - offset))
-    head = f'{tokens.paths[i].stem}: tokens {offset:,} to {offset + len(ids) - 1:,} of {size:,}'
+    head = f'{stem}: tokens {offset:,} to {offset + len(ids) - 1:,} of {size:,}'
     table = tokenizer.token_bytes(data.encoding)
     if data.eot is not None:
         table[data.eot] = f'\n──── <|endoftext|> {"─" * (WIDTH - 19)}\n'.encode()

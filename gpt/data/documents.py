@@ -188,9 +188,9 @@ def separated_batches(name: str, path: Path, options: Options, start: Position) 
             after = Position(start.file, offset, number) if chunk else Position(start.file + 1)
             raws = stripped(raws, has_bom)
             if too_long:
-                raws, first, left_out = raws[1:], first + 1, ((TOO_LONG, f'{label}{first}'),)
+                left_out = ((TOO_LONG, f'{label}{first}'),)
+                raws, first, too_long = raws[1:], first + 1, False
             yield Batch(raws, [(len(raws), label, first)], after, is_json, left_out)
-            too_long = False
 
 
 def chunks(file: IO[bytes]) -> Iterator[bytes]:
