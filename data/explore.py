@@ -58,12 +58,6 @@ class Prepared(NamedTuple):
     splits: dict            # {'train': Tokens, 'val': Tokens}
 
 
-class Survey(NamedTuple):
-    """What one pass over a split finds; 16 bytes of memory per document."""
-    lengths: np.ndarray     # tokens of each document, in order
-    hashes: np.ndarray      # of each document's ids
-
-
 def main(cfg):
     if len(cfg.name) != 1:
         raise ValueError(f"name: given {' '.join(cfg.name) or 'none'}, expected one data set, "
@@ -104,11 +98,11 @@ def print_page(data):
     if data.eot is None:
         print('\nThese tokens have no <|endoftext|>: document boundaries are not known.')
     print('\nsampled from train, by length in tokens')
-    print(*samples(data, found['train'].lengths), sep='\n')
+    print(*samples(data, found['train'][0]), sep='\n')
 
 
 def survey(data, split):
-    """The Survey of a split."""
+    """(tokens of each document, hash of each), in order; 16 bytes of memory per document."""
     tokens = data.splits[split]
     lengths, hashes = array('q'), bytearray()
     with progress_bar(tokens, split) as bar:
@@ -116,12 +110,13 @@ def survey(data, split):
             lengths.append(length)
             hashes += digest[:8]
             bar.update(length + 1)
-    return Survey(np.asarray(lengths), np.frombuffer(hashes, '<u8'))
+    return np.asarray(lengths), np.frombuffer(hashes, '<u8')
 
 
 def figures(data, found):
     """(label, a text for each split) of every line of the page's table."""
-    splits, surveys = [data.splits[split] for split in found], found.values()
+    splits = [data.splits[split] for split in found]
+    lengths, hashes = zip(*found.values())
     kind = data.manifest['tokenizer']['name'] if data.manifest else 'gpt2'
     yield f'tokens of {kind}', [f'{len(tokens):,}' for tokens in splits]
     yield 'shards', [f'{len(tokens.paths):,}' for tokens in splits]
@@ -131,17 +126,16 @@ def figures(data, found):
         yield 'bytes a token', [f'{size / len(tokens):.3f}' for size, tokens in zip(sizes, splits)]
     if data.eot is None:
         return
-    yield 'documents', [f'{len(part.lengths):,}' for part in surveys]
-    repeated = [len(part.hashes) - len(np.unique(part.hashes)) for part in surveys]
-    yield '  exact duplicates', [f'{n:,} ({n / len(part.hashes):.2%})'
-                                 for n, part in zip(repeated, surveys)]
+    yield 'documents', [f'{len(part):,}' for part in hashes]
+    repeated = [(len(part) - len(np.unique(part)), len(part)) for part in hashes]
+    yield '  exact duplicates', [f'{n:,} ({n / total:.2%})' for n, total in repeated]
     if 'val' in found:
-        both = np.isin(found['val'].hashes, found['train'].hashes).sum()
-        yield '  also in train', ['', f'{both:,} ({both / len(found["val"].hashes):.2%})']
+        both = np.isin(hashes[1], hashes[0]).sum()
+        yield '  also in train', ['', f'{both:,} ({both / len(hashes[1]):.2%})']
     for label, q in QUANTILES:
-        yield f'  {label}', [f"{np.quantile(part.lengths, q, method='inverted_cdf'):,} tokens"
-                             for part in surveys]
-    yield '  mean', [f'{part.lengths.mean():,.1f} tokens' for part in surveys]
+        yield f'  {label}', [f"{np.quantile(part, q, method='inverted_cdf'):,} tokens"
+                             for part in lengths]
+    yield '  mean', [f'{part.mean():,.1f} tokens' for part in lengths]
 
 
 def samples(data, lengths):

@@ -62,9 +62,9 @@ def test_the_page_is_a_plain_recount(stories, capsys):
             'longest': f'{lengths[-1]:,} tokens',
             'mean': f'{sum(lengths) / len(lengths):,.1f} tokens'}
         assert {key: lines[key][column] for key in expected} == expected
-        seen = explore.survey(data, split)
-        assert seen.lengths.tolist() == list(map(len, documents))
-        assert [int(h).to_bytes(8, 'little') for h in seen.hashes] == [
+        found, hashes = explore.survey(data, split)
+        assert found.tolist() == list(map(len, documents))
+        assert [int(h).to_bytes(8, 'little') for h in hashes] == [
             hashlib.blake2b(np.array(part, '<u2').tobytes(), digest_size=16).digest()[:8]
             for part in documents]
     assert 'tiny.jsonl (1 file, ' in page
