@@ -240,8 +240,13 @@ def pieces(data, bar):
     table, rest = tokenizer.token_bytes(data.encoding), b''
     if data.eot is not None:
         table[data.eot] = overlap.MARK
+    joined, sizes = np.frombuffer(b''.join(table), np.uint8), np.array([len(raw) for raw in table])
+    starts = np.cumsum(sizes) - sizes
     for ids in data.splits['train'].chunks(2 ** 15):
-        raw = rest + b''.join([table[i] for i in ids.tolist()])
+        size = sizes[ids]                           # in numpy, twice as fast as joining the table's
+        ends = np.cumsum(size)
+        places = np.repeat(starts[ids] - (ends - size), size) + np.arange(ends[-1])
+        raw = rest + joined[places].tobytes()
         cut = max(raw.rfind(between) for between in (b' ', b'\n', overlap.MARK)) + 1
         if not cut and len(raw) > 2 ** 22:
             cut = len(raw)                                          # no word is that long

@@ -13,9 +13,9 @@ dict[str, T], tuple[T, U] (a list of two), a TypedDict (further keys pass), or a
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
-from itertools import repeat
+from itertools import count, repeat
 from pathlib import PurePath
 from types import NoneType
 from typing import Any, NewType, get_args, get_origin, get_type_hints, is_typeddict
@@ -104,8 +104,11 @@ def problem_in(value: Any, shape: Any) -> Problem | None:
         return problem
     if kind is tuple and len(value) != len(get_args(shape)):
         return '', in_words(value), f'a list of {len(get_args(shape))}'
-    for place, part, part_shape in parts_of(value, shape):
+    for key, part, part_shape in parts_of(value, shape):
         if problem := problem_in(part, part_shape):
+            place = f'[{key}]'
+            if kind is dict:
+                place = '.' + key[:40].encode('unicode_escape').decode()
             return place + problem[0], *problem[1:]
     return None
 
@@ -120,20 +123,15 @@ def problem_in_union(value: Any, shapes: Sequence[Any]) -> Problem | None:
     return *deepest[:2], ' or '.join(expected for _, _, expected in problems)
 
 
-def parts_of(value: Any, shape: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(place, part, its shape) of what is in an object or a list; a missing part is NOTHING."""
+def parts_of(value: Any, shape: Any) -> Iterable[tuple[Any, Any, Any]]:
+    """(key, part, its shape) of what is in an object or a list; a missing part is NOTHING."""
     if is_typeddict(shape):
-        for key, part_shape in fields_of(shape).items():
-            if key in value or key in shape.__required_keys__:
-                yield f'.{key}', value.get(key, NOTHING), part_shape
-    elif get_origin(shape) is dict:
-        for key, part in value.items():
-            key = key[:40].encode('unicode_escape').decode('ascii')
-            yield f'.{key}', part, get_args(shape)[1]
-    else:
-        shapes = get_args(shape) if get_origin(shape) is tuple else repeat(get_args(shape)[0])
-        for i, (part, part_shape) in enumerate(zip(value, shapes)):
-            yield f'[{i}]', part, part_shape
+        return [(key, value.get(key, NOTHING), part) for key, part in fields_of(shape).items()
+                if key in value or key in shape.__required_keys__]
+    kind, shapes = get_origin(shape), get_args(shape)
+    if kind is dict:
+        return zip(value, value.values(), repeat(shapes[1]))
+    return zip(count(), value, shapes if kind is tuple else repeat(shapes[0]))
 
 
 def in_words(value: Any) -> str:
