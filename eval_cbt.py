@@ -87,17 +87,14 @@ def read_data(cfg):
     found = {name: benchmarks.cbt(name, cfg.split, cfg.data, cfg.skip_bad) for name in cfg.subset}
     _, first = results.limited(max((one for one, _ in found.values()), key=len), cfg.limit)
     subsets = {name: results.limited(one, first)[0] for name, (one, _) in found.items()}
-    facts = [facts for _, facts in found.values()]
-    together = {'path': ', '.join(one['path'] for one in facts),
-                'sha256': '-'.join(one['sha256'] for one in facts),
-                'official': all(one['official'] for one in facts),
-                'skipped': (skipped := sum(one['skipped'] for one in facts))}
+    facts = benchmarks.facts_together([facts for _, facts in found.values()])
     name, published = ('-'.join(['cbt', cfg.preset, cfg.split, cfg.text, *names])
                        for names in (cfg.subset, PRESETS[cfg.preset].subset))
     books = benchmarks.cbt_books(cfg.split, cfg.data)
     about = {'task': "Children's Book Test", 'name': name,
-             'protocol': f'{cfg.preset}, {cfg.split}, {cfg.text}', 'data': together,
+             'protocol': f'{cfg.preset}, {cfg.split}, {cfg.text}', 'data': facts,
              'first': first, 'unit': 'questions of each subset'}
+    skipped = facts['skipped']
     return (subsets, books, skipped), about, '' if skipped else published
 
 

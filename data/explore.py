@@ -1,7 +1,7 @@
 """
 What is in prepared data, how it reads, and whether test sets appear in it.
 
-    python data/explore.py pydocs                           # a page of figures, and lengths.png
+    python data/explore.py pydocs                           # a page of figures
     python data/explore.py pydocs --decode=train_000000:0   # the text at a position
     python data/explore.py pydocs --contamination=hellaswag,cbt,lambada,wikitext2
 
@@ -15,7 +15,6 @@ import random
 import re
 import sys
 from array import array
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ contamination = ()      # of hellaswag, cbt, lambada, wikitext2: look for these,
                         # page; SET=PATH reads your own file, cbt=PATH also a folder
 seed = 1337             # of the documents whose beginning the page shows
 width = 100             # columns of what is printed
-out = ''                # '': lengths.png or contamination.json in the folder of the data set
+out = ''                # of --contamination; '': contamination.json in the folder of the data set
 data_dir = ''           # where prepared data is; '': data/ beside this script
 # -----------------------------------------------------------------------------
 Config = settings(globals())
@@ -40,18 +39,16 @@ from tqdm import tqdm
 
 from gpt import tokenizer
 from gpt.data import benchmarks, overlap, shards
-from gpt.files import atomic_write, check_output, picture_path, write_picture
+from gpt.files import atomic_write, check_output
+from gpt.files import decode as decode_text
 
 COLLECT = 'name'        # takes the argument without a flag
 BOUNDS = (('1 or more', lambda value: value >= 1, 'count'),
           ('60 to 10,000', lambda value: 60 <= value <= 10_000, 'width'))
-TOP, SHOWN, WORST = 20, 5, 3        # tokens, documents, and overlaps of a test set that are printed
+SHOWN = 5               # documents that are printed
 QUANTILES = (('shortest', 0), ('10 % are up to', 0.1), ('half are up to', 0.5),
              ('90 % are up to', 0.9), ('longest', 1))
 NGRAMS = (8, 13)
-# the GPT-2 paper on WebText: table 6, and for LAMBADA an average over its passages
-PAPER = {'lambada': 'of LAMBADA 1.2 % (mean over its passages)',
-         'wikitext2': 'of WikiText-2 1.63 %'}
 
 
 class Prepared(NamedTuple):
@@ -61,13 +58,6 @@ class Prepared(NamedTuple):
     encoding: tokenizer.Encoding
     eot: int | None
     splits: dict            # {'train': Tokens, 'val': Tokens}
-
-
-class Survey(NamedTuple):
-    """What one pass over a split finds; 16 bytes of memory per document."""
-    lengths: np.ndarray     # tokens of each document, in order
-    hashes: np.ndarray      # of each document's ids
-    counts: np.ndarray      # of each token, <|endoftext|> left out
 
 
 def main(cfg):
@@ -94,175 +84,72 @@ def open_data(name, data_dir):
     return Prepared(folder, manifest, encoding, tokenizer.eot_id(encoding), tokens)
 
 
-def token_table(data, eot_text):
-    """The bytes of every token in order of its id, `eot_text` for <|endoftext|>."""
-    return [eot_text if i == data.eot else data.encoding.decode_single_token_bytes(i)
-            for i in range(data.encoding.n_vocab)]
-
-
 def progress_bar(tokens, split):
     return tqdm(total=len(tokens), unit=' tokens', unit_scale=True, desc=split, leave=False,
-                disable=not sys.stderr.isatty())
+                disable=None)
 
 
 # The page.
 
 def print_page(cfg, data):
     found = {split: survey(data, split) for split in data.splits}
-    print(f'{data.folder.name}: {describe_source(data.manifest)}\n')
+    print(f'{data.folder.name}: {shards.describe_source(data.manifest)}\n')
     print(' ' * 22 + ''.join(f'{split:>18}' for split in found))
     for label, texts in figures(data, found):
         print(f'{label:<22}' + ''.join(f'{text:>18}' for text in texts))
     if data.eot is None:
         print('\nThese tokens have no <|endoftext|>: document boundaries are not known.')
-    else:
-        print(f'\n{histogram(found, cfg.width)}')
-    print(f'\nmost frequent in train\n{most_frequent(data.encoding, found["train"].counts)}')
-    print('\nsampled from train, by', 'position' if data.eot is None else 'length in tokens')
-    print(*samples(cfg, data, found['train'].lengths), sep='\n')
-    if data.eot is not None:
-        path = picture_path(cfg.out or str(data.folder / 'lengths.png'))
-        write_picture(path, draw(data.folder.name, found), dpi=150)
-        print(f'\n{path}')
+    print('\nsampled from train, by length in tokens')
+    print(*samples(cfg, data, found['train'][0]), sep='\n')
 
 
 def survey(data, split):
-    """The Survey of a split, in two passes."""
-    tokens, counts = data.splits[split], np.zeros(data.encoding.n_vocab, np.int64)
-    for ids in tokens.chunks():
-        counts += np.bincount(ids, minlength=len(counts))
-    if data.eot is not None:
-        counts[data.eot] = 0
-    lengths, hashes, length, digest = array('q'), bytearray(), 0, blake2b(digest_size=8)
+    """(tokens of each document, hash of each), in order; 16 bytes of memory per document."""
+    tokens = data.splits[split]
+    lengths, hashes = array('q'), bytearray()
     with progress_bar(tokens, split) as bar:
-        for ids, ends in shards.documents(tokens, data.eot):
-            digest.update(ids)
-            length += len(ids)
-            bar.update(len(ids) + ends)
-            if ends:
-                lengths.append(length)
-                hashes += digest.digest()
-                length, digest = 0, blake2b(digest_size=8)
-    return Survey(np.asarray(lengths), np.frombuffer(hashes, '<u8'), counts)
-
-
-def describe_source(manifest):
-    """What the data set was made from, according to its manifest."""
-    if not manifest:
-        return 'shards without a manifest, taken for tokens of gpt2'
-    files = manifest['source'].get('files')
-    if not files:
-        return ', '.join(map(str, manifest['source'].values()))
-    names = [file for file, *_ in files[:2]]
-    if len(files) > 2:
-        names.append('…')
-    number = '1 file' if len(files) == 1 else f'{len(files):,} files'
-    return f"{', '.join(names)} ({number}, {sum(size for _, size, *_ in files):,} bytes)"
+        for length, digest in shards.documents(tokens, data.eot):
+            lengths.append(length)
+            hashes += digest[:8]
+            bar.update(length + 1)
+    return np.asarray(lengths), np.frombuffer(hashes, '<u8')
 
 
 def figures(data, found):
     """(label, a text for each split) of every line of the page's table."""
-    splits, surveys = [data.splits[split] for split in found], found.values()
-    sizes = np.array([len(token) for token in token_table(data, b'')])
-    sizes = [int(part.counts @ sizes) for part in surveys]          # bytes of the text
-    kind, vocab_size = data.encoding.name, data.encoding.n_vocab
-    yield 'tokens', [f'{len(tokens):,}' for tokens in splits]
-    yield 'bytes of text', [f'{size:,}' for size in sizes]
-    yield 'bytes a token', [f'{size / len(tokens):.3f}' for size, tokens in zip(sizes, splits)]
+    splits = [data.splits[split] for split in found]
+    lengths, hashes = zip(*found.values())
+    yield f'tokens of {data.encoding.name}', [f'{len(tokens):,}' for tokens in splits]
     yield 'shards', [f'{len(tokens.paths):,}' for tokens in splits]
-    yield f'{kind}, {vocab_size:,} tokens', [
-        f'{np.count_nonzero(part.counts) / vocab_size:.1%} used' for part in surveys]
+    if data.manifest:
+        sizes = [data.manifest['splits'][split]['bytes'] for split in found]
+        yield 'bytes of text', [f'{size:,}' for size in sizes]
+        yield 'bytes a token', [f'{size / len(tokens):.3f}' for size, tokens in zip(sizes, splits)]
     if data.eot is None:
         return
-    yield 'documents', [f'{len(part.lengths):,}' for part in surveys]
-    repeated = [len(part.hashes) - len(overlap.distinct(part.hashes)) for part in surveys]
-    yield '  exact duplicates', [f'{n:,} ({n / len(part.hashes):.2%})'
-                                 for n, part in zip(repeated, surveys)]
+    yield 'documents', [f'{len(part):,}' for part in hashes]
+    repeated = [(len(part) - len(np.unique(part)), len(part)) for part in hashes]
+    yield '  exact duplicates', [f'{n:,} ({n / total:.2%})' for n, total in repeated]
     if 'val' in found:
-        both = np.isin(found['val'].hashes, found['train'].hashes).sum()
-        yield '  also in train', ['', f'{both:,} ({both / len(found["val"].hashes):.2%})']
+        both = np.isin(hashes[1], hashes[0]).sum()
+        yield '  also in train', ['', f'{both:,} ({both / len(hashes[1]):.2%})']
     for label, q in QUANTILES:
-        yield f'  {label}', [f"{np.quantile(part.lengths, q, method='inverted_cdf'):,} tokens"
-                             for part in surveys]
-    yield '  mean', [f'{part.lengths.mean():,.1f} tokens' for part in surveys]
-
-
-def histogram(found, width):
-    """Documents by length, a line for each power of two, the splits side by side."""
-    powers = {split: np.log2(np.maximum(part.lengths, 1)).astype(int)
-              for split, part in found.items()}
-    low, high = min(map(np.min, powers.values())), max(map(np.max, powers.values()))
-    bins = {split: np.bincount(part, minlength=high + 1) for split, part in powers.items()}
-    room = (width - 25) // len(bins) - 10                           # columns of the longest bar
-    largest = max((part / part.sum()).max() for part in bins.values())
-    lines = ['tokens of a document'.ljust(25)
-             + ''.join(f'{split:>7}'.ljust(room + 10) for split in bins)]
-    for i in range(int(low), int(high) + 1):
-        line = f'{2 ** i if i else 0:>10,} to {2 ** (i + 1) - 1:>9,}  '
-        for part in bins.values():
-            bar = '█' * round(room * part[i] / part.sum() / largest) or '▏'
-            line += f'{part[i]:>7,} {bar:<{room + 2}}' if part[i] else ' ' * (room + 10)
-        lines.append(line)
-    return '\n'.join(line.rstrip() for line in lines)
-
-
-def most_frequent(encoding, counts):
-    """The most frequent tokens and their fractions, in four columns."""
-    cells = []
-    for i in np.argsort(-counts, kind='stable')[:TOP].tolist():
-        if counts[i]:
-            token = readable(encoding.decode_single_token_bytes(i))
-            cells.append(f'{token:>12} {counts[i] / counts.sum():6.2%}    ')
-    rows = -(-len(cells) // 4)
-    return '\n'.join(''.join(cells[row::rows]).rstrip() for row in range(rows))
-
-
-def readable(raw):
-    try:
-        return repr(raw.decode('utf-8'))
-    except UnicodeDecodeError:                                      # a part of a character
-        return repr(raw)
+        yield f'  {label}', [f"{np.quantile(part, q, method='inverted_cdf'):,} tokens"
+                             for part in lengths]
+    yield '  mean', [f'{part.mean():,.1f} tokens' for part in lengths]
 
 
 def samples(cfg, data, lengths):
-    """The beginnings of some documents of train, a line each; without documents, some positions."""
+    """The beginnings of some documents of train, a line each."""
     tokens, rng = data.splits['train'], random.Random(cfg.seed)
-    if data.eot is None:
-        places = [(start, start, len(tokens) - start)
-                  for start in sorted(rng.sample(range(len(tokens)), min(SHOWN, len(tokens))))]
-    else:
-        first = int(tokens.read(0, 1)[0] == data.eot)   # 0: nothing before the first document
-        places = [(int(lengths[i]), first + i + int(lengths[:i].sum()), int(lengths[i]))
-                  for i in sorted(rng.sample(range(len(lengths)), min(SHOWN, len(lengths))))]
-    for label, start, length in places:
+    first = int(tokens.read(0, 1)[0] == data.eot)       # 0: nothing before the first document
+    places = [(int(lengths[i]), first + i + int(lengths[:i].sum()))
+              for i in sorted(rng.sample(range(len(lengths)), min(SHOWN, len(lengths))))]
+    for length, start in places:
         raw = data.encoding.decode_bytes(tokens.read(start, min(length, cfg.width)).tolist())
         line = re.sub(r'\s*\n\s*', ' ↵ ', raw.decode('utf-8', 'replace').strip())
         line = ''.join(char if char.isprintable() else ' ' for char in line)
-        yield f'{label:>12,}  {line}'[:cfg.width]
-
-
-def draw(title, found):
-    """A figure of the lengths, two bars for each power of two."""
-    from matplotlib.figure import Figure
-    figure = Figure((8, 4.5), layout='constrained')
-    axes = figure.subplots()
-    lengths = {split: np.maximum(part.lengths, 1) for split, part in found.items()}
-    low = np.floor(np.log2(min(map(np.min, lengths.values()))))
-    high = np.floor(np.log2(max(map(np.max, lengths.values()))))
-    edges = 2 ** np.arange(low, high + 1.5, 0.5)
-    styles = ({'color': 'C0', 'alpha': 0.5}, {'color': 'C1', 'histtype': 'step', 'linewidth': 2})
-    for (split, part), style in zip(lengths.items(), styles):
-        median = np.median(found[split].lengths)
-        axes.hist(part, edges, weights=np.full(len(part), 100 / len(part)),
-                  label=f'{split}: {len(part):,}, median {median:,.0f} tokens', **style)
-        axes.axvline(max(median, 1), color=style['color'], linestyle='--', linewidth=1)
-    axes.set_xscale('log', base=2)
-    axes.xaxis.set_major_formatter('{x:,.0f}')
-    axes.set(xlabel='tokens of a document', ylabel='% of the documents')
-    axes.set_title(title, parse_math=False)             # a $ in a name is no formula
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return figure
+        yield f'{length:>12,}  {line}'[:cfg.width]
 
 
 # Text at a position.
@@ -270,34 +157,20 @@ def draw(title, found):
 def text_at(data, place, count, width):
     """The text of `count` tokens from SHARD:OFFSET on, below a line that describes the position."""
     shard, _, offset = place.rpartition(':')
-    if not shard or not (offset.isdecimal() and len(offset) < 20):
-        raise ValueError(f'decode: given {place!r}, expected SHARD:OFFSET, such as train_000000:0')
-    known = {path.stem: (tokens, i) for tokens in data.splits.values()
-             for i, path in enumerate(tokens.paths)}
-    stem, offset = shard.removesuffix('.bin'), int(offset)
-    if stem not in known:
-        raise ValueError(f"decode: given shard {shard!r}, expected one of {', '.join(known)}")
-    tokens, i = known[stem]
-    first, size = int(tokens.starts[i]), int(tokens.starts[i + 1] - tokens.starts[i])
-    if offset >= size:
-        raise ValueError(f'decode: given the offset {offset:,}, expected less than {size:,}, '
-                         f'the tokens of {stem}')
+    known = {path.stem: (tokens, int(start), int(end - start)) for tokens in data.splits.values()
+             for path, start, end in zip(tokens.paths, tokens.starts, tokens.starts[1:])}
+    stem = shard.removesuffix('.bin')
+    tokens, first, size = known.get(stem, (None, 0, 0))
+    if not (offset.isdecimal() and len(offset) < 20 and int(offset) < size):
+        holds = f'an offset below {size:,}' if tokens else f"a shard of {', '.join(known)}"
+        raise ValueError(f'decode: given {place!r}, expected SHARD:OFFSET, {holds}')
+    offset = int(offset)
     ids = tokens.read(first + offset, min(count, size - offset))
     head = f'{stem}: tokens {offset:,} to {offset + len(ids) - 1:,} of {size:,}'
-    started = count_eot(tokens, data.eot, first, first + offset + 1)
-    if started:
-        head += f', in document {started:,} of those that begin in this shard'
-    elif data.eot is not None:
-        head += ', before the first <|endoftext|> of this shard'
-    rule = f'\n──── <|endoftext|> {"─" * (width - 19)}\n'.encode()
-    table = token_table(data, rule)
-    return f'{head}\n' + b''.join(table[id] for id in ids.tolist()).decode('utf-8', 'replace')
-
-
-def count_eot(tokens, eot, start, end):
-    """How many of the tokens from start to end are `eot`; 0 for None."""
-    return sum(int((tokens.read(at, min(2 ** 20, end - at)) == eot).sum())
-               for at in range(start, end, 2 ** 20))
+    table = tokenizer.token_bytes(data.encoding)
+    if data.eot is not None:
+        table[data.eot] = f'\n──── <|endoftext|> {"─" * (width - 19)}\n'.encode()
+    return f'{head}\n' + b''.join(table[i] for i in ids.tolist()).decode('utf-8', 'replace')
 
 
 # Contamination: the n-grams of the test sets are in memory, the shards are streamed.
@@ -308,23 +181,24 @@ def report_contamination(cfg, data):
     if len(sets) < len(cfg.contamination):
         raise ValueError(f"contamination: given {','.join(cfg.contamination)}, expected each set "
                          f"once; look for them one after another, each with its own --out")
-    shards_read = [path for tokens in data.splits.values() for path in tokens.paths]
-    path = check_output(cfg.out or data.folder / 'contamination.json', *shards_read,
-                        *(data.folder / name for name in ('manifest.json', 'tokenizer.json')),
+    own = data.folder / 'contamination.json'
+    path = check_output(cfg.out or own, *{*data.folder.iterdir()} - {own},
                         *(facts['path'] for _, facts in sets.values()))
-    grams = {name: {n: overlap.ngrams_of(items, n) for n in NGRAMS}
-             for name, (items, _) in sets.items()}
-    known = {n: overlap.distinct(np.concatenate([of_set[n][0] for of_set in grams.values()]))
-             for n in NGRAMS}
+    items = [text for texts, _ in sets.values() for text in texts]
+    first = np.cumsum([0, *(len(texts) for texts, _ in sets.values())])     # item of each set
+    grams = {n: overlap.ngrams_of(items, n) for n in NGRAMS}
+    known = {n: np.unique(hashes) for n, (hashes, _) in grams.items()}
     train = data.splits['train']
     with progress_bar(train, 'train') as bar:
         found = overlap.look_up(pieces(data, bar), known)
-    result = {}
-    for name, (items, facts) in sets.items():
-        hits = {n: found[n][np.searchsorted(known[n], hashes)]
-                for n, (hashes, _) in grams[name].items()}
-        result[name] = {**facts, 'items': len(items), **measure(items, grams[name], hits)}
-    print(format_report(data, result, cfg.width))
+    result = {name: {**facts, 'items': len(texts), 'ngrams': {}}
+              for name, (texts, facts) in sets.items()}
+    for n, (hashes, of) in grams.items():
+        hits = found[n][np.searchsorted(known[n], hashes)]
+        bounds = np.searchsorted(of, first)                         # of each set's n-grams
+        for name, start, end in zip(result, bounds, bounds[1:]):
+            result[name]['ngrams'][n] = measure(hashes[start:end], of[start:end], hits[start:end])
+    print(format_report(data, result))
     atomic_write(path, json.dumps({'dataset': data.folder.name, 'settings': vars(cfg),
                                    'tokens': len(train), 'sets': result}, indent=1))
     print(f'\n{path}')
@@ -342,8 +216,7 @@ def read_set(entry):
         return name, *benchmarks.lambada(path)
     if name == 'wikitext2':
         raw, facts = benchmarks.obtain(name, path)
-        lines = [line for _, line in benchmarks.lines_of(raw, facts['path'])]
-        return name, benchmarks.articles('\n'.join(lines)), facts
+        return name, benchmarks.articles(decode_text(raw, facts['path'])), facts
     raise ValueError(f'contamination: given {name!r}, expected some of hellaswag, cbt, lambada, '
                      f'wikitext2, each also as NAME=PATH')
 
@@ -360,14 +233,14 @@ def read_cbt(path):
         for asked in questions:
             text = ' '.join([*asked.sentences, asked.query.replace('XXXXX', asked.answer)])
             texts.append(re.sub(r'-[LR][RSC]B-', ' ', text).replace(" n't", "n't"))
-    return texts, {'path': ', '.join(facts['path'] for _, facts in sets),
-                   'sha256': '-'.join(facts['sha256'] for _, facts in sets),
-                   'official': all(facts['official'] for _, facts in sets)}
+    return texts, benchmarks.facts_together([facts for _, facts in sets])
 
 
 def pieces(data, bar):
     """The bytes of train in pieces that end between words, overlap.MARK between documents."""
-    table, rest = token_table(data, overlap.MARK), b''
+    table, rest = tokenizer.token_bytes(data.encoding), b''
+    if data.eot is not None:
+        table[data.eot] = overlap.MARK
     joined, sizes = np.frombuffer(b''.join(table), np.uint8), np.array([len(raw) for raw in table])
     starts = np.cumsum(sizes) - sizes
     for ids in data.splits['train'].chunks(2 ** 15):
@@ -384,26 +257,15 @@ def pieces(data, bar):
     yield rest
 
 
-def measure(items, grams, hits):
-    """{'ngrams': {n: figures}, 'longest': the longest overlaps} of a test set.
-
-    grams: {n: (hashes, of)}, see overlap.ngrams_of(); hits: {n: which of them are in train}.
-    """
-    ngrams = {}
-    for n, (hashes, of) in grams.items():
-        total, hit = np.bincount(of), np.bincount(of, hits[n])
-        ngrams[n] = {
-            'items': int((total > 0).sum()), 'distinct': len(overlap.distinct(hashes)),
-            'found': len(overlap.distinct(hashes[hits[n]])), 'touched': int((hit > 0).sum()),
+def measure(hashes, of, hits):
+    """Figures of the n-grams of a test set: their hashes, items, and whether they are in train."""
+    total, hit = np.bincount(of), np.bincount(of, hits)
+    return {'items': int((total > 0).sum()), 'distinct': len(np.unique(hashes)),
+            'found': len(np.unique(hashes[hits])), 'touched': int((hit > 0).sum()),
             'half': int((2 * hit >= total)[total > 0].sum())}
-    longest, n = [], NGRAMS[0]
-    for item, first, count in overlap.longest(hits[n], *grams[n], WORST):
-        words = overlap.normalize(items[item].encode()).split()[first:first + count + n - 1]
-        longest.append({'item': item, 'words': len(words), 'text': b' '.join(words).decode()})
-    return {'ngrams': ngrams, 'longest': longest}
 
 
-def format_report(data, result, width):
+def format_report(data, result):
     lines = [f"{data.folder.name}: {len(data.splits['train']):,} tokens of train, searched for the "
              f"n-grams of test sets", '',
              f'{"":10}{"items":>8}{"n":>5}{"long enough":>13}{"n-grams":>12}{"found":>10}'
@@ -416,15 +278,6 @@ def format_report(data, result, width):
                          f"{row['found'] / (row['distinct'] or 1):>10.3%}"
                          f"{row['touched'] / items:>16.2%}{row['half'] / items:>18.2%}")
             head = ' ' * 18
-    paper = [PAPER[name] for name, facts in result.items() if name in PAPER and facts['official']]
-    if paper:
-        lines.append(f"\nThe GPT-2 paper found in WebText, of the 8-grams {', '.join(paper)}")
-    if any(facts['longest'] for facts in result.values()):
-        lines.append('\nlongest overlaps')
-    for name, facts in result.items():
-        for worst in facts['longest']:
-            line = f"{name}, item {worst['item'] + 1:,}, {worst['words']:,} words: {worst['text']}"
-            lines.append(f'  {line}' if len(line) < width - 1 else f'  {line[:width - 4]} …')
     return '\n'.join(lines)
 
 

@@ -21,9 +21,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
 from gpt.settings import check_bounds, run, settings
@@ -63,8 +61,8 @@ from tqdm import tqdm
 
 from gpt.data import documents, sources
 from gpt.data.encode import CUT, SplitRule, cores, divide, is_near, tokenized, val_range
-from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, leaked, load_facts,
-                             read_manifest, read_shard)
+from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, describe_source, leaked,
+                             load_facts, read_manifest, read_shard)
 from gpt.data.shards import verify as find_problems
 from gpt.files import atomic_write, lock, plain_text, read_json, sha256
 from gpt.shapes import is_text
@@ -81,7 +79,6 @@ SAMPLE_CHARACTERS = 2 ** 28         # of the training text, from which a tokeniz
 LARGE_BYTES = 2 ** 25       # a larger corpus is tokenized by one process per core
 SAVE_SECONDS = 2            # between writes of progress.json
 READER = 2                  # in plan.json: how text is read; 1 kept carriage returns
-SEARCHED_TOKENS = 2 ** 28   # of a split, for these
 BOUNDS = (
     ("'strict', 'replace' or 'skip'", ('strict', 'replace', 'skip').__contains__, 'errors'),
     ('more than 0, at most 1e6', lambda value: 0 < value <= 1e6, 'max_document_mb'),
@@ -91,14 +88,6 @@ BOUNDS = (
     ('0 or more', lambda value: value >= 0, 'shards'),
     ('0 (default) to 1,024', lambda value: 0 <= value <= 1024, 'workers'),
 )
-
-
-class StartedPlan(Plan):
-    reader: NotRequired[int]
-
-
-class Note(TypedDict):
-    sha256: str             # of the rest, as JSON
 
 
 @dataclass
@@ -114,9 +103,9 @@ class Progress:
 
     def add(self, after, encoded, counts):
         """Count a batch as written."""
-        for split, amounts in encoded.items():
-            for key in ('tokens', 'documents', 'bytes'):
-                self.splits[split][key] += getattr(amounts, key)
+        for split, (_, amounts) in encoded.items():
+            for key, amount in amounts.items():
+                self.splits[split][key] += amount
         for remark, (count, first) in counts.items():
             self.counts.setdefault(remark, [0, first])[0] += count
         self.after = after
@@ -134,9 +123,9 @@ def main(cfg):
     plan = make_plan(cfg, source)
     folder = root / plan['name']
     with locked(root / '.locks' / plan['name'], folder):
-        if folder.exists() and is_current(folder, plan, source.ready, cfg.replace):
+        if folder.exists() and is_current(folder, plan, cfg.replace):
             return
-        print(f'{folder}: preparing {describe_source(source)}', flush=True)
+        print(f'{folder}: preparing {describe_source(plan)}', flush=True)
         partial = open_partial(folder.with_name(f'.{folder.name}.partial'), plan)
         with keep_partial(partial):
             if not (partial / 'manifest.json').exists():
@@ -193,7 +182,7 @@ def locked(path, folder):
         yield
 
 
-def is_current(folder, plan, ready, replace):
+def is_current(folder, plan, replace):
     """Whether the data set exists as planned; if not, it will be replaced.
 
     ValueError for a folder not made here, and without `replace` for a data set of other text or
@@ -205,67 +194,46 @@ def is_current(folder, plan, ready, replace):
         found = f' (it holds {foreign[0]})' if foreign else ''
         raise ValueError(f'{folder}: not made by this program{found}; give another --name')
     existing = read_manifest(folder.name, folder.parent)
-    before, wanted = existing['settings'], plan['settings']
-    if 0 < wanted.get('shards', 0) < before.get('shards', 0) and not replace:
-        before['shards'] = wanted['shards']                         # it has more than enough
-    if not is_same(existing, plan):
-        same_text = is_same({**existing, 'settings': wanted}, plan)
-        changed = [f'{key} {before.get(key)!r} -> {wanted.get(key)!r}'
-                   for key in before | wanted if before.get(key) != wanted.get(key)]
-        if not same_text:
-            what = 'text' if has_other_text(existing, plan) else 'vocabulary'
-            changed.insert(0, f'other {what}')
+    held, wanted = (part['settings'].get('shards', 0) for part in (existing, plan))
+    if 0 < wanted < held and not replace:                           # it has more than enough
+        existing['settings']['shards'] = wanted
+    if changed := differences(existing, plan):
         made = f"{folder}: was made otherwise ({', '.join(changed)})"
-        grows = before.get('shards', 0) < wanted.get('shards', 0) and same_text
+        grows = held < wanted and len(changed) == 1
         if not (replace or grows):
             raise ValueError(f'{made}; give another --name, or --replace to replace it (a run '
                              f'trained on it cannot be resumed then)')
-        print(f'{made}; ' + (f"shards are added (--shards={before['shards']} --replace goes back)"
+        print(f'{made}; ' + (f'shards are added (--shards={held} --replace goes back)'
                              if grows else 'it will be replaced'))
         return False
     try:
-        is_old = not (ready or documents.PLAIN in existing.get('remarks', {})) and (
-            has_returns(folder))
+        load_facts(folder.name, folder.parent)
     except ValueError as error:
         print(f'{error}: it will be replaced')
         return False
-    if is_old:
-        print(f'{folder} holds carriage returns, as earlier versions kept them; '
-              + ('it will be replaced' if replace else '--replace prepares it again without them '
-                 '(a run trained on it cannot be resumed then)'))
-        return not replace
     print(f"{folder} is up to date: this text, these settings; --verify={plan['name']} checks it")
     return True
 
 
-def has_returns(folder):
-    """Whether carriage returns are among the first tokens of either split."""
-    _, encoding = load_facts(folder.name, folder.parent)
-    held = np.array([b'\r' in token for token in token_bytes(encoding)])
-    for split in ('train', 'val') if held.any() else ():
-        tokens = Tokens(folder.name, split, encoding.n_vocab, folder.parent)
-        for ids in islice(tokens.chunks(), SEARCHED_TOKENS // 2 ** 22):
-            if held[ids].any():
-                return True
-    return False
+def differences(made, plan):
+    """How two plans differ, in words; none if they give the same data set."""
+    before, wanted = made['settings'], plan['settings']
+    found = [f'{key} {before.get(key)!r} -> {wanted.get(key)!r}'
+             for key in before | wanted if before.get(key) != wanted.get(key)]
+    if content(made['source']) != content(plan['source']):
+        found.insert(0, 'other text')
+    elif made['source'].get('tokenizer') != plan['source'].get('tokenizer'):
+        found.insert(0, 'other vocabulary')
+    return found
 
 
-def is_same(a, b):
-    """Whether two plans give the same data set.
+def content(source):
+    """What decides the text: not the hub's revision, but its files that are read.
 
-    The hub's revision may differ: what counts are its files that are read. Earlier versions kept
-    only the last part of a local file's name.
+    Earlier versions kept only the last part of a local file's name.
     """
-    a, b = ((plan['settings'], {**plan['source'], 'revision': '', 'files': [
-        [name.rpartition('/')[2], *facts] for name, *facts in plan['source'].get('files', [])]})
-        for plan in (a, b))
-    return a == b
-
-
-def has_other_text(a, b):
-    """Whether two plans differ in more of their sources than a tokenizer's sha256."""
-    a, b = ({'settings': {}, 'source': {**plan['source'], 'tokenizer': ''}} for plan in (a, b))
-    return not is_same(a, b)
+    files = [[name.rpartition('/')[2], *facts] for name, *facts in source.get('files', [])]
+    return {**source, 'files': files, 'revision': '', 'tokenizer': ''}
 
 
 def open_partial(partial, plan):
@@ -273,15 +241,12 @@ def open_partial(partial, plan):
 
     With errors='strict' there were no errors so far, which fits the other settings as well.
     """
-    before, is_new_reader = None, True
-    if (partial / 'plan.json').exists():
-        before = read_json(partial / 'plan.json', StartedPlan)
-        is_new_reader = before.get('reader') == READER
-    elif (partial / 'manifest.json').exists():                      # it is complete
-        before = read_manifest(partial.name, partial.parent)
+    notes = [partial / name for name in ('manifest.json', 'plan.json')]     # it may be complete
+    before = next((read_json(note, Plan) for note in notes if note.exists()), None)
     if before and before['settings'].get('errors') == 'strict':
         before['settings']['errors'] = plan['settings'].get('errors')
-    if before and is_new_reader and is_same(before, plan):
+    is_readable = before and (notes[0].exists() or before.get('reader') == READER)
+    if is_readable and not differences(before, plan):
         print(f'resuming from {partial}')
     else:
         if before:
@@ -312,7 +277,7 @@ def keep_partial(partial):
 def put_in_place(folder, partial):
     """Put the complete data set in `partial` in its place."""
     shutil.rmtree(partial / 'downloads', ignore_errors=True)
-    for pattern in ('plan.json', 'progress.json', '.*.partial', '*.aside'):     # of killed writes
+    for pattern in ('plan.json', 'progress.json', '.*.partial'):  # of killed writes
         for path in partial.glob(pattern):
             path.unlink()
     old = folder.with_name(f'.{folder.name}.old')
@@ -362,8 +327,8 @@ def read_progress(folder):
     file = folder / 'progress.json'
     if not file.exists():
         return None
-    note = read_json(file, Note)
-    if note.pop('sha256') != digest(note):
+    note = read_json(file, dict)
+    if note.pop('sha256', '') != digest(note):
         raise ValueError(f'{file}: is damaged; delete {folder} to start over')
     return Progress(**note)
 
@@ -420,23 +385,17 @@ def sample(texts, kind, rule):
 
 def write_splits(results, writers, progress, n_files):
     """Write what tokenized() yields to shards, and progress.json every SAVE_SECONDS."""
-    train = progress.splits['train']
-    saved = started = time.monotonic()
-    tokens_before = train['tokens']
-    with tqdm(unit='B', unit_scale=True, initial=train['bytes'],
-              disable=not sys.stderr.isatty()) as bar:
+    train, saved = progress.splits['train'], time.monotonic()
+    with tqdm(unit='B', unit_scale=True, initial=train['bytes'], disable=None) as bar:
         for after, encoded, counts in results:
             shards_before = len(writers['train'].shards)
-            for split, amounts in encoded.items():
-                writers[split].write(np.frombuffer(amounts.ids, np.uint16))
-                bar.update(amounts.bytes)
+            for split, (ids, amounts) in encoded.items():
+                writers[split].write(np.frombuffer(ids, np.uint16))
+                bar.update(amounts['bytes'])
             progress.add(after, encoded, counts)
             if len(writers['train'].shards) > shards_before:
-                rate = (train['tokens'] - tokens_before) / (time.monotonic() - started)
-                shards = number_of(len(writers['train'].shards), 'shard')
-                bar.write(f"{train['tokens']:,} tokens, {shards}, "
-                          f'file {min(after[0] + 1, n_files)} of {n_files}, '
-                          f'{rate:,.0f} tokens/s', file=sys.stdout)
+                bar.write(f"{train['tokens']:,} tokens, file {min(after[0] + 1, n_files):,} of "
+                          f'{n_files:,}', file=sys.stdout)
             if time.monotonic() - saved > SAVE_SECONDS:
                 save_progress(progress, writers)
                 saved = time.monotonic()
@@ -497,9 +456,8 @@ def take_shards(cfg, source, plan, folder):
     check_disk(files, folder, existing)
     sizes = np.zeros(2 ** 16, np.int64)             # of tokens in bytes, 0 for <|endoftext|>
     sizes[:encoding.n_vocab] = [len(token) for token in token_bytes(encoding)]
-    splits = {split: {'tokens': 0, 'documents': 0, 'bytes': 0, 'shards': []}
-              for split in ('train', 'val')}
-    for file in tqdm(files, unit='shard', disable=not sys.stderr.isatty()):
+    shards = {'train': [], 'val': []}
+    for file in tqdm(files, unit='shard', disable=None):
         path = folder / file.name
         if not path.exists():
             with suppress(OSError):                 # not there, or a disk without such links
@@ -507,10 +465,10 @@ def take_shards(cfg, source, plan, folder):
         if not path.exists() or sha256(path) != file.hash:
             os.replace(sources.download_from_hub(file, folder / 'downloads'), path)
         facts, _ = read_shard(path, eot_id(encoding), sizes)
-        total = splits['val' if '_val_' in file.name else 'train']
-        total['shards'].append({'file': file.name, **facts})
-        for key in ('tokens', 'documents', 'bytes'):
-            total[key] += facts[key]
+        shards['val' if '_val_' in file.name else 'train'].append({'file': file.name, **facts})
+    splits = {split: {**{key: sum(shard[key] for shard in found)
+                         for key in ('tokens', 'documents', 'bytes')}, 'shards': found}
+              for split, found in shards.items()}
     atomic_write(folder / 'tokenizer.json', to_json(encoding))
     write_manifest(folder, plan, encoding, splits, {})
 
@@ -526,14 +484,6 @@ def check_disk(files, *folders):
 
 
 # What is printed.
-
-def describe_source(source):
-    facts = source.facts
-    if 'pydocs' in facts:
-        return f"the documentation of {facts['pydocs']}"
-    place = f" of hub:{facts['hub']}" if 'hub' in facts else f' ({source.files[0].name}, …)'
-    return number_of(len(source.files), 'file') + place
-
 
 def describe(counts):
     """': 2 empty (the first: a.txt), …', '' without remarks."""

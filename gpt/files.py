@@ -9,6 +9,7 @@ import io
 import os
 import re
 import secrets
+import shutil
 import tempfile
 import time
 import urllib.error
@@ -104,17 +105,12 @@ def check_output(path: str | Path, *inputs: str | Path) -> Path:
     output, and for one of the inputs: none of these may be replaced; and where nothing can be
     written.
     """
-    path, is_folder = Path(os.path.expanduser(path)), str(path).endswith('/')
-    if is_folder or path.is_dir():
+    is_folder, path = str(path).endswith('/'), plain_file(path)
+    if is_folder:
         raise ValueError(f'{path}: is a folder, expected the name of a file')
-    if path.exists():
-        taken = [os.stat(os.path.expanduser(text)) for text in inputs
-                 if text and os.path.exists(os.path.expanduser(text))]
-        if not path.is_file() or any(os.path.samestat(path.stat(), os.fstat(i)) for i in (1, 2)):
-            raise ValueError(f'{path}: is a device, a pipe or a standard stream, expected the name '
-                             f'of a file')
-        if any(os.path.samestat(path.stat(), one) for one in taken):
-            raise ValueError(f'{path}: is an input, expected the name of another file')
+    taken = [1, 2, *(os.path.expanduser(text) for text in inputs if text)]
+    if path.exists() and any(os.path.exists(one) and os.path.samefile(path, one) for one in taken):
+        raise ValueError(f'{path}: is an input or a standard stream, expected another file')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
@@ -209,32 +205,27 @@ def download(url: str, path: str | Path, expected: str, tries: int = 3) -> Path:
 
 
 def receive(url: str, file: IO[bytes]) -> str:
-    """Append the rest of `url` to `file`; returns what went wrong, '' for nothing."""
+    """Append what `file` lacks of `url`; returns what went wrong, '' for nothing.
+
+    It is read from the start if the server ignores the range.
+    """
+    start = file.seek(0, os.SEEK_END)
+    request = urllib.request.Request(url, headers={'Range': f'bytes={start}-'} if start else {})
     try:
-        append_rest(url, file)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            if response.status != 206:
+                start = file.truncate(0)
+            length = int(response.headers.get('Content-Length') or 0)       # 0: not known
+            with tqdm.wrapattr(response, 'read', desc=Path(file.name).stem, initial=start,
+                               total=start + length if length else None, disable=None,
+                               leave=False) as stream:
+                shutil.copyfileobj(stream, file)
+        file.flush()
+        is_short = length and file.seek(0, os.SEEK_END) < start + length
+        return 'the connection broke off' if is_short else ''
     except urllib.error.HTTPError as error:
         if error.code == 416:           # Range Not Satisfiable: the partial file is wrong
             file.truncate(0)
         return f'the server answers {error.code} {error.reason}'
     except (http.client.HTTPException, OSError) as error:
         return str(getattr(error, 'reason', error))
-    return ''
-
-
-def append_rest(url: str, file: IO[bytes]) -> None:
-    """Append what `file` lacks of `url`; from the start if the server ignores the range."""
-    start = file.seek(0, os.SEEK_END)
-    request = urllib.request.Request(url, headers={'Range': f'bytes={start}-'} if start else {})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        if response.status != 206:
-            start = file.truncate(0)
-        length = int(response.headers.get('Content-Length') or 0)       # 0: not known
-        total = start + length if length else None
-        with tqdm(desc=Path(file.name).stem, initial=start, total=total, unit='B',
-                  unit_scale=True, disable=None, leave=False) as bar:
-            while chunk := response.read(2 ** 20):
-                file.write(chunk)
-                bar.update(len(chunk))
-        file.flush()
-        if total and file.seek(0, os.SEEK_END) < total:
-            raise OSError('the connection broke off')

@@ -7,8 +7,8 @@ HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE do what they always do.
 """
 
 import socket
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -50,7 +50,7 @@ def model_folder(name: str, read_config: Callable, weight_files: Callable) -> Pa
         near = [] if repo in FULL_NAMES.values() else get_close_matches(
             repo.split('/')[-1], FULL_NAMES, 1)
         hint = f'. Did you mean {near[0]}?' if near else ''
-        raise ValueError(f'{repo}: {what_to_do(repo, error)}{hint}') from None
+        raise ValueError(f'no such folder {repo!r}; {hub_error(repo, error)}{hint}') from None
 
 
 def check_reachable() -> None:
@@ -110,33 +110,41 @@ def cached(repo: str, weight_files: Callable[[Path], Iterable[str]]) -> Path | N
     from huggingface_hub import try_to_load_from_cache
     with suppress(ValueError):                          # no such name, or no weights
         found = try_to_load_from_cache(repo, 'config.json')
-        if isinstance(found, str):
-            folder = Path(found).parent
-            names = {file.name for file in folder.iterdir() if file.exists()}
-            has_tokenizer = (repo in FULL_NAMES.values() or 'tokenizer.json' in names
-                             or {'vocab.json', 'merges.txt'} <= names)
-            if has_tokenizer and names.issuperset(weight_files(folder)):
-                return folder
+        folder = Path(found).parent if isinstance(found, str) else None
+        names = {file.name for file in folder.iterdir() if file.exists()} if folder else set()
+        has_tokenizer = (repo in FULL_NAMES.values() or 'tokenizer.json' in names
+                         or {'vocab.json', 'merges.txt'} <= names)
+        if folder and has_tokenizer and names.issuperset(weight_files(folder)):
+            return folder
     return None
 
 
-def what_to_do(repo: str, error: Exception) -> str:
-    """Why a model could not be downloaded, and the way out."""
+@contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Errors of the hub's client become those of hub_error()."""
+    try:
+        yield
+    except Exception as error:                          # the client has a class for each failure
+        raise hub_error(repo, error) from None
+
+
+def hub_error(repo: str, error: Exception) -> Exception:
+    """What to raise for an error of the hub's client: one line that says what to do.
+
+    ConnectionError for a hub that cannot be reached or fails, ValueError for what is not there.
+    """
     from huggingface_hub import constants, errors
+    reason = ' '.join(str(error).split())[:400]
     if isinstance(error, errors.GatedRepoError):
-        return (f'this model is gated: accept the terms at {constants.ENDPOINT}/{repo}, and set '
-                f'HF_TOKEN to your access token')
-    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        return (f'no such folder, and no such model at {constants.ENDPOINT}, or it is private '
-                f'(then set HF_TOKEN)')
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return 'the hub has no config.json of it'
-    if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
-        reason = ('HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else
-                  f'{constants.ENDPOINT} cannot be reached')
-        return (f'no such folder, not (completely) in the cache {constants.HF_HUB_CACHE}, and '
-                f'{reason}. Run this once with a network, name a mirror in HF_ENDPOINT, or give a '
-                f'folder that holds config.json, {WEIGHTS} and tokenizer.json')
-    reason = str(error).strip().splitlines() or ['no reason given']
-    return (f'could not be downloaded from {constants.ENDPOINT} '
-            f'({type(error).__name__}: {reason[0]})')
+        return ValueError(f'hub:{repo} is gated: accept the terms on its page at '
+                          f'{constants.ENDPOINT}, and set HF_TOKEN to your access token')
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError) or (
+            'exist on the Hub' in reason):
+        return ValueError(f'hub:{repo}: not found at {constants.ENDPOINT}, or it is private (then '
+                          f'set HF_TOKEN)')
+    if 'BuilderConfig' in reason or 'Config name is missing' in reason:
+        return ValueError(f'hub:{repo}: {reason}; give one, as in hub:{repo}:CONFIG')
+    return ConnectionError(f'hub:{repo}: not (completely) in the cache, and {constants.ENDPOINT} '
+                           f'cannot be reached or failed ({type(error).__name__}: {reason}); check '
+                           f'the network, name a mirror in HF_ENDPOINT, or download the files by '
+                           f'other means and give them instead')

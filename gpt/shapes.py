@@ -13,8 +13,9 @@ dict[str, T], tuple[T, U] (a list of two), a TypedDict (further keys pass), or a
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import count, repeat
 from pathlib import PurePath
 from types import NoneType
 from typing import Any, NewType, get_args, get_origin, get_type_hints, is_typeddict
@@ -29,6 +30,8 @@ Problem = tuple[str, str, str]          # place, what is there, what is expected
 LARGEST, LARGEST_MEASURED = 2 ** 63 - 1, 1e150
 LINES, LINE = 100, 1000                 # of a message
 SURROGATE = re.compile('[\ud800-\udfff]')       # half a character: UTF-8 cannot encode it
+NOTHING = object()                      # in place of a part that is missing
+fields_of = cache(get_type_hints)       # of a TypedDict
 
 
 class NotJson(ValueError):
@@ -44,7 +47,7 @@ def is_text(value: Any) -> bool:
 
 
 LEAVES = {      # shape: (whether a value has it, the shape in words)
-    Any: (lambda value: True, ''),
+    Any: (lambda value: value is not NOTHING, 'a value'),
     NoneType: (lambda value: value is None, 'null'),
     bool: (lambda value: type(value) is bool, 'true or false'),
     int: (is_int, 'a whole number below 2**63'),
@@ -68,13 +71,11 @@ def parse_json(text: str | bytes, where: object, shape: Any) -> Any:
     """The value of a JSON text; ValueError with `where`, place, given and expected."""
     try:
         value = json.loads(text, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError(f'{where}: not JSON that can be read: nested too deeply') from None
     except json.JSONDecodeError as error:
         raise NotJson(f'{where}: not JSON, or truncated: {error}') from None
-    except ValueError as error:
-        message = 'a number of too many digits' if 'integer string' in str(error) else error
-        raise ValueError(f'{where}: not JSON: {message}') from None
+    except (ValueError, RecursionError) as error:       # thousands of digits or of brackets
+        reason = 'nested too deeply' if isinstance(error, RecursionError) else error
+        raise ValueError(f'{where}: not JSON: {reason}') from None
     return checked(value, where, shape)
 
 
@@ -84,94 +85,61 @@ def refuse(constant: str) -> None:
 
 def checked(value: Any, where: object, shape: Any) -> Any:
     """`value`, if it has this shape; else ValueError with `where`, place, given and expected."""
-    problem = checker(shape)(value)
-    if problem:
+    if problem := problem_in(value, shape):
         place, given, expected = problem
         place = f'{where}: {place.lstrip(".")}' if place else where
         raise ValueError(f'{place}: given {given}, expected {expected}')
     return value
 
 
-@cache
-def checker(shape: Any) -> Callable[[Any], Problem | None]:
-    """The function that finds the first place where a value does not have this shape."""
+def problem_in(value: Any, shape: Any) -> Problem | None:
+    """The first place where a value does not have this shape."""
     if shape in LEAVES:
         fits, expected = LEAVES[shape]
-        return lambda value: None if fits(value) else ('', in_words(value), expected)
-    kind, parts = get_origin(shape), get_args(shape)
+        return None if fits(value) else ('', in_words(value), expected)
+    kind = dict if is_typeddict(shape) else get_origin(shape)
+    if kind not in (dict, list, tuple):
+        return problem_in_union(value, get_args(shape))
+    if problem := problem_in(value, list if kind is tuple else kind):
+        return problem
+    if kind is tuple and len(value) != len(get_args(shape)):
+        return '', in_words(value), f'a list of {len(get_args(shape))}'
+    for key, part, part_shape in parts_of(value, shape):
+        if problem := problem_in(part, part_shape):
+            place = f'[{key}]'
+            if kind is dict:
+                place = '.' + key[:40].encode('unicode_escape').decode()
+            return place + problem[0], *problem[1:]
+    return None
+
+
+def problem_in_union(value: Any, shapes: Sequence[Any]) -> Problem | None:
+    problems = [problem_in(value, shape) for shape in shapes]
+    if None in problems:
+        return None
+    deepest = max(problems, key=lambda problem: len(problem[0]))
+    if deepest[0]:
+        return deepest
+    return *deepest[:2], ' or '.join(expected for _, _, expected in problems)
+
+
+def parts_of(value: Any, shape: Any) -> Iterable[tuple[Any, Any, Any]]:
+    """(key, part, its shape) of what is in an object or a list; a missing part is NOTHING."""
     if is_typeddict(shape):
-        return object_checker(shape)
-    if kind is list:
-        return each_checker(list, checker(parts[0]), lambda value: enumerate(value), '[{}]')
+        return [(key, value.get(key, NOTHING), part) for key, part in fields_of(shape).items()
+                if key in value or key in shape.__required_keys__]
+    kind, shapes = get_origin(shape), get_args(shape)
     if kind is dict:
-        return each_checker(dict, checker(parts[1]), lambda value: value.items(), '.{}')
-    if kind is tuple:
-        return tuple_checker([checker(part) for part in parts])
-    return union_checker([checker(part) for part in parts])
+        return zip(value, value.values(), repeat(shapes[1]))
+    return zip(count(), value, shapes if kind is tuple else repeat(shapes[0]))
 
 
-def object_checker(shape: Any) -> Callable[[Any], Problem | None]:
-    fields = [(key, checker(part), key in shape.__required_keys__)
-              for key, part in get_type_hints(shape).items()]
-
-    def problem_of(value):
-        if type(value) is not dict:
-            return '', in_words(value), 'an object'
-        for key, check, is_required in fields:
-            if key not in value:
-                if is_required:
-                    return f'.{key}', 'nothing', check(...)[2]
-            elif problem := check(value[key]):
-                return f'.{key}{problem[0]}', *problem[1:]
-        return None
-    return problem_of
-
-
-def each_checker(kind: type, check: Callable, items: Callable,
-                 place: str) -> Callable[[Any], Problem | None]:
-    _, expected = LEAVES[kind]
-
-    def problem_of(value):
-        if type(value) is not kind:
-            return '', in_words(value), expected
-        for key, part in items(value):
-            if problem := check(part):
-                return in_words(key, place) + problem[0], *problem[1:]
-        return None
-    return problem_of
-
-
-def tuple_checker(checks: list[Callable]) -> Callable[[Any], Problem | None]:
-    def problem_of(value):
-        if type(value) is not list or len(value) != len(checks):
-            return '', in_words(value), f'a list of {len(checks)}'
-        for i, check in enumerate(checks):
-            if problem := check(value[i]):
-                return f'[{i}]{problem[0]}', *problem[1:]
-        return None
-    return problem_of
-
-
-def union_checker(checks: list[Callable]) -> Callable[[Any], Problem | None]:
-    def problem_of(value):
-        problems = [check(value) for check in checks]
-        if None in problems:
-            return None
-        deepest = max(problems, key=lambda problem: len(problem[0]))
-        if deepest[0]:
-            return deepest
-        return *deepest[:2], ' or '.join(expected for _, _, expected in problems)
-    return problem_of
-
-
-def in_words(value: Any, place: str = '{}') -> str:
+def in_words(value: Any) -> str:
     """A value in a message: short, and on one line."""
     if isinstance(value, dict | list):
         return f'{"an object" if isinstance(value, dict) else "a list"} of {len(value):,}'
-    if value is None:
-        return 'null'
-    if place != '{}':
-        return place.format(str(value)[:40].encode('unicode_escape').decode('ascii'))
+    if value is None or value is NOTHING:
+        return 'null' if value is None else 'nothing'
     text = repr(value[:60]) if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else f'{text[:60]}…'
 

@@ -40,8 +40,8 @@ def test_hellaswag_rows_are_read(tmp_path):
 
 @pytest.mark.parametrize('content, words', [
     ('', 'this file is empty'),
-    ('<!DOCTYPE html><html>', 'is a web page, not the data'),
-    ('version https://git-lfs.github.com/spec/v1\noid sha256:00', 'is a Git LFS pointer'),
+    ('<!DOCTYPE html><html>', 'is a web page, .* expected the text'),
+    ('version https://git-lfs.github.com/spec/v1\noid sha256:00', 'a Git LFS pointer'),
     (json.dumps(ROW) + '\n' + json.dumps(ROW)[:30], 'a:2: not JSON, or truncated'),
     ('[1, 2]', 'a:1: .*expected an object'),
     (json.dumps({**ROW, 'ctx': ' '}), "a:1: ctx: given ' ', expected a text"),
@@ -54,10 +54,10 @@ def test_hellaswag_rows_are_read(tmp_path):
     (json.dumps({**ROW, 'source_id': 3}), 'a:1: source_id: given 3, expected a text or null'),
     (json.dumps({**ROW, 'ctx_b': None}), 'a:1: ctx_b: given null, expected a text'),
     (json.dumps({**ROW, 'ctx': 'lone \ud800'}), 'a:1: ctx: given .*, expected a text'),
-    ('{"n": NaN}', 'a:1: not JSON: given NaN'), ('{"n": ' + '1' * 5000, 'too many digits'),
+    ('{"n": NaN}', 'a:1: not JSON: given NaN'), ('{"n": ' + '1' * 5000, 'limit .4300 digits'),
     ('[' * 200_000 + ']' * 200_000, 'a:1: not JSON.*nested too deeply'),
-    ('\n\n{"a": ' * 3, 'a:3: not JSON'), (b'PAR1' + bytes(99), 'a: is a parquet file'),
-    (b'\x28\xb5\x2f\xfd', 'a: is compressed .zstd'),
+    ('\n\n{"a": ' * 3, 'a:3: not JSON'), (b'PAR1' + bytes(99), 'a: is a .* or parquet'),
+    (b'\x28\xb5\x2f\xfd', 'a: is .* compressed'),
     (b'{"ctx": "caf\xe9"}', 'a:1: not UTF-8.*iconv -f latin1'),
     (b'\r\n{"ctx": "\x93caf\xe9\x94"}', 'a:2: not UTF-8.*iconv -f cp1252')])
 def test_hellaswag_errors_have_file_and_line(tmp_path, content, words):
@@ -105,7 +105,7 @@ def test_cbt_questions_are_read(tmp_path, end):
     (question(query='XXXXX and XXXXX .'), 'a:21: .*expected one XXXXX'),
     (question(query='XXXXX , the XXXXX-man .'), 'a:21: .*expected one XXXXX'),
     (question(query='The XXXXX-man .'), 'a:21: .*expected one XXXXX'),
-    (b'\x1f\x8b\x08packed', 'a: is compressed .gzip.; decompress it'),
+    (b'\x1f\x8b\x08packed', 'a: is .* compressed'),
     (question(candidates=CANDIDATES[4:]), 'given 9 candidates .*expected 10 different'),
     (question(candidates=CANDIDATES + '|yak'), 'given 11 candidates .*expected 10 different'),
     (question(candidates=CANDIDATES.replace('owl', 'fox')), 'expected 10 different ones'),

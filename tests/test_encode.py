@@ -74,9 +74,9 @@ def test_any_number_of_workers_gives_the_same(tmp_path):
     assert found[0] == found[1] and [after for after, _, _ in found[0]] == [
         batch.after for batch in batches]
     parts = [part for _, encoded, _ in found[0] for part in encoded.values()]
-    assert sum(part.documents for part in parts) == 50
-    assert sum(part.bytes for part in parts) == sum(map(len, RAWS))
-    assert all(len(np.frombuffer(part.ids, np.uint16)) == part.tokens for part in parts)
+    assert sum(amounts['documents'] for _, amounts in parts) == 50
+    assert sum(amounts['bytes'] for _, amounts in parts) == sum(map(len, RAWS))
+    assert all(len(np.frombuffer(ids, np.uint16)) == amounts['tokens'] for ids, amounts in parts)
 
 
 def test_ctrl_c_while_a_batch_is_submitted_is_not_lost():

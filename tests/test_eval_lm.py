@@ -332,7 +332,7 @@ def test_the_table_of_a_model_without_results():
     (['--detok=false'], "detok: given 'false', expected 'auto', True or False"),
     (['--file={model}/bytes', '--protocol=harness'], "given 'harness', but a --file has none"),
     (['--file={model}/text', '--stride=65'], 'stride: given 65, expected 1 to 64'),
-    (['--file={model}/text', '--out={model}'], 'is a folder, expected the name of a file'),
+    (['--file={model}/text', '--out={model}'], 'is a folder, expected'),
     (['--table3'], 'there are no results of this model')])
 def test_bad_input_is_refused(model, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

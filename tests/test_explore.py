@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import re
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -48,7 +47,6 @@ def test_the_page_is_a_plain_recount(stories, capsys):
     data = explore.open_data('tiny', str(stories))
     lines = {re.split(r'\s{2,}', line.strip())[0]: re.split(r'\s{2,}', line.strip())[1:]
              for line in page.splitlines()}
-    used, every = [], []
     for split in ('train', 'val'):
         tokens, said = data.splits[split], manifest['splits'][split]
         ids = tokens.read(0, len(tokens)).tolist()
@@ -56,7 +54,7 @@ def test_the_page_is_a_plain_recount(stories, capsys):
         lengths = sorted(map(len, documents))
         column = ['train', 'val'].index(split)
         expected = {
-            'tokens': f"{said['tokens']:,}", 'bytes of text': f"{said['bytes']:,}",
+            'tokens of bpe:300': f"{said['tokens']:,}", 'bytes of text': f"{said['bytes']:,}",
             'bytes a token': f"{said['bytes'] / said['tokens']:.3f}", 'shards': '1',
             'documents': f"{said['documents']:,}", 'shortest': f'{lengths[0]:,} tokens',
             'half are up to': f'{lengths[-(-len(lengths) // 2) - 1]:,} tokens',
@@ -64,29 +62,13 @@ def test_the_page_is_a_plain_recount(stories, capsys):
             'longest': f'{lengths[-1]:,} tokens',
             'mean': f'{sum(lengths) / len(lengths):,.1f} tokens'}
         assert {key: lines[key][column] for key in expected} == expected
-        seen = explore.survey(data, split)
-        assert seen.lengths.tolist() == list(map(len, documents))
-        assert [int(h).to_bytes(8, 'little') for h in seen.hashes] == [
-            hashlib.blake2b(np.array(part, '<u2').tobytes(), digest_size=8).digest()
+        found, hashes = explore.survey(data, split)
+        assert found.tolist() == list(map(len, documents))
+        assert [int(h).to_bytes(8, 'little') for h in hashes] == [
+            hashlib.blake2b(np.array(part, '<u2').tobytes(), digest_size=16).digest()[:8]
             for part in documents]
-        counts = Counter(i for part in documents for i in part)
-        assert {i: n for i, n in enumerate(seen.counts.tolist()) if n} == counts
-        used.append(f'{len(counts) / 300:.1%} used')
-        every.append(counts)
-    assert re.search(rf'bpe:300, 300 tokens +{used[0]} +{used[1]}\n', page)
     assert 'tiny.jsonl (1 file, ' in page
-    top, n = every[0].most_common(1)[0]
-    shown = repr(data.encoding.decode([top]))
-    assert re.search(rf'{re.escape(shown)} +{n / sum(every[0].values()):.2%}', page)
-    assert max(map(len, page.splitlines()[:-1])) <= 100
-
-
-def test_the_picture_of_the_lengths(stories, tmp_path, capsys):
-    assert str(tmp_path / 'a.png') in explored(capsys, 'tiny', f'--data_dir={stories}',
-                                               f'--out={tmp_path / "a.png"}')
-    assert (tmp_path / 'a.png').read_bytes()[:4] == b'\x89PNG'
-    with pytest.raises(ValueError, match='a.what'):
-        explored(capsys, 'tiny', f'--data_dir={stories}', f'--out={tmp_path / "a.what"}')
+    assert max(map(len, page.splitlines())) <= 100
 
 
 def test_a_data_set_with_its_files_can_be_replaced(tmp_path, capsys):
@@ -95,8 +77,8 @@ def test_a_data_set_with_its_files_can_be_replaced(tmp_path, capsys):
     before = set((tmp_path / 'd').iterdir())
     explored(capsys, 'd', f'--data_dir={tmp_path}')
     explored(capsys, 'd', f'--data_dir={tmp_path}', f'--contamination=lambada={tmp_path}/l.jsonl')
-    assert {path.name for path in set((tmp_path / 'd').iterdir()) - before} == {
-        'lengths.png', 'contamination.json'}
+    assert set((tmp_path / 'd').iterdir()) - before == {tmp_path / 'd/contamination.json'}
+    (tmp_path / 'd/lengths.png').write_bytes(b'of an earlier version')
     prepared(tmp_path, ['three', 'four'], replace=True)
     assert set((tmp_path / 'd').iterdir()) == before
 
@@ -126,7 +108,6 @@ def test_nanogpt_s_files_without_header_are_read(tmp_path, capsys, gpt2, behind)
         np.array(ids, '<u2').tofile(tmp_path / f'd/{split}.bin')
     page = explored(capsys, 'd', f'--data_dir={tmp_path}')
     assert 'taken for tokens of gpt2' in page and re.search(r'documents +7 +1\n', page)
-    assert re.search(rf'bytes of text +{sum(map(len, texts))} +{len(texts[0])}\n', page)
     read = page.partition('sampled from train')[2]
     sampled = re.findall(r'(\d+)  (Story \d: .*)', read)
     assert len(sampled) == 5 and all(
@@ -140,7 +121,6 @@ def test_characters_have_no_document_boundaries(tmp_path, capsys):
     prepared(tmp_path, ['to be or not to be, that is the question ' * 20], tokenizer='chars')
     page = explored(capsys, 'd', f'--data_dir={tmp_path}')
     assert 'document boundaries are not known' in page and 'documents' not in page
-    assert not (tmp_path / 'd/lengths.png').exists()
     shown = explored(capsys, 'd', f'--data_dir={tmp_path}', '--decode=train_000000:3', '--count=10')
     assert shown.splitlines()[1] == 'be or not '
 
@@ -161,34 +141,32 @@ def test_decode_shows_exactly_the_text(tmp_path, capsys):
     for offset in (0, 3, 12):
         shown = explored(capsys, 'd', f'--data_dir={tmp_path}', '--count=3',
                          f'--decode=train_000001.bin:{offset}').splitlines()
-        begun = ids[start:start + offset + 1].count(256)
-        assert shown[0] == (f'train_000001: tokens {offset} to {offset + 2} of 20, ' + (
-            f'in document {begun} of those that begin in this shard' if begun
-            else 'before the first <|endoftext|> of this shard'))
+        assert shown[0] == f'train_000001: tokens {offset} to {offset + 2} of 20'
         part = ids[start + offset:start + offset + 3]
         assert '\n'.join(shown[1:]) == ''.join(mark if i == 256 else chr(i) for i in part)
 
 
 def test_a_plain_text_comes_back_from_decode(stories, capsys):
     data = explore.open_data('tiny', str(stories))
-    documents = [data.encoding.decode(part.tolist())
-                 for part, _ in shards.documents(data.splits['train'], data.eot)]
+    tokens = data.splits['train']
+    documents = [data.encoding.decode(part)
+                 for part in plain_documents(tokens.read(0, len(tokens)).tolist(), data.eot)]
     shown = explored(capsys, 'tiny', f'--data_dir={stories}', '--decode=train_000000:0',
                      '--count=1000000')
     assert re.split(r'\n── *[─ ]+<\|endoftext\|> ─+\n', shown.partition('\n')[2])[1:] == [
         *documents[:-1], documents[-1] + '\n']
     second = 1 + len(tokenizer.encode(data.encoding, documents[0]))
     shown = explored(capsys, 'tiny', f'--data_dir={stories}', f'--decode=train_000000:{second + 1}')
-    assert 'in document 2 of' in shown and shown.splitlines()[1].startswith(documents[1][:40])
+    assert shown.splitlines()[1].startswith(documents[1][:40])
 
 
 @pytest.mark.parametrize('args, words', [
     ((), 'given none, expected one data set'), (('a', 'b'), 'given a b, expected one'),
     (('tiny', '--decode=train_000000'), 'expected SHARD:OFFSET'),
-    (('tiny', '--decode=train_000009:0'), 'expected one of train_000000, val_000000'),
-    (('tiny', '--decode=val_000000:999999'), 'given the offset 999,999, expected less than'),
+    (('tiny', '--decode=train_000009:0'), 'expected SHARD:OFFSET, a shard of train_000000, val'),
+    (('tiny', '--decode=val_000000:999999'), 'expected SHARD:OFFSET, an offset below'),
     (('tiny', '--decode=val_000000:-1'), 'expected SHARD:OFFSET'),
-    (('tiny', '--count=0'), 'count: given 0'), (('tiny', '--width=9'), 'width: given 9'),
+    (('tiny', '--count=0'), 'count: given 0'),
     (('tiny', '--contamination=squad'), 'expected some of hellaswag, cbt, lambada, wikitext2'),
     (('tiny', '--contamination=cbt=/nowhere'), '/nowhere: cannot read'),
     (('nothing_here',), "the data set 'nothing_here' is not prepared")])
@@ -228,7 +206,7 @@ def test_counts_are_those_of_sets_of_tuples(tmp_path, monkeypatch, request, kind
                  0, len(data.splits['train'])).tolist(), data.eot)]
     monkeypatch.setattr(shards.Tokens, 'chunks', lambda self, size: chunks(self, chunk))
     grams = {n: overlap.ngrams_of(items, n) for n in (2, 3, 5)}
-    known = {n: overlap.distinct(hashes) for n, (hashes, _) in grams.items()}
+    known = {n: np.unique(hashes) for n, (hashes, _) in grams.items()}
     found = overlap.look_up(explore.pieces(data, explore.progress_bar([], '')), known)
     for n, (hashes, of) in grams.items():
         there = {gram for text in train for gram in plain_ngrams(text, n)}
@@ -264,9 +242,8 @@ def test_planted_overlaps_are_counted_exactly(tmp_path, capsys):
     assert got['items'] == 4 and got['ngrams'] == {
         '8': {'items': 3, 'distinct': 33 + 33 + 3, 'found': 13, 'touched': 1, 'half': 0},
         '13': {'items': 2, 'distinct': 28 + 28, 'found': 8, 'touched': 1, 'half': 0}}
-    assert got['longest'] == [{'item': 0, 'words': 20, 'text': ' '.join(copied)}]
     assert got['sha256'] == hashlib.sha256((tmp_path / 'l.jsonl').read_bytes()).hexdigest()
-    assert not got['official'] and 'lambada, item 1, 20 words: ' + copied[0] in printed
+    assert not got['official']
     assert re.search(rf'lambada +4 +8 +3 +69 +{13 / 69:.3%} +{1 / 3:.2%} +0.00%', printed)
 
 
@@ -313,7 +290,7 @@ def test_all_of_a_real_text_is_found_in_itself(real, tmp_path, capsys):
         data.splits['train'] = data.splits['val']
     items = [path.read_text()]
     grams = overlap.ngrams_of(items, 8)[0]
-    known = {8: overlap.distinct(grams)}
+    known = {8: np.unique(grams)}
     assert overlap.look_up(explore.pieces(data, explore.progress_bar([], '')), known)[8].all()
     assert len(known[8]) == len(set(plain_ngrams(items[0], 8)))
 
@@ -334,7 +311,7 @@ def test_empty_documents_and_a_short_text_are_explored(tmp_path, capsys):
     capsys.readouterr()
     explore.main(configure(explore.Config, ['d', f'--data_dir={tmp_path}'], None, 'name'))
     words = capsys.readouterr().out
-    assert re.search(r'documents +4 +4\n', words) and re.search(r'0 to +1 ', words)
+    assert re.search(r'documents +4 +4\n', words)
     prepare.main(prepare.Config(input=(str(tmp_path / 'a.txt'),), tokenizer='chars', name='c',
                                 data_dir=str(tmp_path), val_fraction=0.3))
     explore.main(configure(explore.Config, ['c', f'--data_dir={tmp_path}'], None, 'name'))

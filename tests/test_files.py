@@ -59,7 +59,7 @@ def test_only_plain_files_are_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name, words', [
     ('folder', 'is a folder'), ('new/', 'is a folder'), ('link_to_folder', 'is a folder'),
-    ('pipe', 'is a device, a pipe'), ('/dev/null', 'is a device'), ('data', 'is an input'),
+    ('pipe', 'is a device, pipe'), ('/dev/null', 'is a device'), ('data', 'is an input'),
     ('link_to_data', 'is an input'), ('folder/../data', 'is an input')])
 def test_what_must_not_be_written_is_refused(tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)

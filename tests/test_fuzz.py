@@ -167,7 +167,7 @@ def test_manifests(stories, tmp_path):
             assert ids is None or len(ids) == 50
             attempt('manifest: bits', lambda: train_bits(data.manifest))
         attempt('manifest: page', lambda: (report.from_manifest(shards.read_manifest(
-            'tiny', tmp_path)), explore.describe_source(shards.read_manifest('tiny', tmp_path))))
+            'tiny', tmp_path)), shards.describe_source(shards.read_manifest('tiny', tmp_path))))
 
     fuzz(odd(good), use)
 

@@ -277,7 +277,7 @@ def test_refusals(trained, capsys, flags, words):
 
 
 @pytest.mark.parametrize('name, words', [
-    ('gpt2', 'gpt2: no such folder, not .* HF_HUB_OFFLINE is set. Run this once'),
+    ('gpt2', "no such folder '.*gpt2'; .* not .* in the cache.* name a mirror in HF_ENDPOINT"),
     ('gpt-2', r'Did you mean gpt2\?'), ('out/nowhere/x', 'no such folder')])
 def test_a_model_that_is_not_there(monkeypatch, name, words):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')

@@ -1,5 +1,6 @@
 """The shard format and its refusals."""
 
+import hashlib
 import json
 import os
 import random
@@ -55,7 +56,7 @@ def test_nanogpt_s_files_without_header_are_read(tmp_path):
     (lambda path: path.write_bytes(b'\0' * 4 + path.read_bytes()[4:]), 'not a token shard'),
     (lambda path: path.write_bytes(b''), 'not a token shard'),
     (lambda path: path.write_bytes(path.read_bytes()[:4] + b'\7' + path.read_bytes()[5:]),
-     'format 7')])
+     'not a token shard')])
 def test_a_damaged_shard_is_refused_by_name(tmp_path, damage, words):
     write(tmp_path / 'd', np.arange(300))
     damage(tmp_path / 'd/train_000001.bin')
@@ -92,7 +93,7 @@ def test_verify_names_what_is_wrong(stories, tmp_path, damage, words):
 def test_a_damaged_manifest_is_named(stories, tmp_path):
     shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
     (tmp_path / 'tiny/manifest.json').write_text('{"format": 1,')
-    with pytest.raises(ValueError, match='manifest.json is damaged'):
+    with pytest.raises(ValueError, match='manifest.json: (not JSON|given|source: given)'):
         verify('tiny', tmp_path)
 
 
@@ -112,7 +113,7 @@ def flip(path, place):
 def test_a_manifest_without_its_keys_is_damaged(stories, tmp_path, text):
     shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
     (tmp_path / 'tiny/manifest.json').write_text(text)
-    with pytest.raises(ValueError, match='manifest.json is damaged'):
+    with pytest.raises(ValueError, match='manifest.json: (not JSON|given|source: given)'):
         load_facts('tiny', tmp_path)
 
 
@@ -134,7 +135,7 @@ def test_a_manifest_of_another_shape_names_the_place(stories, tmp_path, place, v
         part = part[key]
     part[last] = value
     (tmp_path / 'tiny/manifest.json').write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=f'manifest.json is damaged .*{words}'):
+    with pytest.raises(ValueError, match=f'manifest.json: .*{words}'):
         load_facts('tiny', tmp_path)
 
 
@@ -218,16 +219,13 @@ def test_documents_are_what_is_between_the_eot_tokens(tmp_path, size):
         write(tmp_path / 'd', ids)
         tokens = Tokens('d', 'train', 4, tmp_path)
         assert np.concatenate(list(tokens.chunks(size))).tolist() == ids
-        found, pieces = [], []
-        for part, ends in documents(tokens, 0, size):
-            assert part.dtype == np.uint16 and len(part) < 2 * size
-            pieces += part.tolist()
-            if ends:
-                found, pieces = [*found, pieces], []
-        assert found == plain_documents(ids, 0) and not pieces
-        pieces = list(documents(tokens, None, size))
-        assert np.concatenate([part for part, _ in pieces]).tolist() == ids
-        assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
+        assert list(documents(tokens, 0, size)) == list(map(hashed, plain_documents(ids, 0)))
+        assert list(documents(tokens, None, size)) == [hashed(ids)]
+
+
+def hashed(ids):
+    raw = np.array(ids, '<u2').tobytes()
+    return len(ids), hashlib.blake2b(raw, digest_size=16).digest()
 
 
 def test_documents_refuse_ids_outside_of_the_vocabulary(tmp_path):

@@ -431,7 +431,7 @@ def test_nothing_is_called_the_best_that_is_not_saved(config, tmp_path, capsys):
 
 @pytest.mark.parametrize('changes, message', [
     ({'dataset': 'nowhere'}, 'is not prepared; run\n    python data/prepare.py --name=nowhere F'),
-    ({'dataset': 'pydocs'}, 'is not prepared; run\n    python data/prepare.py --data_dir=.*'),
+    ({'dataset': 'pydocs'}, 'is not prepared; run\n    python data/prepare.py --dataset=pydocs'),
     ({'total_batch_size': 1000}, 'the nearest that can: --total_batch_size=1024'),
     ({'gradient_accumulation_steps': 2}, 'expected one of them'),
     ({'optimizer': 'sgd'}, "'adamw' or 'muon'"), ({'schedule': 'linear'}, "'cosine' or 'wsd'"),

@@ -8,6 +8,7 @@ file, with which published numbers were measured. All raise ValueError with file
 
 import hashlib
 import io
+import re
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from gpt.files import ROOT, atomic_write, decode, download
 from gpt.shapes import parse_json
 
 PLACE = ROOT / 'data' / 'benchmarks'
+BLANK = r'[^\S\n]*'
+HEADING = re.compile(       # before a line = A =, but not before = = A = =
+    rf'(?:^|\n)(?={BLANK}= (?!=).*(?<!=) ={BLANK}(?:\n|$))')
 WIKITEXT = 'https://wikitext.smerity.com/'
 SOURCES = {     # name: (url, its sha256, the file in an archive)
     'hellaswag': ('https://raw.githubusercontent.com/rowanz/hellaswag/master/data/'
@@ -60,16 +64,9 @@ CBT_BLOBS = {   # the beginnings of git's hashes (sha1) of the unmodified files
     'cbtest_V_valid_2000ex.txt': '19ceb44a', 'cbtest_V_test_2500ex.txt': '2959302b',
     'cbtest_P_valid_2000ex.txt': 'a74aab34', 'cbtest_P_test_2500ex.txt': 'b24728c1'}
 
-DOWNLOAD = 'not the data; download the file itself'
-NOT_THE_DATA = (        # beginnings of files, and what they are
-    (b'<!doctype', f'a web page, {DOWNLOAD}'), (b'<html', f'a web page, {DOWNLOAD}'),
-    (b'version https://git-lfs', f'a Git LFS pointer, {DOWNLOAD}'),
-    (b'\x1f\x8b', 'compressed (gzip); decompress it first'),
-    (b'\x28\xb5\x2f\xfd', 'compressed (zstd); decompress it first'),
-    (b'\xfd7zxz', 'compressed (xz); decompress it first'),
-    (b'bzh', 'compressed (bzip2); decompress it first'),
-    (b'par1', 'a parquet file; expected the text of the original files, or lines of JSON'),
-    (b'arrow1', 'an Arrow file; expected the text of the original files, or lines of JSON'))
+NOT_THE_DATA = (        # how such files begin, in lower case
+    b'<!doctype', b'<html', b'version https://git-lfs', b'\x1f\x8b', b'\x28\xb5\x2f\xfd',
+    b'\xfd7zxz', b'bzh', b'par1', b'arrow1')
 
 
 class HellaSwagRow(TypedDict):
@@ -113,7 +110,10 @@ def obtain(name: str, path: str | Path = '') -> tuple[bytes, dict]:
     raw = read_bytes(path)
     about = facts(path, raw, {expected, KNOWN.get(name)})
     if member and raw[:2] == b'PK':
-        raw = unzip(raw, member, path)
+        try:
+            raw = zipfile.ZipFile(io.BytesIO(raw)).read(member)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise ValueError(f'{path}: cannot be unpacked ({error})') from None
     return raw, about
 
 
@@ -123,21 +123,21 @@ def facts(path: str | Path, raw: bytes, known: set | tuple = ()) -> dict:
     return {'path': str(path), 'sha256': sha256, 'official': sha256 in known}
 
 
+def facts_together(facts: list[dict]) -> dict:
+    """The facts of several files as those of one."""
+    return {'path': ', '.join(one['path'] for one in facts),
+            'sha256': '-'.join(one['sha256'] for one in facts),
+            'official': all(one['official'] for one in facts),
+            'skipped': sum(one['skipped'] for one in facts)}
+
+
 def read_bytes(path: str | Path) -> bytes:
     """The content of a file; ValueError for what is often given instead of it."""
     raw = files.read_bytes(path)
-    head = raw[:200].lstrip(b'\xef\xbb\xbf \r\n').lower()
-    for start, what in NOT_THE_DATA:
-        if head.startswith(start):
-            raise ValueError(f'{path}: is {what}')
+    if raw[:200].lstrip(b'\xef\xbb\xbf \r\n').lower().startswith(NOT_THE_DATA):
+        raise ValueError(f'{path}: is a web page, a Git LFS pointer, or compressed or parquet; '
+                         f'expected the text of the original file')
     return raw
-
-
-def unzip(raw: bytes, member: str, path: str | Path) -> bytes:
-    try:
-        return zipfile.ZipFile(io.BytesIO(raw)).read(member)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f'{path}: cannot be unpacked ({error})') from None
 
 
 def unpack(name: str, members: list[str]) -> Path:
@@ -280,12 +280,5 @@ def articles(text: str) -> list[str]:
 
     An article begins at a heading of the first level.
     """
-    found, lines = [], []
-    for line in text.split('\n'):
-        heading = line.replace('= = =', '===').replace('= =', '==').strip()
-        if heading.startswith('= ') and heading.endswith(' ='):
-            found.append('\n'.join(lines))
-            lines = []
-        lines.append(line)
-    found.append('\n'.join(lines))
-    return [article for article in found[:-1] if article.strip()] + found[-1:]
+    *parts, last = HEADING.split(text)
+    return [part for part in parts if part.strip()] + [last]

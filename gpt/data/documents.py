@@ -33,6 +33,7 @@ WRAP_SLACK = 6                  # characters: lines are not always broken as lat
 TOO_LONG = 'over max_document_mb'                   # remarks, counted by texts()
 HAS_EOT = 'with <|endoftext|> as text'
 REPAIRED = 'repaired with U+FFFD'
+NO_SEPARATOR = 'without the separator'
 PLAIN = 'with carriage returns or byte order marks, normalized'
 SIMPLE = {'PLAIN', 'RLE', 'BIT_PACKED', 'DELTA_LENGTH_BYTE_ARRAY'}     # as large as decoded
 DICTIONARY = {'PLAIN_DICTIONARY', 'RLE_DICTIONARY'}     # a value of several rows is stored once
@@ -89,17 +90,14 @@ def batches(files: Sequence, start: Position, options: Options,
     """
     start, small, size = Position(*start), [], 0    # small batches are joined
     for i in range(start.file, len(files)):
-        if i > start.file:
-            start = Position(i)
         for batch in read(files[i].name, path_of(i), options, start):
-            if small and batch.is_json != small[0].is_json:
+            is_full = size >= BATCH_BYTES // 2 or len(small) == 1024
+            if small and (is_full or batch.is_json != small[0].is_json):
                 yield joined(small)
                 small, size = [], 0
             small.append(batch)
             size += batch.size()
-            if len(small) == 1024 or size >= BATCH_BYTES // 2:
-                yield joined(small)
-                small, size = [], 0
+        start = Position(i + 1)
     if small:
         yield joined(small)
 
@@ -112,7 +110,7 @@ def joined(small: list[Batch]) -> Batch:
 
 def read(name: str, path: Path, options: Options, start: Position) -> Iterator[Batch]:
     """Batches of one file, from `start` on."""
-    kind, after = kind_of(name), Position(start.file + 1)
+    (kind, packed), after = suffixes(name), Position(start.file + 1)
     if kind == '.parquet':
         yield from parquet_batches(name, path, options, start)
     elif kind == '.py':
@@ -122,7 +120,7 @@ def read(name: str, path: Path, options: Options, start: Position) -> Iterator[B
         yield from separated_batches(name, path, options, start)
     else:
         limit = options.max_bytes + len(BOM) + 1
-        if compression_of(name) not in COMPRESSED:      # as much memory is set aside as read() asks
+        if not packed:                  # as much memory is set aside as read() asks for
             limit = min(limit, os.stat(path).st_size)
         with opened(name, path) as file:
             raw = file.read(limit).removeprefix(BOM)
@@ -132,23 +130,19 @@ def read(name: str, path: Path, options: Options, start: Position) -> Iterator[B
             yield Batch([raw], [(1, name, None)], after)
 
 
-def kind_of(name: str) -> str:
-    """The suffix of a file name, lower case, without that of a compression."""
-    return os.path.splitext(name.lower().removesuffix('.gz').removesuffix('.zst'))[1]
-
-
-def compression_of(name: str) -> str:
-    """The last suffix of a file name, lower case: .gz or .zst if it is compressed."""
-    return os.path.splitext(name.lower())[1]
+def suffixes(name: str) -> tuple[str, str]:
+    """(kind, compression) by the suffixes of a file name: ('.txt', '.gz') or ('.parquet', '')."""
+    name, last = os.path.splitext(name.lower())
+    return (os.path.splitext(name)[1], last) if last in COMPRESSED else (last, '')
 
 
 @contextmanager
 def opened(name: str, path: Path) -> Iterator[IO[bytes]]:
     """A file open for reading, decompressed; a damaged one raises ValueError with its name."""
-    compression = compression_of(name)
-    if compression == '.gz':
+    _, packed = suffixes(name)
+    if packed == '.gz':
         file = gzip.open(path)
-    elif compression == '.zst':
+    elif packed == '.zst':
         import pyarrow
         file = pyarrow.input_stream(str(path), compression='zstd')
     else:
@@ -157,7 +151,7 @@ def opened(name: str, path: Path) -> Iterator[IO[bytes]]:
         with file:
             yield file
     except (EOFError, zlib.error, OSError) as error:
-        if compression not in COMPRESSED:
+        if not packed:
             raise
         raise ValueError(f'{name}: damaged or truncated ({error}); get it again') from None
 
@@ -166,17 +160,20 @@ def opened(name: str, path: Path) -> Iterator[IO[bytes]]:
 
 def separated_batches(name: str, path: Path, options: Options, start: Position) -> Iterator[Batch]:
     """Batches of the lines of a .jsonl, or of the parts between options.separator."""
-    is_json, (_, offset, number) = kind_of(name) in LINES, start
+    is_json, (_, offset, number) = suffixes(name)[0] in LINES, start
     separator = b'\n' if is_json else options.separator.encode()
     room = len(separator) + separator.count(b'\n')      # bytes of the longest one
     label = f'{name}:' if is_json else f'{name}: document '
     pending, too_long = bytearray(), False          # read from `offset` on, without a separator
     with opened(name, path) as file:
         seek(file, offset)
-        for chunk in chunks(file):
+        for chunk in chunks(file):                  # the last one is empty
             pending += chunk
             has_bom = BOM in pending
-            raws = split(pending, separator, max(0, len(pending) - len(chunk) - room + 1))
+            if chunk:
+                raws = split(pending, separator, max(0, len(pending) - len(chunk) - room + 1))
+            else:
+                raws = [bytes(pending), b''] if pending or too_long else [b'']
             if len(raws) == 1:
                 too_long = too_long or len(pending) > options.max_bytes + room
                 if too_long:                        # keep only what may begin a separator
@@ -186,20 +183,18 @@ def separated_batches(name: str, path: Path, options: Options, start: Position) 
                 continue
             offset += len(pending) - len(raws[-1])
             pending = bytearray(raws.pop())
-            after = Position(start.file, offset, number + len(raws))
+            left_out = () if number or chunk or is_json or too_long else ((NO_SEPARATOR, name),)
+            first, number = number + 1, number + len(raws)
+            after = Position(start.file, offset, number) if chunk else Position(start.file + 1)
             raws = stripped(raws, has_bom)
-            yield numbered(raws, label, number, after, is_json, too_long)
-            number, too_long = after.number, False
-    if pending or too_long:
-        after = Position(start.file + 1)
-        batch = numbered(stripped([bytes(pending)], True), label, number, after, is_json, too_long)
-        if not (number or is_json or too_long):
-            batch = batch._replace(left_out=(('without the separator', name),))
-        yield batch
+            if too_long:
+                left_out = ((TOO_LONG, f'{label}{first}'),)
+                raws, first, too_long = raws[1:], first + 1, False
+            yield Batch(raws, [(len(raws), label, first)], after, is_json, left_out)
 
 
 def chunks(file: IO[bytes]) -> Iterator[bytes]:
-    """What is left of a file in pieces, none of which ends between \\r and \\n."""
+    """What is left of a file in pieces; none ends between \\r and \\n, and the last is empty."""
     held = b''
     while chunk := file.read(BATCH_BYTES):
         chunk, held = held + chunk, b''
@@ -209,6 +204,7 @@ def chunks(file: IO[bytes]) -> Iterator[bytes]:
             yield chunk
     if held:
         yield held
+    yield b''
 
 
 def split(raw: bytearray, separator: bytes, start: int) -> list[bytes]:
@@ -226,15 +222,6 @@ def stripped(raws: list[bytes], has_bom: bool) -> list[bytes]:
     """Documents without line ends around them, and without byte order marks at their beginning."""
     raws = [raw.strip(b'\r\n') for raw in raws]
     return [raw.removeprefix(BOM).lstrip(b'\r\n') for raw in raws] if has_bom else raws
-
-
-def numbered(raws: list[bytes], label: str, number: int, after: Position, is_json: bool,
-             too_long: bool) -> Batch:
-    """A batch of documents after the first `number`; of the first only the end, if too long."""
-    first, left_out = number + 1, ()
-    if too_long:
-        raws, first, left_out = raws[1:], number + 2, ((TOO_LONG, f'{label}{number + 1}'),)
-    return Batch(raws, [(len(raws), label, first)], after, is_json, left_out)
 
 
 def seek(file: IO[bytes], offset: int) -> None:
@@ -267,11 +254,9 @@ def parquet_batches(name: str, path: Path, options: Options, start: Position) ->
     except (ArrowException, OSError, KeyError, ValueError) as error:
         raise ValueError(f'{name}: not a parquet file, or damaged ({error})') from None
     if options.errors != 'skip':
-        problem = f'no column {key!r} among {", ".join(columns)}'
-        if key in columns:
-            problem = f'{key} is {columns[key]}, expected a string'
-        raise ValueError(f'{name}: {problem}; --text_key names another column, --errors=skip '
-                         f'leaves such files out')
+        found = ', '.join(f'{column} ({kind})' for column, kind in columns.items())
+        raise ValueError(f'{name}: given the columns {found}, expected {key!r} of strings; '
+                         f'--text_key names another one, --errors=skip leaves such files out')
     yield Batch([], [], Position(start.file + 1), left_out=((f'files without {key}', name),))
 
 
@@ -302,23 +287,17 @@ def row_batches(table: Any, name: str, key: str, start: Position) -> Iterator[Ba
 
 
 def decoded_rows(column: Any) -> Iterator[list[bytes]]:
-    """The rows of a column; of one of references to values about BATCH_BYTES at a time."""
-    import numpy as np
+    """The rows of a column; of one of references to values at most about BATCH_BYTES at a time."""
     import pyarrow
     from pyarrow import compute
-    first, ends = 0, []
-    if pyarrow.types.is_dictionary(column.type):
-        sizes = compute.binary_length(column.dictionary).take(column.indices).fill_null(0)
-        ends = np.cumsum(sizes.to_numpy(), dtype=np.int64)
-    while first < len(column):
-        last = len(column)
-        if len(ends):
-            limit = int(ends[first - 1] if first else 0) + BATCH_BYTES
-            last = max(first + 1, int(np.searchsorted(ends, limit, side='right')))
-        rows = column[first:last]
-        rows = rows.dictionary_decode() if len(ends) else rows
+    is_dictionary, step = pyarrow.types.is_dictionary(column.type), max(1, len(column))
+    if is_dictionary:
+        longest = compute.max(compute.binary_length(column.dictionary)).as_py()
+        step = max(1, BATCH_BYTES // (longest or 1))
+    for first in range(0, len(column), step):
+        rows = column[first:first + step]
+        rows = rows.dictionary_decode() if is_dictionary else rows
         yield [raw or b'' for raw in rows.cast(pyarrow.large_binary()).to_pylist()]
-        first = last
 
 
 def joined_rows(batches: Iterator[Batch], begins: str, start: Position) -> Iterator[Batch]:
@@ -391,7 +370,14 @@ def parsed(raw: bytes, is_json: bool, options: Options) -> tuple[str, bytes, lis
     """(text, the same as UTF-8, remarks) of a document; text '' leaves it out."""
     if len(raw) > options.max_bytes:
         return '', b'', [TOO_LONG]
-    original, intact = decoded(raw, options.errors)
+    try:
+        original, intact = raw.decode(), True
+    except UnicodeDecodeError as error:
+        if options.errors != 'replace':
+            raise BadDocument('not UTF-8', f'byte {raw[error.start]:#04x} at {error.start:,} is '
+                              f'not UTF-8; {how_to_convert(raw)}, or give --errors=replace or '
+                              f'--errors=skip') from None
+        original, intact = raw.decode(errors='replace'), False
     if is_json:
         original = json_text(original, options.text_key)
     text = plain_text(original)
@@ -406,16 +392,9 @@ def parsed(raw: bytes, is_json: bool, options: Options) -> tuple[str, bytes, lis
         except UnicodeEncodeError:                  # lone surrogates, which UTF-8 cannot encode
             text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
             raw, intact = text.encode(), False
-    remarks = []
-    if not intact:
-        remarks.append(REPAIRED)
-    if not is_plain:
-        remarks.append(PLAIN)
-    if b'\0' in raw:
-        remarks.append('with NUL bytes, kept')
-    if b'<|endoftext|>' in raw:
-        remarks.append(HAS_EOT)
-    return text, raw, remarks
+    remarks = {REPAIRED: not intact, PLAIN: not is_plain, 'with NUL bytes, kept': b'\0' in raw,
+               HAS_EOT: b'<|endoftext|>' in raw}
+    return text, raw, [remark for remark, is_true in remarks.items() if is_true]
 
 
 def unwrapped(text: str) -> str:
@@ -444,33 +423,17 @@ def unwrapped(text: str) -> str:
     return '\n'.join(paragraphs)
 
 
-def decoded(raw: bytes, errors: str) -> tuple[str, bool]:
-    """(text, whether all of it was UTF-8)."""
-    try:
-        return raw.decode(), True
-    except UnicodeDecodeError as error:
-        if errors == 'replace':
-            return raw.decode(errors='replace'), False
-        raise BadDocument('not UTF-8', f'byte {raw[error.start]:#04x} at {error.start:,} is not '
-                          f'UTF-8; {how_to_convert(raw)}, or give --errors=replace or '
-                          f'--errors=skip') from None
-
-
 def json_text(line: str, text_key: str) -> str:
     """The text in a line of JSON, '' for null."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:   # RecursionError: thousands of brackets
-        message = f'not JSON: {error}'.partition(' for integer string')[0]
-        if line.strip() in ('[', '{'):
-            message += f'; {ONE_PER_LINE}'
-        raise BadDocument('not JSON', message) from None
-    if not isinstance(row, dict):
-        raise BadDocument(f'without {text_key}', ONE_PER_LINE)
-    if text_key not in row:
-        found = ', '.join(key[:40] for key in list(row)[:8]) or 'none'
-        raise BadDocument(f'without {text_key}', f'no field {text_key!r} among {found!r}; '
-                                                 f'--text_key names another')
+        reason = str(error).partition(' for integer string')[0]
+        raise BadDocument('not JSON', f'not JSON: {reason}; {ONE_PER_LINE}') from None
+    if not isinstance(row, dict) or text_key not in row:
+        found = ', '.join(key[:40] for key in list(row)[:8]) if isinstance(row, dict) else ''
+        raise BadDocument(f'without {text_key}', f'no field {text_key!r} among {found!r}, '
+                          f'--text_key names another; {ONE_PER_LINE}')
     text = row[text_key]
     if not isinstance(text, str | None):
         raise BadDocument(f'with a {text_key} that is not a string',

@@ -38,19 +38,12 @@ class SplitRule(NamedTuple):
     low: float = 0.0        # but those below are not; of CUT: short documents are not cut
 
 
-class Encoded(NamedTuple):
-    """The part of a batch in one split."""
-    ids: bytes              # uint16
-    tokens: int
-    documents: int
-    bytes: int              # of the text as UTF-8
-
-
 def tokenized(batches: Iterable[documents.Batch], workers: int, vocabulary: Path,
               options: documents.Options, rule: SplitRule) -> Iterator[tuple]:
-    """(after, {'train': Encoded, 'val': Encoded}, counts) of every batch, in order.
+    """(after, {split: (ids, amounts)}, counts) of every batch, in order.
 
-    vocabulary: a tokenizer.json. counts: see documents.texts().
+    vocabulary: a tokenizer.json. ids: uint16 as bytes. amounts: tokens, documents, and bytes of the
+    text as UTF-8. counts: see documents.texts().
     """
     setup = vocabulary, options, rule
     if workers == 1:
@@ -138,7 +131,8 @@ def tokenize(batch: documents.Batch) -> tuple:
     made = {}
     for split in texts:
         ids = encode_documents(WORKER['encoding'], texts[split])
-        made[split] = Encoded(ids.tobytes(), len(ids), len(texts[split]), sizes[split])
+        amounts = {'tokens': len(ids), 'documents': len(texts[split]), 'bytes': sizes[split]}
+        made[split] = ids.tobytes(), amounts
     return batch.after, made, counts
 
 

@@ -77,14 +77,6 @@ def ngrams_of(texts: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(hashes), np.concatenate(of)
 
 
-def distinct(hashes: np.ndarray) -> np.ndarray:
-    """Each of the hashes once, sorted; faster than np.unique, which hashes them again."""
-    hashes = np.sort(hashes)
-    is_first = np.ones(len(hashes), bool)
-    is_first[1:] = hashes[1:] != hashes[:-1]
-    return hashes[is_first]
-
-
 def look_up(pieces: Iterable[bytes], known: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
     """Which of the n-grams {n: distinct hashes, sorted} appear in a text: {n: array of bool}.
 
@@ -107,24 +99,3 @@ def look_up(pieces: Iterable[bytes], known: dict[int, np.ndarray]) -> dict[int, 
             places = np.minimum(np.searchsorted(hashes, grams), len(hashes) - 1)
             found[n][places[hashes[places] == grams]] = True
     return found
-
-
-def longest(hits: np.ndarray, hashes: np.ndarray, of: np.ndarray,
-            most: int) -> list[tuple[int, int, int]]:
-    """[(text, first n-gram in it, how many in a row)] of the longest runs of hits.
-
-    hits: which n-grams of ngrams_of() were found. A run that shares an n-gram with a longer one is
-    left out.
-    """
-    if not len(hits):
-        return []
-    index, runs = np.arange(len(hits)), []
-    text_start = np.searchsorted(of, of)            # the first n-gram of each one's text
-    last_miss = np.maximum.accumulate(np.where(hits, -1, index))
-    length = index - np.maximum(last_miss, text_start - 1)          # of the run that ends here
-    while len(runs) < most and length.max() > 0:
-        last, size = int(length.argmax()), int(length.max())
-        first = last - size + 1
-        runs.append((int(of[last]), first - int(text_start[last]), size))
-        length[np.isin(hashes, hashes[first:last + 1])] = 0
-    return runs

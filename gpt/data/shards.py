@@ -43,6 +43,7 @@ class Plan(TypedDict):
     name: str
     source: Source
     settings: Settings
+    reader: NotRequired[int]        # how text is read, in the note of an unfinished data set
 
 
 class Vocabulary(TypedDict):
@@ -175,11 +176,9 @@ def count_tokens(path: Path) -> tuple[int, int]:
         check_uint16(path, size)
         return size // 2, 0
     header = np.fromfile(path, '<i4', count=256)
-    if len(header) < 256 or header[0] != MAGIC:
-        raise ValueError(f'{path}: not a token shard (its first number is not {MAGIC}); '
+    if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
+        raise ValueError(f'{path}: not a token shard (it does not begin with {MAGIC}, {VERSION}); '
                          f'prepare the data set again')
-    if header[1] != VERSION:
-        raise ValueError(f'{path}: shard format {header[1]}, expected {VERSION}')
     count = int(header[2])
     if size != HEADER_BYTES + 2 * count:
         raise ValueError(f'{path}: the header says {count:,} tokens, the file holds '
@@ -201,12 +200,14 @@ def check_uint16(path: Path, size: int) -> None:
 def prepare_command(name: str, data_dir: str | Path = '') -> str:
     """The command that makes data set `name`, for error messages."""
     name = Path(name).name
-    flags = {'pydocs': '', 'shakespeare': ' --dataset=shakespeare',
-             'shakespeare_char': ' --dataset=shakespeare --tokenizer=chars'}
-    if name.startswith(('fineweb', 'openwebtext', 'tinystories', 'wikitext-103')):
-        flags[name] = f' --dataset={name}'
+    flags = f'--name={name} FILES_OR_FOLDERS'
+    if name == 'shakespeare_char':
+        flags = '--dataset=shakespeare --tokenizer=chars'
+    elif name.startswith(('pydocs', 'shakespeare', 'fineweb', 'openwebtext', 'tinystories',
+                          'wikitext-103')):
+        flags = f'--dataset={name}'
     place = f' --data_dir={data_dir}' if data_dir else ''
-    return 'python data/prepare.py' + flags.get(name, f' --name={name} FILES_OR_FOLDERS') + place
+    return f'python data/prepare.py {flags}{place}'
 
 
 class Tokens:
@@ -297,30 +298,41 @@ def missing(name: str, split: str, data_dir: str | Path) -> str:
 
 
 def documents(tokens: Tokens, eot_id: int | None,
-              size: int = 2 ** 22) -> Iterator[tuple[np.ndarray, bool]]:
-    """Every document of the split in order, as (ids without <|endoftext|>, whether it ends here).
+              size: int = 2 ** 22) -> Iterator[tuple[int, bytes]]:
+    """(number of tokens, 16 bytes of hash) of every document of the split in order.
 
-    One longer than `size` comes in several pieces, the last may be empty. Tokens before the first
-    <|endoftext|> are a document too; then one at the very end starts none, as in nanoGPT's files,
-    where it follows each document. Without eot_id the split is one document.
+    Tokens before the first <|endoftext|> are a document too; then one at the very end starts none,
+    as in nanoGPT's files, where it follows each document. Without eot_id the split is one document.
+    size: tokens in memory.
     """
-    rest = np.empty(0, np.uint16)       # of the open document
-    cut = False                         # whether a piece of it was yielded
-    eots, leading = 0, False            # whether a document precedes the first <|endoftext|>
+    length, digest = 0, hashlib.blake2b(digest_size=16)             # of the open document
+    is_begun, has_leading = False, False
     for chunk in tokens.chunks(size):
-        ids, start = np.concatenate([rest, chunk]), 0
-        ends = [] if eot_id is None else np.flatnonzero(ids == eot_id).tolist()
-        for end in ends:
-            if eots or end or cut:      # else nothing precedes the first one
-                yield ids[start:end], True
-                leading |= not eots
-            start, eots, cut = end + 1, eots + 1, False
-        rest = ids[start:]
-        if len(rest) >= size:
-            yield rest, False
-            rest, cut = rest[:0], True
-    if len(rest) or cut or eots and not leading:
-        yield rest, True
+        rest, *parts = np.split(chunk, np.flatnonzero(chunk == eot_id))     # at <|endoftext|>
+        length += len(rest)
+        digest.update(rest)
+        for part in parts:
+            if is_begun or length:      # else nothing precedes the first one
+                yield length, digest.digest()
+                has_leading |= not is_begun
+            length, digest = len(part) - 1, hashlib.blake2b(part[1:], digest_size=16)
+            is_begun = True
+    if length or is_begun and not has_leading:
+        yield length, digest.digest()
+
+
+def describe_source(manifest: dict) -> str:
+    """What a data set was made from, according to its manifest or its plan."""
+    if not manifest:
+        return 'shards without a manifest, taken for tokens of gpt2'
+    files = manifest['source'].get('files')
+    if not files:
+        return ', '.join(map(str, manifest['source'].values()))
+    names = [file for file, *_ in files[:2]]
+    if len(files) > 2:
+        names.append('…')
+    number = '1 file' if len(files) == 1 else f'{len(files):,} files'
+    return f"{', '.join(names)} ({number}, {sum(size for _, size, *_ in files):,} bytes)"
 
 
 def read_manifest(name: str, data_dir: str | Path = '') -> dict:
@@ -328,16 +340,11 @@ def read_manifest(name: str, data_dir: str | Path = '') -> dict:
     folder = Path(data_dir or DATA_DIR) / name
     path = folder / 'manifest.json'
     if path.exists():
-        try:
-            manifest = read_json(path, Manifest)
-            if manifest['splits'].keys() != {'train', 'val'}:
-                raise ValueError(f"splits: given {', '.join(manifest['splits'])!r}, expected "
-                                 f"'train, val'")
-            return manifest
-        except ValueError as error:
-            problem = str(error).removeprefix(f'{path}: ')
-            raise ValueError(f'{path} is damaged ({problem}); delete the folder and '
-                             f'prepare the data set again') from None
+        manifest = read_json(path, Manifest)
+        if manifest['splits'].keys() != {'train', 'val'}:
+            raise ValueError(f"{path}: splits: given {', '.join(manifest['splits'])!r}, expected "
+                             f"'train, val'")
+        return manifest
     if (folder / 'meta.pkl').exists():
         raise ValueError(f'{folder}: made by nanoGPT with a vocabulary in meta.pkl; pickles '
                          f'are not read, run\n    {prepare_command(name, data_dir)}')
@@ -387,17 +394,7 @@ def leaked(name: str, data_dir: str | Path = '') -> int:
     vocabulary = read_manifest(name, data_dir)['tokenizer']
     if vocabulary['eot_id'] is None:
         return 0
-    seen, both = set(), 0
-    for split in ('val', 'train'):
-        tokens = Tokens(name, split, vocabulary['vocab_size'], data_dir)
-        digest = hashlib.blake2b(digest_size=16)
-        for ids, ends in documents(tokens, vocabulary['eot_id']):
-            digest.update(ids)
-            if not ends:
-                continue
-            if split == 'val':
-                seen.add(digest.digest())
-            elif digest.digest() in seen:
-                both += 1
-            digest = hashlib.blake2b(digest_size=16)
-    return both
+    val, train = (documents(Tokens(name, split, vocabulary['vocab_size'], data_dir),
+                            vocabulary['eot_id']) for split in ('val', 'train'))
+    seen = {digest for _, digest in val}
+    return sum(digest in seen for _, digest in train)

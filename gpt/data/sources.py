@@ -11,9 +11,8 @@ import os
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from gpt.data.documents import EXPECTED, SUFFIXES
 from gpt.files import download, plain_file, sha256
-from gpt.hub import check_reachable
+from gpt.hub import check_reachable, hub_error, hub_errors
 from gpt.shapes import bounded, is_text
 
 READY = {       # shards of GPT-2's tokens in our own format: the hub's repository
@@ -82,10 +81,10 @@ def find(dataset: str, inputs: Sequence[str], split: str, downloads: Path) -> So
     if dataset in ('', 'pydocs'):
         files = [File(str(path), path, path.stat().st_size, '') for path in python_files()]
         return Source('pydocs', files, {'pydocs': f'Python {sys.version.split()[0]}'})
-    if dataset in READY or dataset in HUB or dataset.startswith('hub:'):
-        with hub_errors(dataset):
-            check_reachable()
-        return ready_shards(dataset) if dataset in READY else from_hub(dataset, split)
+    if dataset in READY:
+        return ready_shards(dataset)
+    if dataset in HUB or dataset.startswith('hub:'):
+        return from_hub(dataset, split)
     if not Path(dataset).expanduser().exists() and not glob.has_magic(dataset):
         close = difflib.get_close_matches(dataset, NAMES, n=1)
         hint = f', did you mean {close[0]!r}' if close else ''
@@ -110,8 +109,7 @@ def from_files(inputs: Sequence[str]) -> Source:
             found.setdefault(identity(path), path)
     folder = os.path.commonpath([folder_of(os.path.abspath(text)) for text in given])
     files = []
-    for path in tqdm(found.values(), 'checksums', unit='file', leave=False, delay=2,
-                     disable=not sys.stderr.isatty()):
+    for path in tqdm(found.values(), 'checksums', unit='file', leave=False, delay=2, disable=None):
         stat, label = os.stat(path), os.path.relpath(path, folder)
         files.append(File(path, Path(path), stat.st_size, sha256(path), stat.st_mtime_ns,
                           label.replace(os.sep, '/')))
@@ -169,14 +167,10 @@ def files_in(folder: str) -> list[str]:
                 texts.append(path)
             else:
                 others[os.path.splitext(name)[1] or name] += 1
+    skipped = ', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items()))
     if not texts:
-        hint = ''
-        if others['.arrow']:
-            hint = ("; .arrow files are those of datasets' save_to_disk: "
-                    "datasets.load_from_disk(…).to_parquet('a.parquet') converts them")
-        raise ValueError(f'{folder}: there is no {EXPECTED} in this folder{hint}')
-    if others:
-        skipped = ', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items()))
+        raise ValueError(f'{folder}: given {skipped or "no files"}, expected {EXPECTED}')
+    if skipped:
         print(bounded(f'{folder}: skipped {skipped}'))
     return sorted(texts, key=lambda path: path.split(os.sep))
 
@@ -222,10 +216,11 @@ def hub_files(repo: str, config: str, split: str) -> list[File]:
     """
     import datasets
     try:
+        check_reachable()
         splits = datasets.load_dataset_builder(repo, config or None).config.data_files
     except Exception as error:                          # each failure has a class of its own
         if 'scripts are no longer supported' not in str(error):
-            raise hub_error(f'hub:{repo}', error) from None
+            raise hub_error(repo, error) from None
         splits = None
     if splits and split not in splits:
         raise ValueError(f"hub:{repo}: no split {split!r} among {', '.join(map(str, splits))}; "
@@ -255,7 +250,8 @@ def converted_files(repo: str, config: str, split: str) -> list[File]:
 def list_repo(repo: str, revision: str) -> tuple[str, list[str]]:
     """(commit, names of all files) of a data set repository."""
     from huggingface_hub import HfApi
-    with hub_errors(f'hub:{repo}'):
+    with hub_errors(repo):
+        check_reachable()
         info = HfApi().dataset_info(repo, revision=revision)
     return info.sha, sorted(file.rfilename for file in info.siblings)
 
@@ -264,7 +260,7 @@ def describe_files(repo: str, revision: str, names: list[str]) -> list[File]:
     """The Files of these names, in this order, with their sizes and hashes."""
     from huggingface_hub import HfApi
     found = {}
-    with hub_errors(f'hub:{repo}'):
+    with hub_errors(repo):
         for i in range(0, len(names), 500):
             for info in HfApi().get_paths_info(repo, names[i:i + 500], revision=revision,
                                                repo_type='dataset'):
@@ -272,31 +268,6 @@ def describe_files(repo: str, revision: str, names: list[str]) -> list[File]:
                                         info.lfs.sha256 if info.lfs else info.blob_id,
                                         repo=repo, revision=revision)
     return [found[name] for name in names]
-
-
-@contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise hub_error(what, error) from None
-
-
-def hub_error(what: str, error: Exception) -> Exception:
-    """What to raise for an error of the hub's client: one line that says what to do."""
-    from huggingface_hub import errors
-    words = ' '.join(str(error).split())
-    first = str(error).strip().partition('\n')[0]
-    if isinstance(error, errors.GatedRepoError):
-        return ValueError(f'{what}: is gated; ask for access on its page, then set HF_TOKEN')
-    if isinstance(error, errors.RepositoryNotFoundError) or 'exist on the Hub' in first:
-        return ValueError(f'{what}: no such data set on the hub, or a private one (set HF_TOKEN)')
-    if 'BuilderConfig' in first or 'Config name is missing' in first:
-        return ValueError(f'{what}: {words[:400]}; give one, as in {what}:CONFIG')
-    return ConnectionError(f'{what}: the hub cannot be reached or failed '
-                           f'({type(error).__name__}: {first[:200]}); check the network, set '
-                           f'HF_ENDPOINT to a mirror, or download the files by other means and '
-                           f'give them instead (ready shards: into data/NAME/)')
 
 
 class Downloads:
@@ -322,7 +293,7 @@ def download_from_hub(file: File, folder: Path, tries: int = 2) -> Path:
     """The path in `folder` of a file of the hub, or in its cache; size and sha256 are checked."""
     from huggingface_hub import hf_hub_download
     for _ in range(tries):
-        with hub_errors(f'{file.repo}: {file.name}'):
+        with hub_errors(file.repo):
             path = Path(hf_hub_download(file.repo, file.name, repo_type='dataset',
                                         revision=file.revision, local_dir=folder))
         found = sha256(path)
