@@ -130,7 +130,7 @@ class Trainer:
 
     def compile_validation(self, shape: tuple[int, int], tokens: float) -> None:
         """Compile the loss without gradients, for batches of this shape (B, T), if that saves time
-        in a run that validates on so many tokens. Not of a sharded model."""
+        in a run whose validations have `tokens` tokens in all. Not of a sharded model."""
         world, flops = self.world, self.model.flops_per_token() / 3 * tokens / self.world.size
         pays = flops > MIN_VALIDATION_FLOPS.get(world.device.type, math.inf)
         if not (pays and self.is_compiled) or is_sharded(self.model):

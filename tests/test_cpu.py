@@ -34,7 +34,7 @@ def test_packed_weights_give_the_same_logits_and_text(dtype, B):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='of glibc')
 def test_the_memory_of_freed_tensors_is_kept():
-    """The sixth pass of a GPT with 64 MB of logits has few page faults. By default glibc returns
+    """A later pass of a GPT with 64 MB of logits has few page faults. By default glibc returns
     blocks above 32 MB to the kernel."""
     code = ('import resource, torch\n'
              'from gpt.world import World\n'
@@ -43,9 +43,11 @@ def test_the_memory_of_freed_tensors_is_kept():
              'if KEEP: World.join("cpu")\n'
              'net = GPT(GPTConfig(256, 4096, 2, 2, 64))\n'
              'ids = torch.zeros(16, 256, dtype=torch.long)\n'
-             'for _ in range(6):\n'
+             'counts = []\n'
+             'for _ in range(10):\n'
              '    before = faults(); net(ids, ids).backward(); net.zero_grad()\n'
-             'print(faults() - before)')
+             '    counts.append(faults() - before)\n'
+             'print(min(counts))')
     counts = []
     for keep in (True, False):
         result = subprocess.run([sys.executable, '-c', code.replace('KEEP', str(keep))], cwd=ROOT,

@@ -220,8 +220,8 @@ def test_the_questions_can_be_downloaded_alone(data, capsys):
     (['--model=random:gpt3'], 'random:gpt3: expected random: and one of gpt2, gpt2-medium'),
     (['--data=nothing.jsonl'], 'nothing.jsonl: cannot read this file'),
     (['--compare=a.json'], 'expected two results'),
-    (['--out=tests'], 'tests: is a folder, expected the name of a file'),
-    (['--dump=tests'], 'tests: is a folder, expected the name of a file')])
+    (['--out=tests'], 'tests: is a folder, expected a plain file'),
+    (['--dump=tests'], 'tests: is a folder, expected a plain file')])
 def test_bad_input_is_refused(data, flags, words):
     with pytest.raises(ValueError, match=words):
         command(hellaswag, f'--data={data}', *flags)
