@@ -21,6 +21,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # this file runs from data/
@@ -79,6 +80,7 @@ SAMPLE_CHARACTERS = 2 ** 28         # of the training text, from which a tokeniz
 LARGE_BYTES = 2 ** 25       # a larger corpus is tokenized by one process per core
 SAVE_SECONDS = 2            # between writes of progress.json
 READER = 2                  # in plan.json: how text is read; 1 kept carriage returns
+SEARCHED_TOKENS = 2 ** 28   # of a split, for these
 BOUNDS = (
     ("'strict', 'replace' or 'skip'", ('strict', 'replace', 'skip').__contains__, 'errors'),
     ('more than 0, at most 1e6', lambda value: 0 < value <= 1e6, 'max_document_mb'),
@@ -123,7 +125,7 @@ def main(cfg):
     plan = make_plan(cfg, source)
     folder = root / plan['name']
     with locked(root / '.locks' / plan['name'], folder):
-        if folder.exists() and is_current(folder, plan, cfg.replace):
+        if folder.exists() and is_current(folder, plan, source.ready, cfg.replace):
             return
         print(f'{folder}: preparing {describe_source(plan)}', flush=True)
         partial = open_partial(folder.with_name(f'.{folder.name}.partial'), plan)
@@ -182,7 +184,7 @@ def locked(path, folder):
         yield
 
 
-def is_current(folder, plan, replace):
+def is_current(folder, plan, ready, replace):
     """Whether the data set exists as planned; if not, it will be replaced.
 
     ValueError for a folder not made here, and without `replace` for a data set of other text or
@@ -207,12 +209,30 @@ def is_current(folder, plan, replace):
                              if grows else 'it will be replaced'))
         return False
     try:
-        load_facts(folder.name, folder.parent)
+        is_old = not (ready or documents.PLAIN in existing.get('remarks', {})) and (
+            has_returns(folder))
     except ValueError as error:
         print(f'{error}: it will be replaced')
         return False
+    if is_old:
+        print(f'{folder} holds carriage returns, as earlier versions kept them; '
+              + ('it will be replaced' if replace else '--replace prepares it again without them '
+                 '(a run trained on it cannot be resumed then)'))
+        return not replace
     print(f"{folder} is up to date: this text, these settings; --verify={plan['name']} checks it")
     return True
+
+
+def has_returns(folder):
+    """Whether carriage returns are among the first tokens of either split."""
+    _, encoding = load_facts(folder.name, folder.parent)
+    held = np.array([b'\r' in token for token in token_bytes(encoding)])
+    for split in ('train', 'val') if held.any() else ():
+        tokens = Tokens(folder.name, split, encoding.n_vocab, folder.parent)
+        for ids in islice(tokens.chunks(), SEARCHED_TOKENS // 2 ** 22):
+            if held[ids].any():
+                return True
+    return False
 
 
 def differences(made, plan):

@@ -398,15 +398,28 @@ def as_before(tmp_path, monkeypatch, source):
         monkeypatch.undo()
 
 
-def test_a_data_set_with_carriage_returns_is_kept(tmp_path, monkeypatch, capsys):
+def test_a_data_set_with_carriage_returns_is_kept_and_said(tmp_path, monkeypatch, capsys):
     """A run may be trained on it."""
     source = tmp_path / 'a.txt'
     source.write_bytes(WINDOWS['a.txt'])
     as_before(tmp_path, monkeypatch, source)
     before = files_in(tmp_path / 'd')
     run(tmp_path, source)
-    assert 'is up to date' in capsys.readouterr().out and files_in(tmp_path / 'd') == before
+    assert 'holds carriage returns' in capsys.readouterr().out
+    assert files_in(tmp_path / 'd') == before
     assert any('\r' in text for text in sum(decoded(tmp_path).values(), []))
+    for words in ('it will be replaced', 'is up to date'):
+        run(tmp_path, source, replace=True)
+        assert words in capsys.readouterr().out
+        assert not any('\r' in text for text in sum(decoded(tmp_path).values(), []))
+
+
+def test_a_data_set_of_an_earlier_version_without_any_is_up_to_date(tmp_path, monkeypatch, capsys):
+    source = write_jsonl(tmp_path / 'a.jsonl')
+    as_before(tmp_path, monkeypatch, source)
+    before = files_in(tmp_path / 'd')
+    run(tmp_path, source)
+    assert 'is up to date' in capsys.readouterr().out and files_in(tmp_path / 'd') == before
 
 
 def test_a_manifest_with_base_names_is_up_to_date(tmp_path, capsys):
