@@ -197,6 +197,11 @@ def rows_of(context: Sequence[int], endings: Sequence[Sequence[int]],
         branch=np.repeat(np.arange(len(endings) + 1), (C, *counts)))]
 
 
+def rolling_loglikelihood(model: Callable, ids: Sequence[int], stride: int = 0, **options) -> Score:
+    """The Score of one long text of ids; see rolling_loglikelihoods."""
+    return rolling_loglikelihoods(model, [ids], stride, **options)[0]
+
+
 def rolling_loglikelihoods(model: Callable, texts: Sequence[Sequence[int]], stride: int = 0, *,
                            prefix: int | None = None, block_size: int | None = None,
                            **options) -> list[Score]:

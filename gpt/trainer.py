@@ -28,12 +28,12 @@ MIN_VALIDATION_FLOPS = {'cuda': 1e16}   # of a run and process; compiling saves 
 class TrainerConfig:
     """Settings of train.py, by the same names."""
     compile: bool | str = 'auto'
-    compile_as_before: bool = False     # no setting: `compile` is what the resumed run did
     parallel: str = 'ddp'
     checkpoint_activations: bool = False
     half_residual: bool | str = 'auto'
     plan: bool = False
     logits_per_slice: int = 0           # no setting; 0: see logits_per_slice()
+    compile_as_before: bool = False     # no setting: `compile` is what the resumed run did
 
 
 class Trainer:

@@ -35,7 +35,7 @@ from gpt import curves, report, results, tokenizer
 from gpt import settings as gpt_settings
 from gpt.config_file import as_config_file
 from gpt.data import benchmarks, documents, sets, shards
-from gpt.settings import raised_here
+from gpt.script import raised_here
 
 EXAMPLES = int(os.environ.get('FUZZ', 600 if '--slow' in sys.argv else 12))
 MAX_SECONDS, MAX_GROWTH = 20, 2 ** 30
