@@ -102,7 +102,9 @@ def resolved(cfg):
         if cfg.protocol != 'paper':
             raise ValueError(f'protocol: given {cfg.protocol!r}, but a --file has none')
         return replace(cfg, task='file', protocol='text')
-    check_choices(cfg, task=[task for task in TASKS if task != 'file'])
+    if cfg.task not in (tasks := [task for task in TASKS if task != 'file']):
+        raise ValueError(f"task: given {cfg.task!r}, expected one of {', '.join(tasks)}, "
+                         f'or --file=ANY.txt')
     check_choices(cfg, protocol=TASKS[cfg.task].protocols)
     return cfg
 

@@ -3,7 +3,7 @@ A trained model as a folder to give away: weights in bfloat16, tokenizer, settin
 
     python publish.py --model=out/checkpoint --to=checkpoint --about=FILE:about.md
     python publish.py --model=out/first --to=my-gpt --prompts=Once,Twice
-    hf upload me/mine mine                          # to the hub, with an account there
+    hf upload me/my-gpt my-gpt                      # to the hub, with an account there
 """
 
 import math

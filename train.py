@@ -214,8 +214,8 @@ def start(cfg, world, run, started):
     trainer.prepare(batch, 60 * cfg.minutes or micro_batches and
                     micro_batches * trainer.eager_seconds(batch))
     tokens = min(section(cfg, ValidationConfig).tokens, sum(len(part.val) for part in data.sets))
-    trainer.compile_validation((cfg.batch_size, cfg.block_size),
-                               cfg.max_iters / cfg.eval_interval * tokens)
+    visits = 0 if cfg.minutes else cfg.max_iters / cfg.eval_interval    # not yet known
+    trainer.compile_validation((cfg.batch_size, cfg.block_size), visits * tokens)
     forecast = Forecast(cfg, batches, budget.save_seconds(trainer))
     if cfg.plan or (cfg.minutes and not saved):
         measure_cost(data, trainer, progress, forecast)

@@ -248,10 +248,12 @@ def common_key(curves: Sequence[Curve]) -> str:
     keys = ['dataset', 'eval_tokens', 'eval_iters']
     keys += ['batch_size', 'block_size'] if first.settings.get('eval_iters') else []
     for other in curves[1:]:
-        same = all(first.settings.get(key) == other.settings.get(key) for key in keys)
-        if first.xz != other.xz or not (same or first.xz):
-            raise ValueError(f'{first.name} and {other.name} were validated on different texts: '
-                             f'nothing says which is better')
+        a, b = ({key: curve.settings.get(key) for key in keys} for curve in (first, other))
+        if first.xz != other.xz or (a != b and not first.xz):
+            texts = '; '.join(', '.join(f'{key} {value!r}' for key, value in one.items() if value)
+                              for one in (a, b))
+            raise ValueError(f'{first.name} and {other.name} were validated on different texts '
+                             f'({texts}): nothing says which is better')
     datasets = {curve.settings.get('dataset') for curve in curves}
     return 'val_loss' if len(datasets) == 1 else 'val_bits_per_byte'    # of different tokens
 

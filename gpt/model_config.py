@@ -136,6 +136,9 @@ def bounded_config(values: dict[str, Any]) -> GPTConfig:
         value = getattr(config, name)
         if type(value) is int and value > LARGEST:
             raise ValueError(f'{name}: given {value:,}, expected at most {LARGEST:,}')
+    if config.n_embd % config.n_head:
+        raise ValueError(f'n_embd: given {config.n_embd}, which must be a multiple of '
+                         f'n_head={config.n_head}')
     return config
 
 
@@ -161,4 +164,7 @@ def read_nanogpt_config(folder: str | Path) -> GPTConfig:
     args = checked(load_pickle(file).get('model_args'), where, NanoGPTArgs)
     for name in args.keys() - NanoGPTArgs.__annotations__.keys():
         raise ValueError(f'{where} has {in_words(name)}, which nanoGPT does not have')
-    return bounded_config({**args, 'dropout': 0.0, 'activation': 'gelu'})
+    try:
+        return bounded_config({**args, 'dropout': 0.0, 'activation': 'gelu'})
+    except ValueError as error:
+        raise ValueError(f'{where}: {error}') from None

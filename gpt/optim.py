@@ -212,7 +212,7 @@ def processes() -> int:
 
 
 def batches_of_one_shape(params: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Lists of parameters of one shape, of up to MAX_ELEMENTS elements for each process."""
+    """Lists of parameters of one shape; a process orthogonalizes up to MAX_ELEMENTS of one."""
     shapes = {}
     for p in params:
         shapes.setdefault(p.shape, []).append(p)

@@ -7,6 +7,7 @@ models can be compared item by item), and the published figures beside it.
 
 import json
 import math
+import os
 import platform
 import re
 import time
@@ -103,6 +104,7 @@ def run_evaluation(cfg: Any, read_data: Callable[..., tuple[Any, dict, str]],
     if cfg.compare:
         return print(compare(cfg.compare))
     check_bounds(cfg, [('0 or more', lambda value: value >= 0, 'limit batch_tokens')])
+    check_outputs(cfg, cfg.out)
     world = World.join(cfg.device, timeout_minutes=120)             # rank 0 may have to download
     items, about, published = world.on_main(read_data, cfg)
     if cfg.download:
@@ -146,20 +148,32 @@ def run_evaluation(cfg: Any, read_data: Callable[..., tuple[Any, dict, str]],
 def measured_before(cfg: Any, about: dict) -> tuple[Path, str, dict | None]:
     """(where the result is kept, all that identifies it as text, the result if it is there).
 
-    Only of the same weights, data, settings and versions is it the same result. Raises ValueError
-    for an --out or --dump that cannot be written, or is an input or an --out that is no result.
+    Only of the same weights, data, settings and versions is it the same result.
     """
-    inputs, dump = (cfg.data, getattr(cfg, 'file', '')), getattr(cfg, 'dump', '')
-    path, key = check_output(cfg.out or result_path(about), *inputs), json.dumps(about)
-    if dump:
-        check_output(dump, *inputs, path)
+    path, key = check_outputs(cfg, cfg.out or result_path(about)), json.dumps(about)
+    dump = getattr(cfg, 'dump', '')
     with suppress(ValueError):
         found = read_json(path, Finished)
         if {**found, **json.loads(key)} == found and (not dump or Path(dump).exists()):
             return path, key, found
-    if cfg.out and path.exists() and path.stat().st_size:
-        read(path)
     return path, key, None
+
+
+def check_outputs(cfg: Any, out: str | Path) -> Path | None:
+    """The file of the result. Refuses files that cannot be written or must not be, as inputs and
+    what is no result, before anything is measured."""
+    inputs, dump = (cfg.data, getattr(cfg, 'file', '')), getattr(cfg, 'dump', '')
+    if dump and out and os.path.realpath(dump) == os.path.realpath(Path(out).expanduser()):
+        raise ValueError(f'dump: given {dump!r}, which is --out; expected another file')
+    if dump:
+        check_output(dump, *inputs)
+    path = check_output(out, *inputs) if out else None
+    if path and cfg.out and path.exists() and path.stat().st_size:
+        try:
+            read(path)
+        except ValueError as error:
+            raise ValueError(f'{error}; it is not replaced, give another --out') from None
+    return path
 
 
 def limited(items: Sequence, limit: int) -> tuple[Sequence, int]:
@@ -262,7 +276,11 @@ def write(path: str | Path, result: dict) -> None:
 
 def read(path: str | Path) -> dict:
     """The result in a file; ValueError if it is none."""
-    return read_json(path, Result)
+    try:
+        return read_json(path, Result)
+    except ValueError as error:
+        problem = str(error).removeprefix(f'{path}: ')
+        raise ValueError(f'{path}: not the result of an evaluation ({problem})') from None
 
 
 def format_result(result: dict) -> str:

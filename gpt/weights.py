@@ -250,8 +250,9 @@ def fit(config: GPTConfig, weights: Weights) -> GPTConfig:
         layers = [re.match(r'h\.(\d{1,9})\.', name) for name in weights.tensors]
         layers = {int(found[1]) for found in layers if found}
         if len(layers) != config.n_layer or max(layers) >= config.n_layer:  # before one is built
-            raise ValueError(f'config.json promises n_layer={config.n_layer}; the files hold '
-                             f'{len(layers)} layers, up to h.{max(layers, default=None)}')
+            last = f', up to h.{max(layers)}' if layers else ''
+            raise ValueError(f'its config has n_layer={config.n_layer}; the files hold '
+                             f'{len(layers)} layers{last}')
         expected = shapes(replace(config, bias=True))
         check_tensors(expected, weights)
         biases = [weights.tensors[name] for name in expected.keys() - shapes(config).keys()
@@ -288,7 +289,7 @@ def check_tensors(expected: dict[str, tuple[int, ...]], weights: Weights) -> Non
             raise ValueError(f'{name} is of {str(stored.dtype).removeprefix("torch.")}; weights '
                              f'are float64, float32, bfloat16 or float16')
         if stored.shape != shape:
-            raise ValueError(f'{name}: the file holds {stored.shape}, config.json promises {shape}')
+            raise ValueError(f'{name}: the file holds {stored.shape}, its config promises {shape}')
         nbytes += 0 if name == HEAD else math.prod(shape) * stored.dtype.itemsize
     if nbytes > weights.nbytes:
         raise ValueError(f'its tensors have {nbytes:,} bytes, its files {weights.nbytes:,}')

@@ -176,7 +176,7 @@ REFUSED = {
                                                   'vocab_size')
           for value in (0, -2, True, 10 ** 30, 2.0, '2', None, [2])),
         ({'n_layer': 10 ** 7}, 'n_layer=10000000; the files hold 2 layers'),
-        ({'n_head': 3}, 'must be a multiple of n_head=3'),
+        ({'n_head': 3}, 'given 32, which must be a multiple of n_head=3'),
         ({'n_positions': 10 ** 7}, r'wpe.weight: the file holds \(16, 32\)'),
         ({'n_embd': 2 ** 20}, 'the file holds'), ({'vocab_size': 10 ** 7}, 'wte.weight: the'))}}
 
@@ -608,7 +608,7 @@ def test_a_run_starts_from_nanogpt_and_is_sampled(tmp_path, stories, capsys):
     ({'rotary': True}, "model_args has 'rotary'"), ({'n_layer': 1}, 'n_layer=1; .* 2 layers'),
     ({'n_layer': 10 ** 9}, 'n_layer: given 1,000,000,000, expected at most'),
     ({'vocab_size': None}, 'vocab_size: given null'), ({'bias': 0}, 'bias: given 0'),
-    ({'n_head': 5}, 'n_embd=32 must be a multiple of n_head=5')])
+    ({'n_head': 5}, 'model_args: n_embd: given 32, which must be a multiple of n_head=5')])
 def test_another_model_in_a_folder_of_nanogpt_is_refused(tmp_path, args, words):
     nanogpt(tmp_path, args=args)
     (tmp_path / 'tokenizer.json').write_text(tokenizer.to_json(BYTES))

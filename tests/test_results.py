@@ -147,7 +147,7 @@ def test_files_that_are_no_results_are_refused(tmp_path):
         (tmp_path / 'b.json').write_text(content)
         with pytest.raises(ValueError, match='b.json: .*(given|not JSON)'):
             results.compare((good, str(tmp_path / 'b.json')))
-    with pytest.raises(ValueError, match='nothing.json: cannot read'):
+    with pytest.raises(ValueError, match='nothing.json: not the result .*cannot read'):
         results.compare((good, str(tmp_path / 'nothing.json')))
     with pytest.raises(ValueError, match='expected two results'):
         results.compare((good,))
@@ -164,7 +164,10 @@ def test_an_output_never_replaces_an_input_or_another_file(tmp_path):
     check(out=f'{tmp_path}/new/b.json')
     for flags, words in (({'data': text, 'out': text}, 'is an input'),
                          ({'file': text, 'out': f'{tmp_path}/link'}, 'is an input'),
-                         ({'out': text}, 'text.txt: not JSON'),
+                         ({'out': text}, 'text.txt: not the result .*give another --out'),
+                         ({'data': text, 'dump': text, 'out': good}, 'is an input'),
+                         ({'out': good, 'dump': f'{tmp_path}/x/../a.json'}, 'which is --out'),
+                         ({'out': f'{tmp_path}/e.json', 'dump': f'{tmp_path}/e.json'}, 'is --out'),
                          ({'out': str(tmp_path)}, 'is a folder')):
         with pytest.raises(ValueError, match=words):
             check(**flags)
