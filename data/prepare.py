@@ -187,8 +187,9 @@ def locked(path, folder):
 def is_current(folder, plan, ready, replace):
     """Whether the data set exists as planned; if not, it will be replaced.
 
-    Asked for fewer ready shards than there are, `plan` becomes that of all. ValueError for a folder not made here, and without `replace` for a data set of other text or
-    settings, on which a run may depend. A damaged one is made again with the same bytes.
+    ValueError for a folder not made here, and without `replace` for a data set of other text or
+    settings, on which a run may depend. A damaged one is made again with the same bytes: `plan`
+    becomes one of all its shards, if fewer are asked for.
     """
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if not re.fullmatch(OUR_FILES, name)]

@@ -183,6 +183,10 @@ def test_ready_shards_are_downloaded_verified_and_added_to(hub, tmp_path, root, 
     assert verify('fineweb-10B', tmp_path / 'data') == []
     assert 'is up to date' in prepare(hub, tmp_path, '--dataset=fineweb-10B',
                                          '--shards=1').stdout
+    (folder / names[1]).unlink()
+    os.truncate(folder / names[2], 1500)
+    said = prepare(hub, tmp_path, '--dataset=fineweb-10B', '--shards=1').stdout
+    assert 'it will be replaced' in said and verify('fineweb-10B', tmp_path / 'data') == []
     hub.requests.clear()
     before = (folder / 'manifest.json').read_bytes()
     said = prepare(hub, tmp_path, '--dataset=fineweb-10B').stdout
