@@ -94,7 +94,7 @@ def test_verify_names_what_is_wrong(stories, tmp_path, damage, words):
 def test_a_damaged_manifest_is_named(stories, tmp_path):
     shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
     (tmp_path / 'tiny/manifest.json').write_text('{"format": 1,')
-    with pytest.raises(ValueError, match=r'json is damaged \((not JSON|given|source: given).*\); del'):
+    with pytest.raises(ValueError, match=r'is damaged \((not JSON|given|source: given).*; delete'):
         verify('tiny', tmp_path)
 
 
@@ -114,7 +114,7 @@ def flip(path, place):
 def test_a_manifest_without_its_keys_is_damaged(stories, tmp_path, text):
     shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
     (tmp_path / 'tiny/manifest.json').write_text(text)
-    with pytest.raises(ValueError, match=r'json is damaged \((not JSON|given|source: given).*\); del'):
+    with pytest.raises(ValueError, match=r'is damaged \((not JSON|given|source: given).*; delete'):
         load_facts('tiny', tmp_path)
 
 
