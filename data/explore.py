@@ -65,6 +65,8 @@ def main(cfg):
         raise ValueError(f"name: given {' '.join(cfg.name) or 'none'}, expected one data set, "
                          f"as in: python data/explore.py pydocs")
     check_bounds(cfg, BOUNDS)
+    if cfg.out and not cfg.contamination:
+        raise ValueError(f'out: given {cfg.out!r}, expected with --contamination')
     data = open_data(cfg.name[0], cfg.data_dir)
     if cfg.decode:
         print(text_at(data, cfg.decode, cfg.count, cfg.width))

@@ -188,7 +188,8 @@ def is_current(folder, plan, ready, replace):
     """Whether the data set exists as planned; if not, it will be replaced.
 
     ValueError for a folder not made here, and without `replace` for a data set of other text or
-    settings, on which a run may depend. A damaged one is made again with the same bytes.
+    settings, on which a run may depend. A damaged one is made again with the same bytes: `plan`
+    becomes one of all its shards, if fewer are asked for.
     """
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if not re.fullmatch(OUR_FILES, name)]
@@ -198,7 +199,7 @@ def is_current(folder, plan, ready, replace):
     existing = read_manifest(folder.name, folder.parent)
     held, wanted = (part['settings'].get('shards', 0) for part in (existing, plan))
     if 0 < wanted < held and not replace:                           # it has more than enough
-        existing['settings']['shards'] = wanted
+        plan['settings']['shards'] = held
     if changed := differences(existing, plan):
         made = f"{folder}: was made otherwise ({', '.join(changed)})"
         grows = held < wanted and len(changed) == 1
@@ -209,8 +210,11 @@ def is_current(folder, plan, ready, replace):
                              if grows else 'it will be replaced'))
         return False
     try:
-        is_old = not (ready or documents.PLAIN in existing.get('remarks', {})) and (
-            has_returns(folder))
+        _, encoding = load_facts(folder.name, folder.parent)
+        splits = [Tokens(folder.name, split, encoding.n_vocab, folder.parent)
+                  for split in ('train', 'val')]
+        is_plain = ready or documents.PLAIN in existing.get('remarks', {})
+        is_old = not is_plain and has_returns(encoding, splits)
     except ValueError as error:
         print(f'{error}: it will be replaced')
         return False
@@ -223,16 +227,12 @@ def is_current(folder, plan, ready, replace):
     return True
 
 
-def has_returns(folder):
-    """Whether carriage returns are among the first tokens of either split."""
-    _, encoding = load_facts(folder.name, folder.parent)
+def has_returns(encoding, splits):
+    """Whether carriage returns are among the first tokens of any of the splits."""
     held = np.array([b'\r' in token for token in token_bytes(encoding)])
-    for split in ('train', 'val') if held.any() else ():
-        tokens = Tokens(folder.name, split, encoding.n_vocab, folder.parent)
-        for ids in islice(tokens.chunks(), SEARCHED_TOKENS // 2 ** 22):
-            if held[ids].any():
-                return True
-    return False
+    return bool(held.any()) and any(
+        held[ids].any() for tokens in splits
+        for ids in islice(tokens.chunks(), SEARCHED_TOKENS // 2 ** 22))
 
 
 def differences(made, plan):
@@ -435,6 +435,9 @@ def check_written(files, splits):
             tokens = number_of(facts['tokens'], 'token')
             raise ValueError(f'{split}: given {tokens}, expected at least 2 (an input and a '
                              f'target); give more text or another --val_fraction')
+        if not facts['bytes']:
+            raise ValueError(f'{split}: there is no text to prepare in its documents; give more '
+                             f'text or another --val_fraction')
 
 
 def save_progress(progress, writers):

@@ -23,6 +23,9 @@ PICKLED, PICKLED_INDEX = 'pytorch_model.bin', 'pytorch_model.bin.index.json'
 OLDER_TOKENIZERS = ('vocab.json', 'merges.txt', 'added_tokens.json', 'vocab.txt', 'spiece.model',
                     'tokenizer.model', 'sentencepiece.bpe.model')
 CONNECT_SECONDS = 3
+OWN_FILES = ('download the files by other means and give them instead (ready shards: into '
+             'data/NAME/)')
+OWN_FOLDER = f'give a folder that holds config.json, {WEIGHTS} and tokenizer.json'
 ADDITIONAL = ('tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json')
 
 
@@ -49,8 +52,9 @@ def model_folder(name: str, read_config: Callable, weight_files: Callable) -> Pa
             return folder
         near = [] if repo in FULL_NAMES.values() else get_close_matches(
             repo.split('/')[-1], FULL_NAMES, 1)
+        reason = hub_error(f'hub:{name}', error, OWN_FOLDER)
         hint = f'. Did you mean {near[0]}?' if near else ''
-        raise ValueError(f'no such folder {repo!r}; {hub_error(repo, error)}{hint}') from None
+        raise ValueError(f'no such folder {name!r}; {reason}{hint}') from None
 
 
 def check_reachable() -> None:
@@ -125,10 +129,10 @@ def hub_errors(repo: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:                          # the client has a class for each failure
-        raise hub_error(repo, error) from None
+        raise hub_error(f'hub:{repo}', error) from None
 
 
-def hub_error(repo: str, error: Exception) -> Exception:
+def hub_error(what: str, error: Exception, instead: str = OWN_FILES) -> Exception:
     """What to raise for an error of the hub's client: one line that says what to do.
 
     ConnectionError for a hub that cannot be reached or fails, ValueError for what is not there.
@@ -136,15 +140,21 @@ def hub_error(repo: str, error: Exception) -> Exception:
     from huggingface_hub import constants, errors
     reason = ' '.join(str(error).split())[:400]
     if isinstance(error, errors.GatedRepoError):
-        return ValueError(f'hub:{repo} is gated: accept the terms on its page at '
+        return ValueError(f'{what} is gated: accept the terms on its page at '
                           f'{constants.ENDPOINT}, and set HF_TOKEN to your access token')
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError) or (
             'exist on the Hub' in reason):
-        return ValueError(f'hub:{repo}: not found at {constants.ENDPOINT}, or it is private (then '
+        return ValueError(f'{what}: not found at {constants.ENDPOINT}, or it is private (then '
                           f'set HF_TOKEN)')
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        missing = 'config.json' if instead == OWN_FOLDER else 'such file'
+        return ValueError(f'{what}: the hub has no {missing} of it')
     if 'BuilderConfig' in reason or 'Config name is missing' in reason:
-        return ValueError(f'hub:{repo}: {reason}; give one, as in hub:{repo}:CONFIG')
-    return ConnectionError(f'hub:{repo}: not (completely) in the cache, and {constants.ENDPOINT} '
-                           f'cannot be reached or failed ({type(error).__name__}: {reason}); check '
-                           f'the network, name a mirror in HF_ENDPOINT, or download the files by '
-                           f'other means and give them instead')
+        return ValueError(f'{what}: {reason}; give one, as in {what}:CONFIG')
+    failure = (f'{constants.ENDPOINT} cannot be reached or failed '
+               f'({type(error).__name__}: {reason})')
+    if constants.HF_HUB_OFFLINE:
+        failure = 'HF_HUB_OFFLINE is set'
+    return ConnectionError(f'{what}: not (completely) in the cache {constants.HF_HUB_CACHE}, and '
+                           f'{failure}; run this once with a network, name a mirror in '
+                           f'HF_ENDPOINT, or {instead}')

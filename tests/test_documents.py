@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import textwrap
 import tracemalloc
 from types import SimpleNamespace
@@ -254,6 +255,24 @@ def test_a_bad_line_of_json_is_named_or_skipped(tmp_path, line):
         texts_of(batches_of([path]))
     options = Options(errors='skip')
     assert texts_of(batches_of([path], options), options) == ['first', 'last']
+
+
+@pytest.mark.parametrize('line, message', [
+    ('[1,2]', documents.ONE_PER_LINE), ('[', f'{documents.ONE_PER_LINE}'),
+    ('{"a": 1, "b": 2}', "no field 'text' among 'a, b'; --text_key names another"),
+    ('{"text": "cut', 'starting at: line 1 column 10 (char 9)')])
+def test_a_bad_line_of_json_says_what_is_wrong(tmp_path, line, message):
+    path = tmp_path / 'a.jsonl'
+    path.write_text(line)
+    with pytest.raises(ValueError, match=re.escape(message) + '$'):
+        texts_of(batches_of([path]))
+
+
+def test_one_long_value_among_many_short_ones_is_decoded_by_the_bytes():
+    column = pyarrow.array(['x' * 2 ** 21, *'ab' * 5000]).dictionary_encode()
+    parts = list(documents.decoded_rows(column))
+    assert [len(part) for part in parts] == [1, 10_000]
+    assert b''.join(parts[1]) == b'ab' * 5000
 
 
 def test_a_column_of_another_type_is_refused_or_skipped(tmp_path):

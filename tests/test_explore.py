@@ -167,6 +167,7 @@ def test_a_plain_text_comes_back_from_decode(stories, capsys):
     (('tiny', '--decode=val_000000:999999'), 'expected SHARD:OFFSET, an offset below'),
     (('tiny', '--decode=val_000000:-1'), 'expected SHARD:OFFSET'),
     (('tiny', '--count=0'), 'count: given 0'),
+    (('tiny', '--out=a.json'), "out: given 'a.json', expected with --contamination"),
     (('tiny', '--contamination=squad'), 'expected some of hellaswag, cbt, lambada, wikitext2'),
     (('tiny', '--contamination=cbt=/nowhere'), '/nowhere: cannot read'),
     (('nothing_here',), "the data set 'nothing_here' is not prepared")])

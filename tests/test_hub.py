@@ -228,10 +228,13 @@ def test_a_token_opens_a_private_model(hub, models):
 
 
 def test_a_hub_that_cannot_be_reached_is_named(hub):
+    found = load(hub, 'gpt2', HF_HUB_OFFLINE='1')['gpt2']
+    assert re.search("no such folder 'gpt2'; hub:gpt2: not .completely. in the cache .*HF_HUB_"
+                     'OFFLINE is set.* give a folder that holds config.json, model.safetens', found)
     found = load(hub, 'gpt2', 'not a name', HF_ENDPOINT='http://127.0.0.1:9')
     assert 'not found at' in found['not a name']
     assert re.search('http://127.0.0.1:9 cannot be reached .*name a mirror in HF_ENDPOINT, or '
-                     'download the files by other means and give them', found['gpt2'])
+                     'give a folder that holds config.json, model.safetensors and', found['gpt2'])
 
 
 @pytest.mark.slow

@@ -461,6 +461,30 @@ def test_a_damaged_data_set_is_prepared_again(tmp_path, capsys):
     prepare.report('d', tmp_path)
 
 
+@pytest.mark.parametrize('kind', ['chars', 'bpe:300', 'gpt2'])
+@pytest.mark.parametrize('end', ['\n', '\r\n'])
+def test_a_shard_that_is_missing_or_damaged_is_made_again(tmp_path, capsys, gpt2, kind, end):
+    source = tmp_path / 'a.txt'
+    source.write_bytes(f'some text to read{end}'.encode() * 60)
+    run(tmp_path, source, tokenizer=kind)
+    before = files_in(tmp_path / 'd')
+    for damage in (lambda path: path.unlink(), lambda path: os.truncate(path, 1500),
+                   lambda path: path.write_bytes(b'none' + path.read_bytes()[4:])):
+        for name in ('train_000000.bin', 'val_000000.bin'):
+            damage(tmp_path / 'd' / name)
+            capsys.readouterr()
+            run(tmp_path, source, tokenizer=kind)
+            assert f'{name}: ' in (said := capsys.readouterr().out) and 'be replaced' in said
+            assert files_in(tmp_path / 'd') == before
+
+
+def test_a_split_without_any_text_is_refused(tmp_path):
+    (tmp_path / 'a.txt').write_text('---\n' * 1000)
+    with pytest.raises(ValueError, match='train: there is no text to prepare'):
+        run(tmp_path, tmp_path / 'a.txt', separator='--')
+    assert not (tmp_path / 'd').exists()
+
+
 def test_one_name_is_prepared_by_one_process(tmp_path):
     source = write_jsonl(tmp_path / 'a.jsonl')
     with prepare.locked(tmp_path / '.locks/d', 'd'):
@@ -532,10 +556,10 @@ def test_a_separator_that_was_not_given_is_suggested(tmp_path, capsys):
     ('a.txt', b'', 'no text to prepare'),
     ('a.txt', b'caf\xe9', 'a.txt: byte 0xe9 at 3 is not UTF-8.*latin1'),
     ('a.txt', 'café'.encode('utf-16'), 'a.txt: byte 0xff at 0 is not UTF-8.*iconv -f utf-16'),
-    ('a.json', b'[{"text": "a"}]', 'a.json:1: no field .text. .* expected one object per line .jq'),
+    ('a.json', b'[{"text": "a"}]', 'a.json:1: expected one object per line .jq'),
     ('a.json', b'[\n {"text": "a"}\n]', 'a.json:1: not JSON.*expected one object per line'),
     ('a.jsonl', b'{"text": "a"}\n{"text"', 'a.jsonl:2: not JSON'),
-    ('a.jsonl', b'{"body": "a", "id": 1}', "no field 'text' among 'body, id', --text_key names"),
+    ('a.jsonl', b'{"body": "a", "id": 1}', "no field 'text' among 'body, id'; --text_key names"),
     ('a.txt', b'\x93caf\xe9\x94', 'a.txt: byte 0x93 at 0 is not UTF-8.*iconv -f cp1252'),
     ('a.jsonl', b'{"text": ' + b'[' * 200_000 + b']' * 200_000 + b'}', 'a.jsonl:1: not JSON'),
     ('a.jsonl', b'{"n": 1' + b'0' * 5000 + b'}', 'a.jsonl:1: not JSON: Exceeds the limit'),

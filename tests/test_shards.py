@@ -9,7 +9,8 @@ import shutil
 import numpy as np
 import pytest
 
-from gpt.data.shards import HEADER_BYTES, ShardWriter, Tokens, documents, load_facts, verify
+from gpt.data.shards import (HEADER_BYTES, ShardWriter, Tokens, documents, load_facts,
+                             prepare_command, verify)
 
 
 def write(folder, ids, shard_tokens=100, split='train'):
@@ -93,7 +94,7 @@ def test_verify_names_what_is_wrong(stories, tmp_path, damage, words):
 def test_a_damaged_manifest_is_named(stories, tmp_path):
     shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
     (tmp_path / 'tiny/manifest.json').write_text('{"format": 1,')
-    with pytest.raises(ValueError, match='manifest.json: (not JSON|given|source: given)'):
+    with pytest.raises(ValueError, match=r'is damaged \((not JSON|given|source: given).*; delete'):
         verify('tiny', tmp_path)
 
 
@@ -113,7 +114,7 @@ def flip(path, place):
 def test_a_manifest_without_its_keys_is_damaged(stories, tmp_path, text):
     shutil.copytree(stories / 'tiny', tmp_path / 'tiny')
     (tmp_path / 'tiny/manifest.json').write_text(text)
-    with pytest.raises(ValueError, match='manifest.json: (not JSON|given|source: given)'):
+    with pytest.raises(ValueError, match=r'is damaged \((not JSON|given|source: given).*; delete'):
         load_facts('tiny', tmp_path)
 
 
@@ -135,7 +136,7 @@ def test_a_manifest_of_another_shape_names_the_place(stories, tmp_path, place, v
         part = part[key]
     part[last] = value
     (tmp_path / 'tiny/manifest.json').write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=f'manifest.json: .*{words}'):
+    with pytest.raises(ValueError, match=f'manifest.json is damaged .*{words}'):
         load_facts('tiny', tmp_path)
 
 
@@ -232,6 +233,13 @@ def test_documents_refuse_ids_outside_of_the_vocabulary(tmp_path):
     write(tmp_path / 'd', [0, 1, 9])
     with pytest.raises(ValueError, match='holds token id 9, the vocabulary ends at 8'):
         list(documents(Tokens('d', 'train', 9, tmp_path), 0))
+
+
+def test_the_command_that_makes_a_data_set_names_it_only_if_it_is_known():
+    assert prepare_command('pydocs').endswith('--dataset=pydocs')
+    assert prepare_command('fineweb-10B').endswith('--dataset=fineweb-10B')
+    for name in ('pydocs_v2', 'openwebtext2', 'shakespeare_lines'):
+        assert f'--name={name} FILES' in prepare_command(name)
 
 
 def test_what_is_available_are_data_sets_alone(stories, tmp_path):

@@ -147,7 +147,7 @@ def test_without_a_hub_it_says_what_to_do(hub, tmp_path):
         done = prepare(hub, tmp_path, f'--dataset={dataset}', check=False,
                        HF_ENDPOINT='http://127.0.0.1:9')
         assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
-        assert 'cannot be reached' in done.stderr and 'give them instead' in done.stderr
+        assert 'cannot be reached' in done.stderr and '(ready shards: into' in done.stderr
 
 
 @pytest.mark.slow
@@ -183,6 +183,10 @@ def test_ready_shards_are_downloaded_verified_and_added_to(hub, tmp_path, root, 
     assert verify('fineweb-10B', tmp_path / 'data') == []
     assert 'is up to date' in prepare(hub, tmp_path, '--dataset=fineweb-10B',
                                          '--shards=1').stdout
+    (folder / names[1]).unlink()
+    os.truncate(folder / names[2], 1500)
+    said = prepare(hub, tmp_path, '--dataset=fineweb-10B', '--shards=1').stdout
+    assert 'it will be replaced' in said and verify('fineweb-10B', tmp_path / 'data') == []
     hub.requests.clear()
     before = (folder / 'manifest.json').read_bytes()
     said = prepare(hub, tmp_path, '--dataset=fineweb-10B').stdout
@@ -265,7 +269,7 @@ def test_only_plain_files_are_read(tmp_path):
 def test_a_folder_of_arrow_files_is_recognized(tmp_path):
     import datasets
     datasets.Dataset.from_dict({'text': ['a']}).save_to_disk(tmp_path / 'd')
-    with pytest.raises(ValueError, match='given 1 .arrow, 2 .json, expected .txt, .md or .jsonl'):
+    with pytest.raises(ValueError, match='given 1 .arrow, 2 .json, expected .txt.*to_parquet'):
         sources.from_files([str(tmp_path / 'd')])
 
 

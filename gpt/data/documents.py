@@ -287,17 +287,23 @@ def row_batches(table: Any, name: str, key: str, start: Position) -> Iterator[Ba
 
 
 def decoded_rows(column: Any) -> Iterator[list[bytes]]:
-    """The rows of a column; of one of references to values at most about BATCH_BYTES at a time."""
+    """The rows of a column; of one of references to values about BATCH_BYTES at a time."""
+    import numpy as np
     import pyarrow
     from pyarrow import compute
-    is_dictionary, step = pyarrow.types.is_dictionary(column.type), max(1, len(column))
-    if is_dictionary:
-        longest = compute.max(compute.binary_length(column.dictionary)).as_py()
-        step = max(1, BATCH_BYTES // (longest or 1))
-    for first in range(0, len(column), step):
-        rows = column[first:first + step]
-        rows = rows.dictionary_decode() if is_dictionary else rows
+    first, ends = 0, []
+    if pyarrow.types.is_dictionary(column.type):
+        sizes = compute.binary_length(column.dictionary).take(column.indices).fill_null(0)
+        ends = np.cumsum(sizes.to_numpy(), dtype=np.int64)
+    while first < len(column):
+        last = len(column)
+        if len(ends):
+            limit = int(ends[first - 1] if first else 0) + BATCH_BYTES
+            last = max(first + 1, int(np.searchsorted(ends, limit, side='right')))
+        rows = column[first:last]
+        rows = rows.dictionary_decode() if len(ends) else rows
         yield [raw or b'' for raw in rows.cast(pyarrow.large_binary()).to_pylist()]
+        first = last
 
 
 def joined_rows(batches: Iterator[Batch], begins: str, start: Position) -> Iterator[Batch]:
@@ -428,12 +434,16 @@ def json_text(line: str, text_key: str) -> str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:   # RecursionError: thousands of brackets
-        reason = str(error).partition(' for integer string')[0]
-        raise BadDocument('not JSON', f'not JSON: {reason}; {ONE_PER_LINE}') from None
-    if not isinstance(row, dict) or text_key not in row:
-        found = ', '.join(key[:40] for key in list(row)[:8]) if isinstance(row, dict) else ''
-        raise BadDocument(f'without {text_key}', f'no field {text_key!r} among {found!r}, '
-                          f'--text_key names another; {ONE_PER_LINE}')
+        message = f'not JSON: {error}'.partition(' for integer string')[0]
+        if line.strip() in ('[', '{'):
+            message += f'; {ONE_PER_LINE}'
+        raise BadDocument('not JSON', message) from None
+    if not isinstance(row, dict):
+        raise BadDocument(f'without {text_key}', ONE_PER_LINE)
+    if text_key not in row:
+        found = ', '.join(key[:40] for key in list(row)[:8]) or 'none'
+        raise BadDocument(f'without {text_key}', f'no field {text_key!r} among {found!r}; '
+                                                 f'--text_key names another')
     text = row[text_key]
     if not isinstance(text, str | None):
         raise BadDocument(f'with a {text_key} that is not a string',

@@ -203,8 +203,8 @@ def prepare_command(name: str, data_dir: str | Path = '') -> str:
     flags = f'--name={name} FILES_OR_FOLDERS'
     if name == 'shakespeare_char':
         flags = '--dataset=shakespeare --tokenizer=chars'
-    elif name.startswith(('pydocs', 'shakespeare', 'fineweb', 'openwebtext', 'tinystories',
-                          'wikitext-103')):
+    elif name.startswith('fineweb-') or name in ('pydocs', 'shakespeare', 'openwebtext',
+                                                 'tinystories', 'wikitext-103'):
         flags = f'--dataset={name}'
     place = f' --data_dir={data_dir}' if data_dir else ''
     return f'python data/prepare.py {flags}{place}'
@@ -298,7 +298,7 @@ def missing(name: str, split: str, data_dir: str | Path) -> str:
 
 
 def documents(tokens: Tokens, eot_id: int | None,
-              size: int = 2 ** 22) -> Iterator[tuple[int, bytes]]:
+              size: int = 2 ** 20) -> Iterator[tuple[int, bytes]]:
     """(number of tokens, 16 bytes of hash) of every document of the split in order.
 
     Tokens before the first <|endoftext|> are a document too; then one at the very end starts none,
@@ -308,15 +308,17 @@ def documents(tokens: Tokens, eot_id: int | None,
     length, digest = 0, hashlib.blake2b(digest_size=16)             # of the open document
     is_begun, has_leading = False, False
     for chunk in tokens.chunks(size):
-        rest, *parts = np.split(chunk, np.flatnonzero(chunk == eot_id))     # at <|endoftext|>
-        length += len(rest)
-        digest.update(rest)
-        for part in parts:
+        view, start = memoryview(chunk), 0
+        for end in np.flatnonzero(chunk == eot_id).tolist():
+            length += end - start
             if is_begun or length:      # else nothing precedes the first one
+                digest.update(view[start:end])
                 yield length, digest.digest()
                 has_leading |= not is_begun
-            length, digest = len(part) - 1, hashlib.blake2b(part[1:], digest_size=16)
-            is_begun = True
+            start, length, is_begun = end + 1, 0, True
+            digest = hashlib.blake2b(digest_size=16)
+        length += len(view) - start
+        digest.update(view[start:])
     if length or is_begun and not has_leading:
         yield length, digest.digest()
 
@@ -340,11 +342,16 @@ def read_manifest(name: str, data_dir: str | Path = '') -> dict:
     folder = Path(data_dir or DATA_DIR) / name
     path = folder / 'manifest.json'
     if path.exists():
-        manifest = read_json(path, Manifest)
-        if manifest['splits'].keys() != {'train', 'val'}:
-            raise ValueError(f"{path}: splits: given {', '.join(manifest['splits'])!r}, expected "
-                             f"'train, val'")
-        return manifest
+        try:
+            manifest = read_json(path, Manifest)
+            if manifest['splits'].keys() != {'train', 'val'}:
+                raise ValueError(f"splits: given {', '.join(manifest['splits'])!r}, expected "
+                                 f"'train, val'")
+            return manifest
+        except ValueError as error:
+            problem = str(error).removeprefix(f'{path}: ')
+            raise ValueError(f'{path} is damaged ({problem}); delete the folder and '
+                             f'prepare the data set again') from None
     if (folder / 'meta.pkl').exists():
         raise ValueError(f'{folder}: made by nanoGPT with a vocabulary in meta.pkl; pickles '
                          f'are not read, run\n    {prepare_command(name, data_dir)}')

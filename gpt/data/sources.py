@@ -169,7 +169,9 @@ def files_in(folder: str) -> list[str]:
                 others[os.path.splitext(name)[1] or name] += 1
     skipped = ', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items()))
     if not texts:
-        raise ValueError(f'{folder}: given {skipped or "no files"}, expected {EXPECTED}')
+        hint = ("; .arrow files are those of datasets' save_to_disk: datasets.load_from_disk(…)"
+                ".to_parquet('a.parquet') converts them" if others['.arrow'] else '')
+        raise ValueError(f'{folder}: given {skipped or "no files"}, expected {EXPECTED}{hint}')
     if skipped:
         print(bounded(f'{folder}: skipped {skipped}'))
     return sorted(texts, key=lambda path: path.split(os.sep))
@@ -220,7 +222,7 @@ def hub_files(repo: str, config: str, split: str) -> list[File]:
         splits = datasets.load_dataset_builder(repo, config or None).config.data_files
     except Exception as error:                          # each failure has a class of its own
         if 'scripts are no longer supported' not in str(error):
-            raise hub_error(repo, error) from None
+            raise hub_error(f'hub:{repo}', error) from None
         splits = None
     if splits and split not in splits:
         raise ValueError(f"hub:{repo}: no split {split!r} among {', '.join(map(str, splits))}; "
