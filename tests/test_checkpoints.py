@@ -157,7 +157,7 @@ print(weights, peak() - before)
     ({'activation_function': 'relu'}, 'activation_function is'),
     ({'n_inner': 7}, 'n_inner is 7'),
     ({'n_embd': 64, 'n_inner': None},
-     r'h.0.attn.c_attn.bias: the file holds \(96,\), config.json promises \(192,\)'),
+     r'h.0.attn.c_attn.bias: the file holds \(96,\), its config promises \(192,\)'),
     ({'n_layer': 3}, 'n_layer=3; .* 2 layers')])
 def test_what_is_not_this_gpt2_is_refused(tmp_path, change, message):
     _, folder = save(tmp_path)
