@@ -97,7 +97,7 @@ STARTED = time.monotonic()
 
 import torch
 
-from gpt import budget, cpu, tokenizer
+from gpt import budget, cpu
 from gpt.budget import BatchConfig, BatchPlan, Forecast
 from gpt.data.order import draw
 from gpt.data.sets import Data
@@ -395,7 +395,7 @@ def draw_sample(trainer, encoding, seed):
         model = trainer.full_model(keep=trainer.world.is_main)      # of a sharded one on the CPU
         if not trainer.world.is_main:
             return ''
-        eot = tokenizer.eot_id(encoding)
+        eot = encoding.eot
         ids = torch.tensor([[eot or 0]], device=model.wte.weight.device)
         ids = model.eval().generate(ids, 100, top_k=200, seed=seed,
                                     stop=() if eot is None else (eot,))

@@ -83,7 +83,7 @@ def open_data(name, data_dir):
     if not manifest and not any(folder.glob('*val*.bin')):
         splits = ['train']
     tokens = {split: shards.Tokens(name, split, encoding.n_vocab, data_dir) for split in splits}
-    return Prepared(folder, manifest, encoding, tokenizer.eot_id(encoding), tokens)
+    return Prepared(folder, manifest, encoding, encoding.eot, tokens)
 
 
 def progress_bar(tokens, split):

@@ -67,7 +67,7 @@ from gpt.data.shards import (DATA_DIR, Plan, ShardWriter, Tokens, describe_sourc
 from gpt.data.shards import verify as find_problems
 from gpt.files import atomic_write, lock, plain_text, read_json, sha256
 from gpt.shapes import is_text
-from gpt.tokenizer import (HFTokenizer, build, eot_id, fingerprint, gpt2, load, special_names,
+from gpt.tokenizer import (HFTokenizer, build, fingerprint, gpt2, load, special_names,
                            stored, to_json, token_bytes)
 
 COLLECT = 'input'           # takes the arguments without a flag
@@ -333,7 +333,7 @@ def write_dataset(cfg, source, plan, folder):
     is_large = sum(file.size for file in source.files) > LARGE_BYTES
     workers = cfg.workers or (cores() if is_large else 1)
     results = tokenized(batches(progress.after), workers, vocabulary, options, rule)
-    writers = {split: ShardWriter(folder, split, chosen['shard_tokens'], eot_id(encoding),
+    writers = {split: ShardWriter(folder, split, chosen['shard_tokens'], encoding.eot,
                                   progress.writers.get(split)) for split in ('train', 'val')}
     write_splits(results, writers, progress, len(source.files))
     check_written(source.files, progress.splits)
@@ -451,7 +451,7 @@ def write_manifest(folder, plan, encoding, splits, counts):
     manifest = {
         'format': 1, 'name': plan['name'], 'source': plan['source'], 'settings': plan['settings'],
         'tokenizer': {'name': encoding.name, 'vocab_size': encoding.n_vocab,
-                      'eot_id': eot_id(encoding), 'fingerprint': fingerprint(encoding)},
+                      'eot_id': encoding.eot, 'fingerprint': fingerprint(encoding)},
         'splits': splits, 'remarks': counts,
         'versions': {name: version(name) for name in ('tiktoken', 'tokenizers', 'numpy')}}
     atomic_write(folder / 'manifest.json', json.dumps(manifest, indent=1))
@@ -459,7 +459,7 @@ def write_manifest(folder, plan, encoding, splits, counts):
 
 def xz_size(folder, encoding):
     """The bytes of the validation text after `xz -9e`."""
-    tokens, eot = Tokens(folder.name, 'val', encoding.n_vocab, folder.parent), eot_id(encoding)
+    tokens, eot = Tokens(folder.name, 'val', encoding.n_vocab, folder.parent), encoding.eot
     text = b''.join(encoding.decode_bytes(ids[ids != eot].tolist())
                     for ids in tokens.chunks(2 ** 16))
     return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
@@ -487,7 +487,7 @@ def take_shards(cfg, source, plan, folder):
                 os.link(existing / file.name, path)
         if not path.exists() or sha256(path) != file.hash:
             os.replace(sources.download_from_hub(file, folder / 'downloads'), path)
-        facts, _ = read_shard(path, eot_id(encoding), sizes)
+        facts, _ = read_shard(path, encoding.eot, sizes)
         shards['val' if '_val_' in file.name else 'train'].append({'file': file.name, **facts})
     splits = {split: {**{key: sum(shard[key] for shard in found)
                          for key in ('tokens', 'documents', 'bytes')}, 'shards': found}

@@ -288,7 +288,7 @@ def write(partial: Path, model: GPT, encoding: tokenizer.Encoding, training: dic
 def write_model(partial: Path, model: GPT, encoding: tokenizer.Encoding) -> dict[str, str]:
     """The files of a model; returns {name: sha256} of the large one."""
     partial.mkdir(parents=True)
-    eot = tokenizer.eot_id(encoding)
+    eot = encoding.eot
     write_json(partial / 'config.json', {**config_json(model.config, eot),
                                          'dtype': str(model.wte.weight.dtype)[6:]})
     (partial / 'tokenizer.json').write_text(tokenizer.to_json(encoding), encoding='utf-8')

@@ -238,7 +238,7 @@ def encode_documents(encoding: Encoding, texts: list[str]) -> np.ndarray:
     tiktoken takes them in one call, which is a tenth faster, unless a text contains
     <|endoftext|> or is very long.
     """
-    eot = eot_id(encoding)
+    eot = encoding.eot
     is_fast = eot is not None and isinstance(encoding, Fast)
     if is_fast and max(map(len, texts), default=0) <= PIECE:
         joined = ''.join(EOT + text for text in texts)
@@ -261,12 +261,6 @@ def prompt_ids(encoding: Encoding, text: str) -> list[int]:
     if isinstance(encoding, HFTokenizer):
         return encoding.encode_prompt(text) or [eot or 0]
     return encode(encoding, text).tolist() or [eot or 0]
-
-
-def eot_id(encoding: Encoding) -> int | None:
-    """The id of the token that ends a text, <|endoftext|> or the tokenizer's eos_token; None
-    without it."""
-    return encoding.eot
 
 
 def token_bytes(encoding: Encoding) -> list[bytes]:

@@ -53,7 +53,7 @@ def ours(model, encoding):
     scores = scoring.ending_loglikelihoods(model, items)
     rolled = scoring.rolling_loglikelihoods(
         model, [tokenizer.encode(encoding, text) for text in texts],
-        prefix=tokenizer.eot_id(encoding))
+        prefix=encoding.eot)
     return [score.sum for score, in scores] + [score.sum for score in rolled]
 
 
@@ -155,7 +155,7 @@ def real(folder, count=200):
     assert documents == [clean.wikitext_detokenizer({'page': page}) for page in pages]
     mine = scoring.rolling_loglikelihoods(
         model, [tokenizer.encode(encoding, text) for text in documents],
-        prefix=tokenizer.eot_id(encoding))
+        prefix=encoding.eot)
     worst = max(abs(a.sum / b - 1) for a, b in zip(mine, harness.rolling(documents)))
     print(f'WikiText: {len(pages)} articles differ by at most {worst:.1e}')
 

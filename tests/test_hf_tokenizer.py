@@ -15,7 +15,7 @@ from conftest import script
 
 from gpt import checkpoints, tokenizer
 from gpt.hf_tokenizer import HFTokenizer
-from gpt.tokenizer import EOT, BytePairs, encode, eot_id, fingerprint, from_json, load, to_json
+from gpt.tokenizer import EOT, BytePairs, encode, fingerprint, from_json, load, to_json
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
@@ -165,7 +165,7 @@ def test_ids_and_texts_are_those_of_transformers(kind, tmp_path):
 @pytest.mark.parametrize('kind', FOLDERS)
 def test_end_of_text_in_a_text_is_text_and_begins_documents(kind, tmp_path):
     encoding = load(tokenizer.stored(saved(tmp_path / 'it', FOLDERS[kind])))
-    eot, name = eot_id(encoding), encoding.eot_text
+    eot, name = encoding.eot, encoding.eot_text
     if eot is None:
         assert name == ''
         return
@@ -182,7 +182,7 @@ def test_end_of_text_in_a_text_is_text_and_begins_documents(kind, tmp_path):
 def test_the_file_is_kept_and_read_alike_again(kind, tmp_path):
     encoding = load(tokenizer.stored(saved(tmp_path / 'it', FOLDERS[kind])))
     again = from_json(to_json(encoding), tokenizer.special_names(encoding))
-    assert fingerprint(again) == fingerprint(encoding) and eot_id(again) == eot_id(encoding)
+    assert fingerprint(again) == fingerprint(encoding) and again.eot == encoding.eot
     assert to_json(again) == to_json(encoding)
 
 
@@ -366,7 +366,7 @@ def test_added_tokens_beyond_the_rows_of_the_model_are_left_out(tmp_path, capsys
     for _ in range(2):
         model, encoding = checkpoints.load_model(folder)
     assert capsys.readouterr().err.count('[PAD]; left out') == 1
-    assert model.config.vocab_size == encoding.n_vocab == SIZE and eot_id(encoding) == SIZE - 1
+    assert model.config.vocab_size == encoding.n_vocab == SIZE and encoding.eot == SIZE - 1
     made = tokenizer.build(str(folder), None)           # a data set for it has the same
     assert fingerprint(made) == fingerprint(encoding)
     assert encode(encoding, '[PAD]').tolist() == encode(made, '[PAD]').tolist()
@@ -425,7 +425,7 @@ def test_a_data_set_a_run_and_samples_with_another_end_of_text(tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(step)
     assert theirs.eos_token_id == SIZE and theirs.unk_token == '</s>'
     _, encoding = checkpoints.load_model(step)
-    assert eot_id(encoding) == SIZE
+    assert encoding.eot == SIZE
     assert encode(encoding, TEXTS[0]).tolist() == theirs(TEXTS[0])['input_ids']
 
 
@@ -498,6 +498,6 @@ def test_a_byte_order_mark_and_merges_to_the_end_of_text(tmp_path):
     folder = saved(tmp_path / 'a', {'tokenizer.json': '\ufeff' + json.dumps(data),
                                     'tokenizer_config.json': '\ufeff{"eos_token": "</s>"}'})
     found = load(folder / 'tokenizer.json')
-    assert eot_id(found) == SIZE + 2
+    assert found.eot == SIZE + 2
     ids = encode(found, 'a</s>b').tolist()
     assert SIZE + 2 not in ids and found.decode(ids) == 'a</s>b'

@@ -39,7 +39,7 @@ def decoded(tmp_path, name='d'):
     for split in ('train', 'val'):
         tokens = Tokens(name, split, enc.n_vocab, tmp_path)
         text = enc.decode(tokens.read(0, len(tokens)).tolist())
-        has_eot = tokenizer.eot_id(enc) is not None
+        has_eot = enc.eot is not None
         found[split] = text.split('<|endoftext|>')[1:] if has_eot else [text]
     return found
 

@@ -17,7 +17,7 @@ import tokenizers
 from conftest import ROOT
 
 from gpt import tokenizer
-from gpt.tokenizer import EOT, build, encode, eot_id, fingerprint, from_json, to_json
+from gpt.tokenizer import EOT, build, encode, fingerprint, from_json, to_json
 
 TEXT = ("The import statement's two forms.\n\n    x = 1\t# don't, we'll see\n"
         "naïve café 世界 😀😀 12,345 <|endoftext|> \x00 end  \n") * 3
@@ -36,7 +36,7 @@ def test_round_trip_and_the_same_ids_in_transformers(encoding):
     assert (theirs.encode(plain).ids == encode(encoding, plain).tolist()
             and theirs.decode(encode(encoding, plain)) == plain)
     again = from_json(to_json(encoding))
-    assert fingerprint(again) == fingerprint(encoding) and eot_id(again) == eot_id(encoding)
+    assert fingerprint(again) == fingerprint(encoding) and again.eot == encoding.eot
     assert encode(again, TEXT).tolist() == ids.tolist()
 
 
@@ -166,7 +166,7 @@ def test_gpt2_gives_the_ids_of_gpt2(gpt2):
     encoding = gpt2
     ids = encode(encoding, "Hello, I'm a language model,").tolist()
     assert ids == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
-    assert eot_id(encoding) == 50256 and encoding.n_vocab == 50257
+    assert encoding.eot == 50256 and encoding.n_vocab == 50257
     assert fingerprint(encoding).startswith('2548045ac46b8ad1')     # data sets are tied to it
     again = from_json(to_json(encoding))
     assert (fingerprint(again) == fingerprint(encoding)
@@ -176,18 +176,18 @@ def test_gpt2_gives_the_ids_of_gpt2(gpt2):
 
 def test_training_is_repeatable_and_vocabulary_has_the_size_asked_for():
     a, b = (build('bpe:300', lambda: [TEXT, 'more text']) for _ in range(2))
-    assert fingerprint(a) == fingerprint(b) and a.n_vocab == 300 and eot_id(a) == 299
+    assert fingerprint(a) == fingerprint(b) and a.n_vocab == 300 and a.eot == 299
     assert fingerprint(a) != fingerprint(build('bpe:301', lambda: [TEXT, 'more text']))
 
 
 def test_end_of_text_in_a_text_is_text():
     encoding = build('bytes', None)
-    assert eot_id(encoding) not in encode(encoding, f'a{EOT}b')
+    assert encoding.eot not in encode(encoding, f'a{EOT}b')
 
 
 def test_chars_are_the_sorted_characters_and_have_no_end_of_text():
     encoding = build('chars', lambda: ['cab', 'é\n'])
-    assert encode(encoding, '\nabcé').tolist() == [0, 1, 2, 3, 4] and eot_id(encoding) is None
+    assert encode(encoding, '\nabcé').tolist() == [0, 1, 2, 3, 4] and encoding.eot is None
 
 
 @pytest.mark.parametrize('name, words', [
@@ -252,7 +252,7 @@ def test_pieces_and_batches_of_documents_encode_as_one_text_at_a_time(name, requ
         for some in ([], texts, [text for text in texts if '<|e' not in text]):
             ids = tokenizer.encode_documents(encoding, some).tolist()
             assert ids == [id for text in some
-                           for id in [tokenizer.eot_id(encoding), *encoding.encode_ordinary(text)]]
+                           for id in [encoding.eot, *encoding.encode_ordinary(text)]]
 
 
 def test_very_long_white_space_is_encoded():

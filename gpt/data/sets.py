@@ -60,7 +60,7 @@ class Data:
                   pin_memory: bool = False) -> None:
         """Fix the order of the training sequences; those of one data set come in its own order."""
         first = self.sets[0]
-        eot = tokenizer.eot_id(self.encoding) if doc_start else None
+        eot = self.encoding.eot if doc_start else None
         if doc_start and eot is None:
             raise ValueError(f'doc_start: given True, expected False: the tokens of {first.name} '
                              f'({self.encoding.name}) have no {tokenizer.EOT} that marks where a '
