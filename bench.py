@@ -155,9 +155,9 @@ def random_batch(config, batch_size, device):
 
 def our_update(config, batch, cfg, world):
     """(Trainer, a function that makes an update)."""
-    trainer = Trainer(GPT(config), world, TrainerConfig(compile=cfg.compile),
-                      OptimizerConfig(optimizer=cfg.optimizer))
     with contextlib.redirect_stdout(sys.stderr):        # what it prints is no line of the table
+        trainer = Trainer(GPT(config), world, TrainerConfig(compile=cfg.compile),
+                          OptimizerConfig(optimizer=cfg.optimizer))
         trainer.prepare(batch, math.inf)
 
     def update():

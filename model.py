@@ -44,9 +44,10 @@ SIZES = {
 
 
 class GPT(nn.Module):
-    """Two parts are replaced from outside: lm_head by a packed copy (gpt.cpu.pack), and in training
-    on several processes loss() and the blocks by compiled ones (gpt.trainer). How it is trained,
-    not what it computes, are the attributes below lm_head, which gpt.trainer sets."""
+    """Parts are replaced from outside: lm_head by a packed copy (gpt.cpu.pack); in training on CUDA
+    what there are kernels for (gpt.kernels.use); on several processes loss() and the blocks by
+    compiled ones (gpt.trainer). How it is trained, not what it computes, are the attributes below
+    lm_head, which gpt.trainer sets."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -65,7 +66,8 @@ class GPT(nn.Module):
         self.checkpoint_activations = False     # True: keep only the inputs of each block and
                                                 # recompute the rest in the backward pass
         self.half_residual = False      # True: x, to which blocks add, in the dtype of autocast
-        self.logits_per_slice = 2 ** 26         # the loss computes this many logits at a time
+        self.logits_per_slice = 2 ** 26         # the loss computes this many logits at a time,
+        self.slice_loss = slice_loss            # by this function
         self.init_weights()
 
     @torch.no_grad()
@@ -87,8 +89,8 @@ class GPT(nn.Module):
         cache: a gpt.generate.Cache of the tokens before these, to which these are added.
         positions (T,) or (B, T): positions in the block; default: those after the cache's.
             Where they repeat, as for alternatives side by side, T may exceed the block.
-        mask: bool, broadcast to (B, nh, T, K), True where a query (row) may see a key; K counts
-            the tokens of the cache and these. Default: causal.
+        mask: bool, broadcast to (B, nh, T, K), True where a query (row) may see a key, or what is
+            added to their scores; K counts the tokens of the cache and these. Default: causal.
         """
         T, cached = ids.size(1), cache.length if cache else 0
         if positions is None and cached + T > self.config.block_size:
@@ -129,7 +131,7 @@ class GPT(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
             return HeadLoss.apply(x, self.wte.weight, targets, self.config.vocab_size, dtype,
-                                  slices, torch.is_grad_enabled())
+                                  slices, self.slice_loss, torch.is_grad_enabled())
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, **options):
@@ -189,16 +191,22 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, mask, cache, i):
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)         # (B, nh, T, hs)
-                   for part in self.c_attn(x).split(C, dim=2))
+        q, k, v = self.heads(x)                                             # (B, nh, T, hs)
         if cache:
             k, v = cache.add(i, k, v)                                       # (B, nh, K, hs)
             q = q.to(k.dtype)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
                                            is_causal=mask is None and T > 1,
                                            dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)                  # concatenate the heads
+        y = y.transpose(1, 2).reshape(B, T, C)                              # concatenate the heads
+        if cache:
+            y = y.to(x.dtype)
         return self.resid_dropout(self.c_proj(y))
+
+    def heads(self, x):
+        B, T, C = x.shape
+        return [part.view(B, T, self.n_head, -1).transpose(1, 2)
+                for part in self.c_attn(x).split(C, dim=2)]
 
 
 class MLP(nn.Module):
@@ -210,7 +218,10 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.hidden(x)))
+
+    def hidden(self, x):
+        return self.activation(self.c_fc(x))                                # (B, T, 4 C)
 
 
 def gelu_new(x):
@@ -233,8 +244,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, V, dtype, slices, with_gradients):
-        slice_loss = fused_slice if x.is_cuda and torch.compiler.is_compiling() else in_place_slice
+    def forward(ctx, x, weight, targets, V, dtype, slices, slice_loss, with_gradients):
         w, nats, dx, dw = weight.to(dtype), 0, [], 0
         for xs, ids in zip(x.to(dtype).chunk(slices), targets[:, None].chunk(slices)):
             slice_nats, g = slice_loss(xs @ w.t(), ids, V, with_gradients)
@@ -250,14 +260,12 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_output):
         dx, dw = ctx.saved_tensors
         scale = grad_output / len(dx)
-        return dx.mul_(scale), dw.mul_(scale), None, None, None, None, None
+        return dx.mul_(scale), dw.mul_(scale), None, None, None, None, None, None
 
 
-# Both return the sum of the cross-entropies of a slice, and its gradient: softmax minus one-hot,
-# (n, rows of weight). logits is of that shape too, ids is (n, 1).
-
-def in_place_slice(logits, ids, V, with_gradients):
-    """In as few passes over memory as uncompiled code can."""
+def slice_loss(logits, ids, V, with_gradients):
+    """Sum of the cross-entropies of a slice, and its gradient: softmax minus one-hot, (n, rows of
+    weight). logits is of that shape too, ids is (n, 1). On CUDA gpt/kernels.py does this."""
     dtype, logits = logits.dtype, logits.float()
     logits[:, V:] = -math.inf                                               # the padding
     logits -= logits.amax(dim=1, keepdim=True)
@@ -268,14 +276,3 @@ def in_place_slice(logits, ids, V, with_gradients):
     if not with_gradients:
         return nats, None
     return nats, exps.div_(sums).scatter_add_(1, ids, -torch.ones_like(correct)).to(dtype)
-
-
-def fused_slice(logits, ids, V, with_gradients):
-    """In expressions that a compiler fuses: the logits are read and the gradient is written in
-    half precision, which a scatter_add_ between them would prevent."""
-    columns = torch.arange(logits.size(1), device=logits.device)
-    wide = torch.where(columns < V, logits.float(), -math.inf)
-    normalizers = wide.logsumexp(dim=1, keepdim=True)
-    nats = (normalizers - wide.gather(1, ids)).sum()
-    gradient = (wide - normalizers).exp() - (columns == ids).float()
-    return nats, gradient.to(logits.dtype) if with_gradients else None

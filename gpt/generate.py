@@ -4,6 +4,7 @@ Generation: the prompt first, then one token at a time with cached keys and valu
 Shapes: B rows, T tokens, nh heads of size hs, K cached and new tokens, C channels, V ids.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,8 @@ def stream(model, ids: torch.Tensor, max_new_tokens: int, **options) -> Iterator
                 cache.length = 0
                 step.pad.copy_(start - low)
             else:
-                cache = Cache(model, B, min(ids.size(1) - low + left - 1, block_size))
+                length = ids.size(1) - low + left - 1
+                cache = Cache(model, B, min(length + -length % 16, block_size))     # see FixedStep
                 step = captures(model, left) and FixedStep(model, cache, start - low, options,
                                                            left >= MIN_TOKENS_TO_COMPILE)
         new_ids = ids[:, low:] if reads_window else ids[:, -1:]
@@ -91,12 +93,16 @@ def next_logits(model, x: torch.Tensor) -> torch.Tensor:
     """float32 logits (B, V) of hidden states x (B, C).
 
     Half precision rounds a logit near -100, where GPT-2's are, to a multiple of 0.5, which makes
-    ties among the most likely ids; the top 64 are computed again in float32.
+    ties among the most likely ids. On CUDA the product of half precision returns float32;
+    elsewhere, and under autocast, the top 64 are computed again.
     """
+    weight = model.wte.weight
+    if x.is_cuda and weight.dtype != torch.float32:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)[:, :model.config.vocab_size]
     logits = model.head(x)
     if logits.dtype != torch.float32:
         likely = logits.topk(min(64, logits.size(-1))).indices              # (B, 64)
-        exact = model.wte.weight[likely].float() @ x.float()[:, :, None]
+        exact = weight[likely].float() @ x.float()[:, :, None]
         logits = logits.float().scatter(1, likely, exact[:, :, 0])
     return logits
 
@@ -166,7 +172,9 @@ class Cache:
 class FixedStep:
     """The step from a token to the next, with attention over the whole memory of the cache. What
     changes from step to step is in tensors, none of which change their size. So on CUDA all its
-    kernels are captured as one graph, and replayed: no time goes into launching them."""
+    kernels are captured as one graph, and replayed: no time goes into launching them. A kernel that
+    does next to nothing takes 3 us even so. Hence the mask is made once and not by each layer, as
+    attention makes it of a bool, or of one whose length is no multiple of 16."""
 
     def __init__(self, model, cache: Cache, pad: torch.Tensor, options: SamplingOptions,
                  compiled: bool = False):
@@ -208,9 +216,11 @@ class FixedStep:
         return self.compute_eagerly()
 
     def compute_eagerly(self) -> None:
-        seen = (self.columns <= self.position) & (self.columns >= self.pad[:, None])    # (B, K)
+        unseen = (self.columns > self.position) | (self.columns < self.pad[:, None])    # (B, K)
+        mask = torch.zeros_like(unseen, dtype=self.cache.keys[0].dtype)
+        mask.masked_fill_(unseen, -math.inf)
         self.cache.position = self.position
-        x = self.model.hidden(self.ids[:, None], cache=self.cache, mask=seen[:, None, None],
+        x = self.model.hidden(self.ids[:, None], cache=self.cache, mask=mask[:, None, None],
                               positions=(self.position - self.pad)[:, None])
         self.cache.position = None
         self.next_ids = pick(next_logits(self.model, x[:, -1]), self.draws, self.options)

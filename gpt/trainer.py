@@ -21,7 +21,7 @@ from gpt.world import World
 
 MIN_SECONDS_TO_COMPILE = {'half': 200, 'float32': 600}  # of training on a CPU without: compiling
                             # takes about 25 s, and saves an eighth of the time, in float32 4 %
-MIN_VALIDATION_FLOPS = {'cuda': 1e16}   # of a run and process: saves 20 of 40 s (computed)
+MIN_VALIDATION_FLOPS = {'cuda': 5e16}   # of a run and process: saves 20 of 110 s (computed)
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,14 @@ class Trainer:
 
     def __init__(self, model, world: World, config: TrainerConfig, optimizer: OptimizerConfig):
         self.model, self.world, self.config = model, world, config
+        has_kernels = world.device.type == 'cuda' and use_kernels(model, world)
         if config.parallel == 'fsdp' and world.size > 1:
             shard(model, world.device, world.dtype)
         model.to(world.device).train()
         model.checkpoint_activations = config.checkpoint_activations
         model.half_residual = (world.device.type == 'cuda' if config.half_residual == 'auto'
                                else config.half_residual)
-        model.logits_per_slice = config.logits_per_slice or logits_per_slice(world)
+        model.logits_per_slice = config.logits_per_slice or logits_per_slice(world, has_kernels)
         self.optimizer = Optimizer(model, optimizer, world.dtype)
         self.scaler = torch.amp.GradScaler(world.device.type,
                                            enabled=world.dtype == torch.float16)
@@ -148,18 +149,11 @@ class Trainer:
 
     def compiles(self, purpose: str, passes: Callable) -> bool:
         """Whether passes() compile, on all ranks."""
-        world, start, failure = self.world, time.perf_counter(), ''
-        try:
-            passes()
-        except Exception as error:      # compilers fail in many ways
-            if is_out_of_memory(error):
-                raise
-            failure = f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0][:120]
-        if world.any(bool(failure)):
-            world.print(f'compiling{purpose} failed, continuing without '
-                        f'({failure or "on another rank"})')
+        start = time.perf_counter()
+        if failure := why_not(passes, self.world):
+            self.world.print(f'compiling{purpose} failed, continuing without ({failure})')
             return False
-        world.print(f'compiled{purpose} in {time.perf_counter() - start:.0f} s')
+        self.world.print(f'compiled{purpose} in {time.perf_counter() - start:.0f} s')
         return True
 
     def backward(self, x: torch.Tensor, y: torch.Tensor, micro_steps: int,
@@ -236,18 +230,45 @@ class Trainer:
         self.scaler.load_state_dict(scaler)
 
 
-def logits_per_slice(world: World) -> int:
-    """How many logits the loss computes at a time: on GPUs what fits the smallest of them."""
+def use_kernels(model, world: World) -> bool:
+    """Those of gpt/kernels.py, if they work here. Whether they do."""
+    def check():
+        from gpt import kernels         # needs Triton
+        kernels.check(world.device, world.dtype)
+    if failure := why_not(check, world):
+        world.print(f'kernels: off ({failure})')
+        return False
+    from gpt import kernels
+    kernels.use(model)
+    return True
+
+
+def why_not(function: Callable, world: World) -> str:
+    """Why function() fails, in a line; '' if it works, on all ranks."""
+    failure = ''
+    try:
+        function()
+    except Exception as error:          # compilers fail in many ways
+        if is_out_of_memory(error):
+            raise
+        failure = f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0][:120]
+    return (failure or 'on another rank') if world.any(bool(failure)) else ''
+
+
+def logits_per_slice(world: World, has_kernels: bool) -> int:
+    """How many logits the loss computes at a time: on GPUs what fits the smallest of them. Without
+    kernels, what is computed of a logit takes up to 12 bytes."""
     if world.device.type != 'cuda':
         return 2 ** 26
     memory = torch.cuda.get_device_properties(world.device).total_memory
-    return logits_that_fit(int(world.reduce(torch.tensor(memory, device=world.device), 'min')))
+    memory = int(world.reduce(torch.tensor(memory, device=world.device), 'min'))
+    return logits_that_fit(memory, world.dtype.itemsize if has_kernels else 12)
 
 
-def logits_that_fit(memory: int) -> int:
-    """As many logits as take a sixteenth of a GPU's memory (bytes), with what is computed of them
-    12 bytes each. Fewer slices are faster: each reads the whole embedding and its gradient."""
-    return max(2 ** 26, memory // (16 * 12))
+def logits_that_fit(memory: int, each: int) -> int:
+    """As many logits of `each` bytes as take a sixteenth of a GPU's memory (bytes). Fewer slices
+    are faster: each reads the whole embedding and its gradient."""
+    return max(2 ** 26, memory // (16 * each))
 
 
 def should_compile(wanted: bool | str, world: World, seconds: float) -> tuple[bool, str]:

@@ -21,12 +21,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import model as model_module
-from gpt import generate
+from gpt import generate, kernels
 from gpt.optim import OptimizerConfig
 from gpt.trainer import Trainer, TrainerConfig
 from gpt.world import World
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, slice_loss
 
 SMALL = {'dataset': 'text', 'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'block_size': 256,
          'batch_size': 16, 'total_batch_size': 16 * 16 * 256, 'max_iters': 60, 'dropout': 0.1,
@@ -170,6 +169,9 @@ def generation():
     same = (again == out[:, 20:]).float().mean().item()
     assert same > 0.99, same
     half = model.bfloat16().generate(ids, 40, temperature=0)
+    x = torch.randn(2, 256, device='cuda').bfloat16()
+    exact = (x.double() @ model.wte.weight.double().t())[:, :50257]
+    assert (generate.next_logits(model, x) - exact).abs().max() < 1e-4 * exact.abs().max()
     found.append(f'{same:.1%} of the tokens equal in float32')
     found.append(f'{(half == out).float().mean().item():.1%} in bfloat16')
     return ', '.join(found)
@@ -224,18 +226,38 @@ def compiled_validation():
             f'compiled')
 
 
-def fused_loss():
-    """the loss of a slice compiled and fused against the plain one, values and gradients"""
-    found = []
-    for form in (model_module.fused_slice, model_module.in_place_slice):
+def fused_kernels():
+    """the Triton kernels against plain code: gradients of a GPT, float32 and bfloat16; speed"""
+    found, ids = [], torch.randint(50257, (8, 256), device='cuda')
+    torch.set_float32_matmul_precision('highest')
+    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 0.03)):
         torch.manual_seed(0)
-        logits = (torch.randn(512, 50304, device='cuda') * 3).bfloat16()
-        ids = torch.arange(512, device='cuda')[:, None] * 90
-        found.append(torch.compile(form)(logits, ids, 50257, True))
-    (nats, gradient), (expected, plain) = found
-    worst = (gradient.float() - plain.float()).abs().max().item()
-    assert abs(nats - expected) < 1e-3 * expected and worst < 0.01, (nats, expected, worst)
-    return f'largest difference of a gradient {worst:.1e}'
+        model = GPT(SHAPE).cuda()
+        results = []
+        for compiled in (False, False, True):
+            if results:
+                kernels.use(model)
+            with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+                (torch.compile(model, dynamic=False) if compiled else model)(ids, ids).backward()
+            results.append([p.grad for p in model.parameters()])
+            model.zero_grad()
+        worst = [max(((a - b).norm() / b.norm()).item() for a, b in zip(result, results[0]))
+                 for result in results[1:]]
+        assert max(worst) < limit, (dtype, worst)
+        found.append(f'{worst[0]:.1e} eager, {worst[1]:.1e} compiled')
+    logits = torch.randn(8192, 50304, device='cuda', dtype=torch.bfloat16)
+    ids = torch.arange(8192, device='cuda')[:, None]
+    for form in (kernels.slice_loss, torch.compile(slice_loss)):
+        times = []
+        for _ in range(6):
+            ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            ends[0].record()
+            form(logits, ids, 50257, True)
+            ends[1].record()
+            torch.cuda.synchronize()
+            times.append(ends[0].elapsed_time(ends[1]))
+        found.append(f'{4 * logits.numel() / min(times) / 1e9:.2f}')
+    return '{}; {}; loss of a slice at {} TB/s, plain and compiled {}'.format(*found)
 
 
 def residual_stream():
@@ -280,7 +302,7 @@ def memory():
 
 
 CHECKS = (resume_float32, resume_bfloat16, float16, compiled, one_process_nccl, two_processes,
-          generation, fixed_step, compiled_validation, fused_loss, residual_stream, scores,
+          generation, fixed_step, compiled_validation, fused_kernels, residual_stream, scores,
           memory)
 
 if __name__ == '__main__':

@@ -18,8 +18,8 @@ FLOORS = [                  # each module imports only from those before it
     'gpt.data.shards',
     'gpt.data.benchmarks', 'gpt.data.order', 'gpt.data.sets',
     # one device, several processes, a model on them
-    'gpt.cpu', 'gpt.device', 'gpt.world', 'gpt.sharding', 'gpt.generate', 'gpt.weights',
-    'gpt.steps',
+    'gpt.cpu', 'gpt.device', 'gpt.world', 'gpt.sharding', 'gpt.kernels', 'gpt.generate',
+    'gpt.weights', 'gpt.steps',
     'gpt.model_config', 'gpt.checkpoints', 'gpt.scoring',
     # training
     'gpt.optim', 'gpt.trainer', 'gpt.validation', 'gpt.progress', 'gpt.log', 'gpt.budget',

@@ -101,9 +101,11 @@ def test_evaluating_is_in_eval_mode_and_training_after_it():
 
 
 def test_how_many_logits_fit_a_card():
-    """Of 24, 40, 80 and 141 GB; a micro-batch of 32 x 1,024 tokens has 1.65e9."""
-    found = [trainer_module.logits_that_fit(n * 10 ** 9) / 1e6 for n in (4, 24, 40, 80, 141)]
-    assert [round(n) for n in found] == [67, 125, 208, 417, 734]
+    """Of 24, 40, 80 and 141 GB; a micro-batch of 32 x 1,024 tokens has 1.65e9. Of bfloat16 ones,
+    and without kernels."""
+    for each, expected in ((2, [125, 750, 1250, 2500, 4406]), (12, [67, 125, 208, 417, 734])):
+        found = [trainer_module.logits_that_fit(n * 10 ** 9, each) for n in (4, 24, 40, 80, 141)]
+        assert [round(n / 1e6) for n in found] == expected
 
 
 @pytest.mark.parametrize('recomputed', [False, True])

@@ -1,0 +1,186 @@
+"""
+Triton kernels for training on CUDA. Each does in one pass over memory what takes torch.compile two
+or three, and is tested against model.py on a CPU, by Triton's interpreter (tests/test_kernels.py).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from model import GPT, MLP, CausalSelfAttention, GPTConfig, gelu_new
+
+IDS, WARPS = tl.constexpr(16384), 32    # of a row at a time; so a multiprocessor works on two rows
+ROWS, STEP, COLUMNS = map(tl.constexpr, (256, 16, 128))     # a program sums ROWS x COLUMNS numbers,
+                                                            # STEP rows at a time
+
+
+def use(model: GPT) -> None:
+    """Make a GPT compute with these kernels; where there are no biases, or another activation, with
+    those that apply. Parameters and their names stay."""
+    model.slice_loss = slice_loss
+    if model.config.bias:
+        for block in model.h:
+            block.attn.__class__ = FusedAttention
+            if model.config.activation == 'gelu_new':
+                block.mlp.__class__ = FusedMLP
+
+
+def check(device: torch.device, dtype: torch.dtype) -> None:
+    """RuntimeError if they do not compute on this device what model.py does, in a tiny GPT."""
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(8, vocab_size=5000, n_layer=1, n_head=2, n_embd=32)).to(device)
+        ids = torch.randint(5000, (3, 8), device=device)
+    found = []
+    for prepare in (lambda model: None, use):
+        prepare(model)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            model(ids, ids).backward()
+        found.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    for (name, _), plain, fused in zip(model.named_parameters(), *found):
+        if not (fused - plain).norm() <= 0.05 * plain.norm():           # of NaN too
+            raise RuntimeError(f'the gradient of {name} is wrong')
+
+
+# The loss of a slice of tokens.
+
+def slice_loss(logits: torch.Tensor, ids: torch.Tensor, V: int,
+               with_gradients: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """model.slice_loss. The gradient is written over the logits."""
+    nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    _slice_loss[(len(logits),)](logits, ids, nats, V, logits.size(1), with_gradients,
+                                num_warps=WARPS)
+    return nats.sum(), logits if with_gradients else None
+
+
+@triton.jit
+def _slice_loss(logits, ids, nats, V, columns, with_gradients: tl.constexpr):
+    """A program for each row of logits (n, columns), of which the first V count. It reads the row
+    twice, but the second time, last blocks first, out of the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * columns
+    target = tl.load(ids + row)
+    correct = tl.load(logits + target).to(tl.float32)
+    highest, total = float('-inf'), 0.0
+    for start in range(0, columns, IDS):
+        x, column = _read(logits, start, V, columns)
+        before, highest = highest, tl.maximum(highest, tl.max(x, 0))
+        total = total * tl.exp(before - highest) + tl.sum(tl.exp(x - highest), 0)
+    normalizer = highest + tl.log(total)
+    tl.store(nats + row, normalizer - correct)
+    if with_gradients:
+        for done in range(0, columns, IDS):
+            x, column = _read(logits, (columns - 1) // IDS * IDS - done, V, columns)
+            gradient = tl.exp(x - normalizer) - tl.where(column == target, 1.0, 0.0)
+            tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit
+def _read(logits, start, V, columns):
+    """Float32 logits (IDS,), -inf beyond V, and their columns."""
+    column = start + tl.arange(0, IDS)
+    x = tl.load(logits + column, mask=column < columns, other=0).to(tl.float32)
+    return tl.where(column < V, x, float('-inf')), column
+
+
+# Gradients of activations, summed for the bias before them while they are written. In the forward
+# pass that bias is part of the matrix product.
+
+class FusedMLP(MLP):
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        return GELU.apply(F.linear(x, self.c_fc.weight, self.c_fc.bias.detach()), self.c_fc.bias)
+
+
+class FusedAttention(CausalSelfAttention):
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        qkv = F.linear(x, self.c_attn.weight, self.c_attn.bias.detach())
+        return Heads.apply(qkv, self.c_attn.bias, self.n_head)
+
+
+class GELU(torch.autograd.Function):
+    """gelu_new(x) of x (B, T, C) to which `bias` (C,) has been added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, bias)
+        y = gelu_new(x)         # float32 when compiled under autocast
+        return y if y.dtype == x.dtype else y.to(x.dtype)   # without `if` torch 2.11 loses grad
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, bias = ctx.saved_tensors
+        grad, C = grad.contiguous(), x.size(-1)
+        dx, N = torch.empty_like(grad), grad.numel() // C
+        sums = partial_sums(grad, N, C)
+        _gelu_backward[grid(N, C)](x, grad, dx, sums, N, C)
+        return dx, sums.sum(dim=0).to(bias.dtype)
+
+
+class Heads(torch.autograd.Function):
+    """q, k, v (B, nh, T, hs) of x (B, T, 3 C) to which `bias` (3 C,) has been added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor,
+                n_head: int) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(bias)
+        B, T, C = x.shape
+        return tuple(part.view(B, T, n_head, -1).transpose(1, 2) for part in x.chunk(3, dim=2))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        bias, = ctx.saved_tensors
+        parts = [grad.transpose(1, 2).flatten(2).contiguous() for grad in grads]    # (B, T, C)
+        B, T, C = parts[0].shape
+        dx, N = parts[0].new_empty(B, T, 3 * C), B * T
+        sums = partial_sums(dx, N, 3 * C)
+        for i, part in enumerate(parts):
+            _join[grid(N, C)](part, dx, sums, i * C, N, C)
+        return dx, sums.sum(dim=0).to(bias.dtype), None
+
+
+def grid(N: int, C: int) -> tuple[int, int]:
+    """Of programs for ROWS rows and COLUMNS columns each of a matrix (N, C)."""
+    return -(-N // ROWS.value), -(-C // COLUMNS.value)
+
+
+def partial_sums(grad: torch.Tensor, N: int, C: int) -> torch.Tensor:
+    """For the sums over each ROWS rows of a matrix (N, C). Made from a gradient, or a compiler
+    would allocate it in the forward pass already."""
+    return grad.new_empty(-(-N // ROWS.value), C, dtype=torch.float32)
+
+
+@triton.jit
+def _gelu_backward(x, grad, dx, sums, N, C):
+    """dx (N, C), the gradient through gelu_new(x), and for each ROWS rows the sums over them."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((STEP, COLUMNS), tl.float32)
+    for step in range(0, ROWS, STEP):
+        row = tl.program_id(0).to(tl.int64) * ROWS + step + tl.arange(0, STEP)
+        place, mask = row[:, None] * C + column, (row[:, None] < N) & (column < C)
+        value = tl.load(x + place, mask=mask, other=0).to(tl.float32)
+        slope = 1.5957691216057308 * (1 + 0.134145 * value * value)     # of the sigmoid's argument
+        sigmoid = tl.sigmoid(1.5957691216057308 * value * (1 + 0.044715 * value * value))
+        value = tl.load(grad + place, mask=mask, other=0).to(tl.float32) * (
+            sigmoid + value * sigmoid * (1 - sigmoid) * slope)
+        tl.store(dx + place, value.to(dx.dtype.element_ty), mask=mask)
+        total += value
+    tl.store(sums + tl.program_id(0) * C + column, tl.sum(total, 0), mask=column < C)
+
+
+@triton.jit
+def _join(part, dx, sums, first, N, C):
+    """Put a part (N, C) into dx (N, 3 C) from column `first` on, and the sums over each ROWS rows
+    into sums."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((STEP, COLUMNS), tl.float32)
+    for step in range(0, ROWS, STEP):
+        row = tl.program_id(0).to(tl.int64) * ROWS + step + tl.arange(0, STEP)
+        mask = (row[:, None] < N) & (column < C)
+        value = tl.load(part + row[:, None] * C + column, mask=mask, other=0)
+        tl.store(dx + row[:, None] * (3 * C) + first + column, value, mask=mask)
+        total += value.to(tl.float32)
+    tl.store(sums + tl.program_id(0) * (3 * C) + first + column, tl.sum(total, 0), mask=column < C)
