@@ -32,6 +32,7 @@ model = 'gpt2'          # gpt2 to gpt2-xl, weights random: speed does not depend
 batch_size = 0          # sequences of the training line; 0: 2 on a CPU, 16 elsewhere
 block_size = 0          # tokens in each; 0: 512 on a CPU, 1024 elsewhere
 optimizer = 'adamw'     # or 'muon'
+checkpoint_activations = False      # True: as in train.py, less memory and speed
 seconds = 20.0          # at least, for each line, after compiling; medians are shown
 peers = ''              # FOLDER with nanoGPT's model.py, which is run: it and transformers race
                         # ours, in turn
@@ -47,7 +48,7 @@ from data import prepare
 from gpt import cpu, scoring, tokenizer
 from gpt.data import sources
 from gpt.data.shards import read_manifest
-from gpt.device import measure_peak, pick_dtype
+from gpt.device import measure_peak, peak_memory, pick_dtype
 from gpt.log import machine
 from gpt.optim import OptimizerConfig
 from gpt.trainer import Trainer, TrainerConfig
@@ -67,7 +68,7 @@ class Line(NamedTuple):
 
     def __str__(self):
         share = f'{self.rate / self.limit:.0%}' if self.limit else ''
-        return (f'{self.name:44}{number(self.rate):>9} {self.unit:6}'
+        return (f'{self.name:50}{number(self.rate):>9} {self.unit:6}'
                 f'{number(self.limit):>9} {self.unit:6}{share:>9}')
 
 
@@ -83,7 +84,7 @@ def main(cfg):
     if world.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')      # TF32, as the other scripts do
     print(f'{machine(world.device)}; torch {torch.__version__}, Python {platform.python_version()}')
-    print(f"{'':44}{'measured':>16}{'limit':>16}{'reached':>9}")
+    print(f"{'':50}{'measured':>16}{'limit':>16}{'reached':>9}")
     for part in cfg.parts or lines:
         for line in lines[part](cfg, world):
             print(line, flush=True)
@@ -156,8 +157,9 @@ def random_batch(config, batch_size, device):
 def our_update(config, batch, cfg, world):
     """(Trainer, a function that makes an update)."""
     with contextlib.redirect_stdout(sys.stderr):        # what it prints is no line of the table
-        trainer = Trainer(GPT(config), world, TrainerConfig(compile=cfg.compile),
-                          OptimizerConfig(optimizer=cfg.optimizer))
+        trainer = Trainer(GPT(config), world, TrainerConfig(
+            compile=cfg.compile, checkpoint_activations=cfg.checkpoint_activations),
+            OptimizerConfig(optimizer=cfg.optimizer))
         trainer.prepare(batch, math.inf)
 
     def update():
@@ -168,10 +170,14 @@ def our_update(config, batch, cfg, world):
 
 def train_line(name, config, batch_size, cfg, world):
     batch = random_batch(config, batch_size, world.device)
+    on_gpu = world.device.type == 'cuda'
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     trainer, update = our_update(config, batch, cfg, world)
     seconds, peak = between(lambda: measure_peak(world.device, world.dtype),
                             lambda: clock(update, world.device, cfg.seconds))
-    return Line(f'train {name}, {batch_size} x {config.block_size}, {str(world.dtype)[6:]}',
+    memory = f', {peak_memory(world.device) / 1e9:.1f} GB' if on_gpu else ''
+    return Line(f'train {name}, {batch_size} x {config.block_size}, {str(world.dtype)[6:]}{memory}',
                 batch_size * config.block_size / seconds,
                 peak and peak / trainer.model.flops_per_token(), 'tok/s')
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from model import GPT, MLP, CausalSelfAttention, GPTConfig, gelu_new
 
 IDS, WARPS = tl.constexpr(16384), 32    # of a row at a time; so a multiprocessor works on two rows
-ROWS, STEP, COLUMNS = map(tl.constexpr, (256, 16, 128))     # a program sums ROWS x COLUMNS numbers,
+ROWS, STEP, COLUMNS = map(tl.constexpr, (128, 16, 128))     # a program sums ROWS x COLUMNS numbers,
                                                             # STEP rows at a time
 
 
