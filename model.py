@@ -205,7 +205,7 @@ class CausalSelfAttention(nn.Module):
 
     def heads(self, x):
         B, T, C = x.shape
-        return [part.view(B, T, self.n_head, -1).transpose(1, 2)
+        return [part.view(B, T, self.n_head, -1).transpose(1, 2)            # (B, nh, T, hs)
                 for part in self.c_attn(x).split(C, dim=2)]
 
 
@@ -252,6 +252,7 @@ class HeadLoss(torch.autograd.Function):
             if with_gradients:
                 dx.append(g @ w)
                 dw = (g.t() @ xs).to(weight.dtype) + dw
+                del g                                   # before the next logits
         if with_gradients:
             ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw)
         return nats / len(x)

@@ -97,7 +97,7 @@ def next_logits(model, x: torch.Tensor) -> torch.Tensor:
     elsewhere, and under autocast, the top 64 are computed again.
     """
     weight = model.wte.weight
-    if x.is_cuda and weight.dtype != torch.float32:
+    if x.is_cuda and torch.version.cuda and weight.dtype != torch.float32:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)[:, :model.config.vocab_size]
     logits = model.head(x)
     if logits.dtype != torch.float32:

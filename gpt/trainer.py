@@ -48,7 +48,8 @@ class Trainer:
         model.checkpoint_activations = config.checkpoint_activations
         model.half_residual = (world.device.type == 'cuda' if config.half_residual == 'auto'
                                else config.half_residual)
-        model.logits_per_slice = config.logits_per_slice or logits_per_slice(world, has_kernels)
+        most = logits_per_slice(world, has_kernels)
+        model.logits_per_slice = min(config.logits_per_slice or most, most)
         self.optimizer = Optimizer(model, optimizer, world.dtype)
         self.scaler = torch.amp.GradScaler(world.device.type,
                                            enabled=world.dtype == torch.float16)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,6 +142,9 @@ def test_how_it_computes_is_in_its_state():
     config = TrainerConfig(compile=False, half_residual=True, logits_per_slice=2 ** 20)
     trainer = Trainer(GPT(TINY), World(), config, OptimizerConfig())
     assert trainer.model.half_residual and trainer.model.logits_per_slice == 2 ** 20
+    config = replace(config, logits_per_slice=2 ** 30)      # of a larger card, or with kernels
+    assert Trainer(GPT(TINY), World(), config,
+                   OptimizerConfig()).model.logits_per_slice == 2 ** 26
     assert trainer.state_dict()['computes'] == {
         'device': 'cpu', 'dtype': 'float32', 'compile': False, 'half_residual': True,
         'logits_per_slice': 2 ** 20}
