@@ -80,6 +80,7 @@ def interpreted():
 
 def test_they_compute_what_the_model_does():
     """The loss and all gradients; and check() refuses kernels that compute something else."""
+    pytest.importorskip('triton', '3.7', reason='the interpreter of 3.6 fails with numpy 2.4')
     code = 'import test_kernels; test_kernels.interpreted()'
     env = os.environ | {'TRITON_INTERPRET': '1', 'PYTHONPATH': os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, '-c', code], cwd=os.path.dirname(__file__), env=env,
