@@ -6,7 +6,8 @@ How fast this machine trains, generates, scores and prepares, beside the limit o
     python bench.py train generate --peers=../nanoGPT   # and its model.py and transformers
 
 The limit is operations over the rate of a large matrix product, or bytes over the memory bandwidth,
-both measured just before and after each line: speed drifts on shared machines.
+both measured just before and after each line: speed drifts on shared machines. On a GPU that rate
+is the datasheet's.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ batch_size = 0          # sequences of the training line; 0: 2 on a CPU, 16 else
 block_size = 0          # tokens in each; 0: 512 on a CPU, 1024 elsewhere
 optimizer = 'adamw'     # or 'muon'
 checkpoint_activations = False      # True: as in train.py, less memory and speed
+kernels = 'auto'        # False: without gpt/kernels.py
 seconds = 20.0          # at least, for each line, after compiling; medians are shown
 peers = ''              # FOLDER with nanoGPT's model.py, which is run: it and transformers race
                         # ours, in turn
@@ -158,8 +160,8 @@ def our_update(config, batch, cfg, world):
     """(Trainer, a function that makes an update)."""
     with contextlib.redirect_stdout(sys.stderr):        # what it prints is no line of the table
         trainer = Trainer(GPT(config), world, TrainerConfig(
-            compile=cfg.compile, checkpoint_activations=cfg.checkpoint_activations),
-            OptimizerConfig(optimizer=cfg.optimizer))
+            compile=cfg.compile, checkpoint_activations=cfg.checkpoint_activations,
+            kernels=cfg.kernels), OptimizerConfig(optimizer=cfg.optimizer))
         trainer.prepare(batch, math.inf)
 
     def update():

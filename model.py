@@ -46,8 +46,8 @@ SIZES = {
 class GPT(nn.Module):
     """Parts are replaced from outside: lm_head by a packed copy (gpt.cpu.pack); in training on CUDA
     what there are kernels for (gpt.kernels.use); on several processes loss() and the blocks by
-    compiled ones (gpt.trainer). How it is trained, not what it computes, are the attributes below
-    lm_head, which gpt.trainer sets."""
+    compiled ones (gpt.trainer). gpt.trainer also sets the attributes below lm_head: they change
+    speed, memory and rounding alone."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -65,7 +65,7 @@ class GPT(nn.Module):
         self.lm_head = None     # None: wte is used; gpt/cpu.pack() puts a packed copy here
         self.checkpoint_activations = False     # True: keep only the inputs of each block and
                                                 # recompute the rest in the backward pass
-        self.half_residual = False      # True: x, to which blocks add, in the dtype of autocast
+        self.half_residual = False      # True: the residual stream in the dtype of autocast
         self.logits_per_slice = 2 ** 26         # the loss computes this many logits at a time,
         self.slice_loss = slice_loss            # by this function
         self.init_weights()
@@ -246,8 +246,8 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, V, dtype, slices, slice_loss, with_gradients):
         w, nats, dx, dw = weight.to(dtype), 0, [], 0
-        for xs, ids in zip(x.to(dtype).chunk(slices), targets[:, None].chunk(slices)):
-            slice_nats, g = slice_loss(xs @ w.t(), ids, V, with_gradients)
+        for xs, ys in zip(x.to(dtype).chunk(slices), targets[:, None].chunk(slices)):
+            slice_nats, g = slice_loss(xs @ w.t(), ys, V, with_gradients)
             nats = nats + slice_nats
             if with_gradients:
                 dx.append(g @ w)
@@ -264,16 +264,16 @@ class HeadLoss(torch.autograd.Function):
         return dx.mul_(scale), dw.mul_(scale), None, None, None, None, None, None
 
 
-def slice_loss(logits, ids, V, with_gradients):
+def slice_loss(logits, targets, V, with_gradients):
     """Sum of the cross-entropies of a slice, and its gradient: softmax minus one-hot, (n, rows of
-    weight). logits is of that shape too, ids is (n, 1). On CUDA gpt/kernels.py does this."""
+    weight). logits is of that shape too, targets is (n, 1). On CUDA gpt/kernels.py does this."""
     dtype, logits = logits.dtype, logits.float()
     logits[:, V:] = -math.inf                                               # the padding
     logits -= logits.amax(dim=1, keepdim=True)
-    correct = logits.gather(1, ids)                                         # (n, 1)
+    correct = logits.gather(1, targets)                                     # (n, 1)
     exps = logits.exp_()
     sums = exps.sum(dim=1, keepdim=True)
     nats = (sums.log() - correct).sum()
     if not with_gradients:
         return nats, None
-    return nats, exps.div_(sums).scatter_add_(1, ids, -torch.ones_like(correct)).to(dtype)
+    return nats, exps.div_(sums).scatter_add_(1, targets, -torch.ones_like(correct)).to(dtype)

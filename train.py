@@ -88,6 +88,7 @@ compile = 'auto'            # True, False; auto: on CUDA, and on CPUs with a com
 parallel = 'ddp'            # each process holds the model; 'fsdp': a part, gathered when used
 half_residual = 'auto'      # True: blocks add to the residual stream in half precision, if that is
                             # the dtype; auto: on CUDA
+kernels = 'auto'            # False: without the Triton kernels of gpt/kernels.py; auto: on CUDA
 checkpoint_activations = False      # True: recompute activations in the backward pass: a third
                             # more work, a fraction of the memory
 timeout_minutes = 10.0      # processes wait this long for each other, then give up
@@ -113,7 +114,8 @@ from gpt.validation import ValidationConfig, validate
 from gpt.world import World
 
 NOTABLE = 0.1               # a change of max_iters that is printed, with --minutes
-OLDER = {'half_residual': False, 'logits_per_slice': 2 ** 26}   # of checkpoints without these
+OLDER = {'half_residual': False, 'kernels': False,
+         'logits_per_slice': 2 ** 26}           # of checkpoints without these
 BOUNDS = (                  # what is expected, whether a value fits, of which settings
     ('1 or more', lambda value: value >= 1,
      'batch_size block_size n_layer n_head n_embd eval_interval eval_tokens log_interval '
@@ -128,7 +130,7 @@ BOUNDS = (                  # what is expected, whether a value fits, of which s
     ("'adamw' or 'muon'", ('adamw', 'muon').__contains__, 'optimizer'),
     ("'gelu_new' or 'gelu'", ('gelu_new', 'gelu').__contains__, 'activation'),
     ("'cosine' or 'wsd'", ('cosine', 'wsd').__contains__, 'schedule'),
-    ("'auto', True or False", ('auto', True, False).__contains__, 'compile half_residual'),
+    ("'auto', True or False", ('auto', True, False).__contains__, 'compile half_residual kernels'),
     ("'ddp' or 'fsdp'", ('ddp', 'fsdp').__contains__, 'parallel'),
     ('the name of a folder', lambda value: value and not Path(value).is_file(), 'out_dir'))
 
@@ -245,7 +247,8 @@ def computes(cfg, world, saved):
         dtype, reason = world.on_main(pick_dtype, cfg.dtype, world.device, True)
     if same or not cfg.plan:                            # which has said it
         world.print(f'device {world.device}; {str(dtype)[6:]}: {reason}')
-    as_before = {key: before[key] for key in ('compile', 'half_residual', 'logits_per_slice')
+    as_before = {key: before[key]
+                 for key in ('compile', 'half_residual', 'kernels', 'logits_per_slice')
                  if same and getattr(cfg, key, 'auto') == 'auto'}
     return replace(world, dtype=dtype), section(
         cfg, TrainerConfig, **as_before, compile_as_before='compile' in as_before)

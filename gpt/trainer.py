@@ -19,8 +19,8 @@ from gpt.optim import Optimizer, OptimizerConfig
 from gpt.sharding import full_model_copy, is_sharded, shard, shard_like
 from gpt.world import World
 
-MIN_SECONDS_TO_COMPILE = {'half': 200, 'float32': 600}  # of training on a CPU without: compiling
-                            # takes about 25 s, and saves an eighth of the time, in float32 4 %
+MIN_SECONDS_TO_COMPILE = {'half': 200, 'float32': 600}  # of training on a CPU: compiling takes
+                            # about 25 s and saves an eighth of the time, in float32 3 %
 MIN_VALIDATION_FLOPS = {'cuda': 5e16}   # of a run and process: saves 20 of 110 s (computed)
 
 
@@ -32,7 +32,8 @@ class TrainerConfig:
     checkpoint_activations: bool = False
     half_residual: bool | str = 'auto'
     plan: bool = False
-    logits_per_slice: int = 0           # no setting; 0: see logits_per_slice()
+    kernels: bool | str = 'auto'
+    logits_per_slice: int = 0           # no setting; 0: see max_logits_per_slice()
     compile_as_before: bool = False     # no setting: `compile` is what the resumed run did
 
 
@@ -41,14 +42,15 @@ class Trainer:
 
     def __init__(self, model, world: World, config: TrainerConfig, optimizer: OptimizerConfig):
         self.model, self.world, self.config = model, world, config
-        has_kernels = world.device.type == 'cuda' and use_kernels(model, world)
+        wanted = world.device.type == 'cuda' if config.kernels == 'auto' else config.kernels
+        self.has_kernels = wanted and use_kernels(model, world)
         if config.parallel == 'fsdp' and world.size > 1:
             shard(model, world.device, world.dtype)
         model.to(world.device).train()
         model.checkpoint_activations = config.checkpoint_activations
         model.half_residual = (world.device.type == 'cuda' if config.half_residual == 'auto'
                                else config.half_residual)
-        most = logits_per_slice(world, has_kernels)
+        most = max_logits_per_slice(world, self.has_kernels)
         model.logits_per_slice = min(config.logits_per_slice or most, most)
         self.optimizer = Optimizer(model, optimizer, world.dtype)
         self.scaler = torch.amp.GradScaler(world.device.type,
@@ -206,7 +208,7 @@ class Trainer:
         others read too."""
         computes = {'device': self.world.device.type, 'dtype': str(self.world.dtype)[6:],
                     'compile': self.is_compiled, 'half_residual': self.model.half_residual,
-                    'logits_per_slice': self.model.logits_per_slice}
+                    'kernels': self.has_kernels, 'logits_per_slice': self.model.logits_per_slice}
         return {'optimizer': self.optimizer.state_dict(self.world.is_main),
                 'scaler': self.scaler.state_dict(), 'computes': computes}
 
@@ -232,7 +234,7 @@ class Trainer:
 
 
 def use_kernels(model, world: World) -> bool:
-    """Those of gpt/kernels.py, if they work here. Whether they do."""
+    """Use those of gpt/kernels.py if they pass their check(). Returns whether they are used."""
     def check():
         from gpt import kernels         # needs Triton
         kernels.check(world.device, world.dtype)
@@ -256,8 +258,8 @@ def why_not(function: Callable, world: World) -> str:
     return (failure or 'on another rank') if world.any(bool(failure)) else ''
 
 
-def logits_per_slice(world: World, has_kernels: bool) -> int:
-    """How many logits the loss computes at a time: on GPUs what fits the smallest of them. Without
+def max_logits_per_slice(world: World, has_kernels: bool) -> int:
+    """The most logits that the loss computes at a time: on GPUs what fits the smallest. Without
     kernels, what is computed of a logit takes up to 12 bytes."""
     if world.device.type != 'cuda':
         return 2 ** 26

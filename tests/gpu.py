@@ -3,8 +3,8 @@ What no CPU can test, in about five minutes on one CUDA card, with real processe
 
     python tests/gpu.py
 
-Prints a line for each check and exits with status 1 if one failed. With two cards or more it also
-trains on two, with DDP and FSDP.
+Prints a line for each check and exits with status 1 if one failed, 2 without a card. With two cards
+or more it also trains on two, with DDP and FSDP.
 """
 
 import json
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from gpt import generate, kernels
 from gpt.optim import OptimizerConfig
-from gpt.trainer import Trainer, TrainerConfig
+from gpt.trainer import Trainer, TrainerConfig, use_kernels
 from gpt.world import World
 from model import GPT, GPTConfig, slice_loss
 
@@ -227,7 +227,8 @@ def compiled_validation():
 
 
 def fused_kernels():
-    """the Triton kernels against plain code: gradients of a GPT, float32 and bfloat16; speed"""
+    """the Triton kernels against plain code: loss and gradients, float32 and bfloat16; speed"""
+    assert use_kernels(GPT(SHAPE), World(device=torch.device('cuda'), dtype=torch.bfloat16))
     found, ids = [], torch.randint(50257, (8, 256), device='cuda')
     torch.set_float32_matmul_precision('highest')
     for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 0.03)):
@@ -238,8 +239,9 @@ def fused_kernels():
             if results:
                 kernels.use(model)
             with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
-                (torch.compile(model, dynamic=False) if compiled else model)(ids, ids).backward()
-            results.append([p.grad for p in model.parameters()])
+                loss = (torch.compile(model, dynamic=False) if compiled else model)(ids, ids)
+            loss.backward()
+            results.append([loss.detach(), *(p.grad for p in model.parameters())])
             model.zero_grad()
         worst = [max(((a - b).norm() / b.norm()).item() for a, b in zip(result, results[0]))
                  for result in results[1:]]

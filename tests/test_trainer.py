@@ -147,6 +147,7 @@ def test_how_it_computes_is_in_its_state():
                    OptimizerConfig()).model.logits_per_slice == 2 ** 26
     assert trainer.state_dict()['computes'] == {
         'device': 'cpu', 'dtype': 'float32', 'compile': False, 'half_residual': True,
+        'kernels': False,
         'logits_per_slice': 2 ** 20}
     trainer = Trainer(GPT(TINY), World(), TrainerConfig(compile=False), OptimizerConfig())
     assert not trainer.model.half_residual and trainer.model.logits_per_slice == 2 ** 26
