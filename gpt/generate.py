@@ -172,8 +172,8 @@ class Cache:
 class FixedStep:
     """The step from a token to the next, with attention over the whole memory of the cache. What
     changes from step to step is in tensors, none of which change their size. So on CUDA all its
-    kernels are captured as one graph, and replayed: no time goes into launching them. A kernel that
-    does next to nothing takes 3 us even so. Hence the mask is made once and not by each layer, as
+    kernels are captured as one graph, and replayed: no time goes into launching them. Even so each
+    kernel takes microseconds. Hence the mask is made once and not by each layer, as
     attention makes it of a bool, or of one whose length is no multiple of 16."""
 
     def __init__(self, model, cache: Cache, pad: torch.Tensor, options: SamplingOptions,

@@ -29,7 +29,8 @@ from gpt.config_file import LARGEST, TYPES, assignments, evaluate, parsed
 from gpt.script import finish
 from gpt.shapes import in_words, is_text
 
-SWITCHES = ('compile', 'detok', 'half_residual')    # 'auto', True or False; other 'auto's: a text
+SWITCHES = ('compile', 'detok', 'half_residual',   # 'auto', True or False; other 'auto's: a text
+            'kernels')
 PATHS = frozenset('compare contamination data data_dir dataset dump file hellaswag_data init_from '
                   'input model out out_dir peers runs to tokenizer'.split())  # ~ is the home folder
 

@@ -3,15 +3,17 @@
 import json
 import math
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from conftest import ROOT, script
 
+import bench
 import train
 from gpt import trainer as trainer_module
 from gpt.optim import OptimizerConfig
+from gpt.settings import configure
 from gpt.trainer import Trainer, TrainerConfig, should_compile
 from gpt.validation import ValidationConfig, evaluate
 from gpt.world import World
@@ -136,6 +138,15 @@ def test_what_a_layer_keeps_for_the_backward_pass(recomputed):
         assert per_layer == 2 * C * tokens
     else:
         assert (32 * C + 4 * h) * tokens < per_layer - 24 * C * C <= (32 * C + 4 * h + 16) * tokens
+
+
+@pytest.mark.parametrize('name', [f.name for f in fields(TrainerConfig) if f.type == bool | str])
+def test_switches_take_true_and_false_as_flags(name):
+    """In the scripts that have them: train.py and bench.py."""
+    for module in train, bench:
+        if hasattr(module.Config, name):
+            for value in (True, False):
+                assert getattr(configure(module.Config, [f'--{name}={value}']), name) is value
 
 
 def test_how_it_computes_is_in_its_state():
