@@ -186,7 +186,7 @@ def train_line(name, config, batch_size, cfg, world):
 
 def generate_lines(cfg, world):
     """64 tokens (on a GPU 400) after 16, as sample.py generates them: every weight is read for
-    each."""
+    each. The first text, in which a GPU captures the step, does not count."""
     new = 400 if world.device.type == 'cuda' else 64
     device, (dtype, _) = world.device, pick_dtype('auto', world.device)
     model = GPT(SIZES[cfg.model]).to(device, dtype).eval()

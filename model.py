@@ -191,9 +191,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, mask, cache, i):
         B, T, C = x.shape
-        q, k, v = self.heads(x)                                             # (B, nh, T, hs)
+        qkv = self.c_attn(x)                                                # (B, T, 3 C)
+        q, k, v = self.heads(qkv)                                           # (B, nh, T, hs)
         if cache:
-            k, v = cache.add(i, k, v)                                       # (B, nh, K, hs)
+            k, v = cache.add(i, qkv[..., C:])                               # (B, nh, K, hs)
             q = q.to(k.dtype)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
                                            is_causal=mask is None and T > 1,
@@ -203,10 +204,10 @@ class CausalSelfAttention(nn.Module):
             y = y.to(x.dtype)
         return self.resid_dropout(self.c_proj(y))
 
-    def heads(self, x):
-        B, T, C = x.shape
+    def heads(self, qkv):
+        B, T, _ = qkv.shape
         return [part.view(B, T, self.n_head, -1).transpose(1, 2)            # (B, nh, T, hs)
-                for part in self.c_attn(x).split(C, dim=2)]
+                for part in qkv.chunk(3, dim=2)]
 
 
 class MLP(nn.Module):

@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, nh heads of size hs, K cached and new tokens, C channe
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -14,6 +15,7 @@ from gpt.cpu import no_onednn_for_one_token
 
 MIN_TOKENS_TO_CAPTURE = 200     # capturing takes 0.5 s and saves 3 ms a token (GPT-2 on an H100)
 MIN_TOKENS_TO_COMPILE = 60_000  # compiling the step first takes 6 to 11 s and saves 0.19 ms more
+kept_steps = WeakKeyDictionary()    # {GPT: the FixedStep of its last text, for another one}
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,20 @@ def stream(model, ids: torch.Tensor, max_new_tokens: int, **options) -> Iterator
         if reads_window:
             start = slide(start, ids.size(1), block_size)
             low, padded = start.min().item(), (start != start[0]).any().item()
-            if step:
-                cache.length = 0
-                step.pad.copy_(start - low)
-            else:
-                length = ids.size(1) - low + left - 1
-                cache = Cache(model, B, min(length + -length % 16, block_size))     # see FixedStep
-                step = captures(model, left) and FixedStep(model, cache, start - low, options,
+            if cache is None:
+                size = min(ids.size(1) - low + left - 1, block_size)
+                step = captures(model, left) and take_step(model, B, size, options,
                                                            left >= MIN_TOKENS_TO_COMPILE)
+                cache = step.cache if step else Cache(model, B, size)
+            cache.length = 0
+            if step:
+                step.begin(start - low, ids.size(1) - low)
         new_ids = ids[:, low:] if reads_window else ids[:, -1:]
         places = padding(start - low, cache.length, new_ids.size(1)) if padded else {}
         with no_onednn_for_one_token(new_ids, model.wte.weight), torch.inference_mode():
             draws = None if options.temperature == 0 else uniform(generators or [None] * B)
             if step and not reads_window:
-                next_ids = step(new_ids[:, 0], draws)
+                next_ids = step(model, new_ids[:, 0], draws)
             else:
                 logits = next_logits(model, model.hidden(new_ids, cache=cache, **places)[:, -1])
                 next_ids = pick(logits, draws, options)
@@ -75,7 +77,9 @@ def stream(model, ids: torch.Tensor, max_new_tokens: int, **options) -> Iterator
         ids = torch.cat((ids, next_ids[:, None]), dim=1)
         yield next_ids
         if options.stop and ended.all():
-            return
+            break
+    if step and step.made_for:
+        kept_steps[model] = step
 
 
 def checked_lengths(lengths: Sequence[int] | None, ids: torch.Tensor) -> torch.Tensor:
@@ -102,7 +106,8 @@ def next_logits(model, x: torch.Tensor) -> torch.Tensor:
     logits = model.head(x)
     if logits.dtype != torch.float32:
         likely = logits.topk(min(64, logits.size(-1))).indices              # (B, 64)
-        exact = weight[likely].float() @ x.float()[:, :, None]
+        with torch.autocast(x.device.type, enabled=False):
+            exact = weight[likely].float() @ x.float()[:, :, None]
         logits = logits.float().scatter(1, likely, exact[:, :, 0])
     return logits
 
@@ -149,48 +154,54 @@ class Cache:
 
     def __init__(self, model, B: int, size: int):
         c, weight = model.config, model.wte.weight
-        shape = (B, c.n_head, size, c.n_embd // c.n_head)
+        shape = (2, B, c.n_head, size, c.n_embd // c.n_head)
         dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
-        self.keys, self.values = ([torch.empty(shape, dtype=dtype, device=weight.device)
-                                   for _ in range(c.n_layer)] for _ in range(2))
+        self.layers = [torch.empty(shape, dtype=dtype, device=weight.device)
+                       for _ in range(c.n_layer)]
         self.length = 0
         self.position = None        # a tensor (1,): where a FixedStep puts its token
 
-    def add(self, i: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-        """Store k and v (B, nh, T, hs) of layer i; return all its keys and values (B, nh, K, hs).
-        """
+    def add(self, i: int, kv: torch.Tensor) -> torch.Tensor:
+        """Store keys and values kv (B, T, 2 C) of layer i; return all it has, (2, B, nh, K, hs)."""
+        memory, (B, T, _) = self.layers[i], kv.shape
+        kv = kv.view(B, T, 2, memory.size(2), -1).permute(2, 0, 3, 1, 4)        # (2, B, nh, T, hs)
         if self.position is not None:
-            return [memory.index_copy_(2, self.position, new.to(memory.dtype))
-                    for memory, new in ((self.keys[i], k), (self.values[i], v))]
-        both, T = ((self.keys[i], k), (self.values[i], v)), k.size(2)
-        for memory, new in both:
-            memory.narrow(2, self.length, T).copy_(new)
-        return [memory.narrow(2, 0, self.length + T) if self.length else new
-                for memory, new in both]
+            return memory.index_copy_(3, self.position, kv.to(memory.dtype))
+        memory.narrow(3, self.length, T).copy_(kv)
+        return memory.narrow(3, 0, self.length + T) if self.length else kv
 
 
 class FixedStep:
     """The step from a token to the next, with attention over the whole memory of the cache. What
     changes from step to step is in tensors, none of which change their size. So on CUDA all its
     kernels are captured as one graph, and replayed: no time goes into launching them. Even so each
-    kernel takes microseconds. Hence the mask is made once and not by each layer, as
-    attention makes it of a bool, or of one whose length is no multiple of 16."""
+    kernel takes microseconds. Hence the mask is kept and not made by each layer, as attention
+    makes it of a bool, or of one whose length is no multiple of 16."""
 
-    def __init__(self, model, cache: Cache, pad: torch.Tensor, options: SamplingOptions,
-                 compiled: bool = False):
-        """pad (B,): the columns of padding before each row."""
-        self.model, self.cache, self.pad, self.options = model, cache, pad, options
-        self.ids, self.position = torch.zeros_like(pad), torch.zeros_like(pad[:1])
-        self.draws = None if options.temperature == 0 else torch.zeros(len(pad), device=pad.device)
-        self.columns = torch.arange(cache.keys[0].size(2), device=pad.device)
+    def __init__(self, cache: Cache, options: SamplingOptions, compiled: bool = False):
+        self.cache, self.options = cache, options
+        _, B, _, K, _ = cache.layers[0].shape
+        self.mask = cache.layers[0].new_zeros(B, K)     # added to the scores of the columns
+        self.ids, self.pad, self.position = (self.mask.new_zeros(n, dtype=torch.long)
+                                             for n in (B, B, 1))
+        self.draws = (None if options.temperature == 0
+                      else self.mask.new_zeros(B, dtype=torch.float32))
         self.compiled = compiled and torch.compile(FixedStep.compute_eagerly, fullgraph=True,
                                                    dynamic=False)
         self.graph = self.next_ids = None
-        self.can_capture = pad.device.type == 'cuda'
-        for memory in (*cache.keys, *cache.values):     # masked out, but NaN times 0 is NaN
+        self.can_capture = self.ids.is_cuda
+        self.made_for = None                            # see take_step()
+
+    def begin(self, pad: torch.Tensor, length: int) -> None:
+        """The steps to come follow `length` columns, the first pad[b] (B,) of row b padding."""
+        self.pad.copy_(pad)
+        columns = torch.arange(self.mask.size(1), device=pad.device)
+        unseen = (columns >= length) | (columns < pad[:, None])                 # (B, K)
+        self.mask.zero_().masked_fill_(unseen, -math.inf)
+        for memory in self.cache.layers:                # masked out, but NaN times 0 is NaN
             memory.zero_()
 
-    def __call__(self, ids: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, model, ids: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
         """The ids (B,) after ids (B,), chosen by draws (B,)."""
         self.ids.copy_(ids)
         self.position.fill_(self.cache.length)
@@ -198,44 +209,43 @@ class FixedStep:
             self.draws.copy_(draws, non_blocking=True)
         length = self.cache.length
         if self.can_capture and not self.graph:
-            self.capture()
+            with torch.cuda.device(ids.device):         # on another one the graph would be empty
+                self.capture(model)
         if self.graph:
             self.graph.replay()
         else:
-            self.compute()
+            self.compute(model)
         self.cache.length = length + 1
         return self.next_ids.clone()
 
-    def compute(self) -> None:
+    def compute(self, model) -> None:
         self.cache.length = 0           # not to be compiled again for each length
         if self.compiled:
             try:
-                return self.compiled(self)
+                return self.compiled(self, model)
             except Exception:           # compilers fail in many ways
                 self.compiled = False
-        return self.compute_eagerly()
+        return self.compute_eagerly(model)
 
-    def compute_eagerly(self) -> None:
-        unseen = (self.columns > self.position) | (self.columns < self.pad[:, None])    # (B, K)
-        mask = torch.zeros_like(unseen, dtype=self.cache.keys[0].dtype)
-        mask.masked_fill_(unseen, -math.inf)
+    def compute_eagerly(self, model) -> None:
+        self.mask.index_fill_(1, self.position, 0)      # from here on they see this token
         self.cache.position = self.position
-        x = self.model.hidden(self.ids[:, None], cache=self.cache, mask=mask[:, None, None],
-                              positions=(self.position - self.pad)[:, None])
+        x = model.hidden(self.ids[:, None], cache=self.cache, mask=self.mask[:, None, None],
+                         positions=(self.position - self.pad)[:, None])
         self.cache.position = None
-        self.next_ids = pick(next_logits(self.model, x[:, -1]), self.draws, self.options)
+        self.next_ids = pick(next_logits(model, x[:, -1]), self.draws, self.options)
 
-    def capture(self) -> None:
+    def capture(self, model) -> None:
         """After a step beside the graph, in which libraries allocate what they need."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.compute()
+            self.compute(model)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self.compute()
+                self.compute(model)
             self.graph = graph
         except RuntimeError:                            # without one it is only slower
             self.can_capture = False
@@ -244,6 +254,21 @@ class FixedStep:
 def captures(model, tokens: int) -> bool:
     """Whether a FixedStep pays off for this number of tokens."""
     return model.wte.weight.device.type == 'cuda' and tokens >= MIN_TOKENS_TO_CAPTURE
+
+
+def take_step(model, B: int, size: int, options: SamplingOptions, compiled: bool) -> FixedStep:
+    """A FixedStep for `size` columns: that of the last text, if its graph does the same, else a new
+    one. To fit more texts, its columns are a power of two. Under autocast it is not kept: there a
+    graph reads copies of the weights, which end with it."""
+    size = min(max(256, 2 ** (size - 1).bit_length()), model.config.block_size)
+    made_for = not torch.is_autocast_enabled(model.wte.weight.device.type) and (
+        B, size, options.temperature, options.top_k, options.top_p, compiled, model.training,
+        torch.get_float32_matmul_precision(), [p.data_ptr() for p in model.parameters()])
+    step = kept_steps.pop(model, None)                  # not to be shared by two texts at a time
+    if not step or step.made_for != made_for:
+        step = FixedStep(Cache(model, B, size), options, compiled)
+        step.made_for = made_for
+    return step
 
 
 def slide(start: torch.Tensor, end: int, block_size: int) -> torch.Tensor:

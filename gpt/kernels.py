@@ -6,6 +6,7 @@ torch.compile reads two or three times. Tested against model.py on a CPU, by Tri
 from typing import Any
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -24,9 +25,9 @@ def use(model: GPT) -> None:
     model.slice_loss = slice_loss
     if model.config.bias:
         for block in model.h:
-            block.attn.__class__ = FusedAttention
+            block.attn.__class__, block.attn.c_attn.__class__ = FusedAttention, Projection
             if model.config.activation == 'gelu_new':
-                block.mlp.__class__ = FusedMLP
+                block.mlp.__class__, block.mlp.c_fc.__class__ = FusedMLP, Projection
 
 
 def check(device: torch.device, dtype: torch.dtype) -> None:
@@ -104,17 +105,22 @@ def _update(highest, total, x):
     return highest, total * tl.exp(before - highest) + tl.sum(tl.exp(x - highest), 0)
 
 
-# Gradients of activations, summed for the bias before them while they are written. In the forward
-# pass that bias is part of the matrix product.
+# Gradients of activations, summed for the bias before them while they are written.
+
+class Projection(nn.Linear):
+    """Its bias gets its gradient from the function that follows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias.detach())
+
 
 class FusedMLP(MLP):
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
-        return GELU.apply(F.linear(x, self.c_fc.weight, self.c_fc.bias.detach()), self.c_fc.bias)
+        return GELU.apply(self.c_fc(x), self.c_fc.bias)
 
 
 class FusedAttention(CausalSelfAttention):
-    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        qkv = F.linear(x, self.c_attn.weight, self.c_attn.bias.detach())
+    def heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return Heads.apply(qkv, self.c_attn.bias, self.n_head)
 
 

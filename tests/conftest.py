@@ -42,6 +42,11 @@ def pytest_addoption(parser):
     parser.addoption('--faults', action='store_true', help='run the slow tests and marathons too')
 
 
+def pytest_configure(config):
+    """How many random examples of each kind are tried: `make fuzz` sets more."""
+    os.environ.setdefault('FUZZ', '600' if config.getoption('--slow') else '12')
+
+
 def left_out(config):
     """{marker: the command that runs its tests} of the tests that are left out."""
     if config.getoption('--faults'):

@@ -37,7 +37,7 @@ from gpt.config_file import as_config_file
 from gpt.data import benchmarks, documents, sets, shards
 from gpt.script import raised_here
 
-EXAMPLES = int(os.environ.get('FUZZ', 600 if '--slow' in sys.argv else 12))
+EXAMPLES = int(os.environ['FUZZ'])
 MAX_SECONDS, MAX_GROWTH = 20, 2 ** 30
 COUNTS = Counter()          # of each target: how many were taken, how many refused
 

@@ -88,6 +88,45 @@ def test_a_fixed_step_writes_the_same(monkeypatch, lengths, cuts):
     assert steps == [40]                                # one cache and one graph for all windows
 
 
+def test_a_fixed_step_is_kept_for_the_next_text_that_it_fits(monkeypatch):
+    """On CUDA its graph reads the weights where they were when it was captured."""
+    net, made = pair(TINY, std=0.3)[0], []
+
+    def write(prompt, in_half=False, **options):
+        """A text, which is what it is without fixed steps, and how many of them there were."""
+        found = []
+        for fixed in (False, True):
+            monkeypatch.setattr(generate, 'captures', lambda model, tokens: fixed)
+            with torch.autocast('cpu', torch.bfloat16, enabled=in_half):
+                found.append(net.generate(random_ids(TINY, 2, prompt, seed=prompt), 40, **options))
+        assert in_half or torch.equal(*found)
+        return len(made)
+
+    class Counted(generate.FixedStep):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+    monkeypatch.setattr(generate, 'FixedStep', Counted)
+    assert [write(n, temperature=0) for n in (3, 9, 30)] == [1, 1, 1]
+    net.h[0].mlp.c_fc.weight.data.mul_(2)
+    assert write(5, temperature=0) == 1
+    net.h[0].mlp.c_fc.weight.data = net.h[0].mlp.c_fc.weight.data / 2
+    assert write(5, temperature=0) == 2
+    assert [write(5, temperature=1, top_k=k, seed=0) for k in (7, 7, 8)] == [3, 3, 4]
+    assert [write(5, temperature=0, in_half=True) for _ in range(2)] == [5, 6]
+
+
+def test_two_texts_at_a_time_do_not_share_a_fixed_step(monkeypatch):
+    net = pair(TINY, std=0.3)[0]
+    prompts = random_ids(TINY, 2, 1, 6)
+    expected = [net.generate(ids, 30, temperature=0)[:, 6:] for ids in prompts]
+    monkeypatch.setattr(generate, 'captures', lambda model, tokens: True)
+    net.generate(prompts[0], 30, temperature=0)
+    both = zip(*(generate.stream(net, ids, 30, temperature=0) for ids in prompts))
+    found = [torch.stack(ids, dim=1) for ids in zip(*both)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
 @pytest.mark.slow
 def test_a_compiled_step_is_compiled_once_and_writes_the_same(monkeypatch):
     """Over several windows, by rows of different lengths, when the text to come is long enough."""
@@ -113,10 +152,11 @@ def test_logits_of_a_compiled_step_are_those_of_the_eager_one(monkeypatch):
     monkeypatch.setattr(generate, 'pick', lambda logits, *_: logits)
     for compiled in (False, True):
         cache = Cache(net, 2, 12)
-        step = generate.FixedStep(net, cache, torch.tensor([0, 2]), options, compiled)
+        step = generate.FixedStep(cache, options, compiled)
+        step.begin(torch.tensor([0, 2]), 5)
         with torch.inference_mode():
             net.hidden(random_ids(TINY, 2, 5), cache=cache, **generate.padding(step.pad, 0, 5))
-            found.append(torch.stack([step(ids, None) for ids in random_ids(TINY, 7, 2)]))
+            found.append(torch.stack([step(net, ids, None) for ids in random_ids(TINY, 7, 2)]))
         assert bool(step.compiled) == compiled and cache.length == 12
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
@@ -126,7 +166,7 @@ def test_a_step_that_cannot_be_compiled_stays_eager(monkeypatch):
     expected = net.generate(ids, 20, temperature=0)
 
     def broken(*_, **__):
-        def call(step):
+        def call(*_):
             raise RuntimeError('no compiler')
         return call
     monkeypatch.setattr(generate, 'captures', lambda model, tokens: True)
@@ -139,7 +179,8 @@ def test_logits_of_a_fixed_step_are_those_of_the_growing_cache():
     net, _ = pair(TINY, std=0.3)
     ids, pad = random_ids(TINY, 2, 5), torch.tensor([0, 2])
     caches = [Cache(net, 2, 12) for _ in range(2)]
-    step = generate.FixedStep(net, caches[1], pad, generate.SamplingOptions(temperature=0))
+    step = generate.FixedStep(caches[1], generate.SamplingOptions(temperature=0))
+    step.begin(pad, 5)
     found = []
     with torch.no_grad():
         for cache in caches:
@@ -147,11 +188,11 @@ def test_logits_of_a_fixed_step_are_those_of_the_growing_cache():
         for _ in range(7):
             found.append(net.hidden(ids[:, -1:], cache=caches[0],
                                     **generate.padding(pad, caches[0].length, 1)))
-            chosen = step(ids[:, -1], None)
+            chosen = step(net, ids[:, -1], None)
             assert torch.equal(chosen, net.head(found[-1][:, -1]).argmax(-1))
-            for a, b in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values):
-                n = caches[0].length
-                torch.testing.assert_close(a[:, :, :n], b[:, :, :n], rtol=0, atol=1e-5)
+            n = caches[0].length
+            for a, b in zip(caches[0].layers, caches[1].layers):
+                torch.testing.assert_close(a[..., :n, :], b[..., :n, :], rtol=0, atol=1e-5)
             ids = torch.cat((ids, chosen[:, None]), dim=1)
 
 
@@ -185,8 +226,11 @@ def test_logits_of_half_precision_do_not_tie():
     net.to(torch.bfloat16)
     x, exact = x.bfloat16(), (x.bfloat16().double() @ net.wte.weight.double().T).float()
     assert len(net.head(x).unique()) < 10
-    found = next_logits(net, x)
-    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(next_logits(net, x), exact, rtol=1e-5, atol=1e-4)
+    net.float()
+    with torch.autocast('cpu', torch.bfloat16):
+        assert net.head(x).dtype == torch.bfloat16
+        torch.testing.assert_close(next_logits(net, x), exact, rtol=1e-5, atol=1e-4)
 
 
 def test_generation_continues_past_the_block_and_repeats_with_its_seed():
