@@ -16,7 +16,7 @@ help:
 	@echo 'make quickstart   prepare text, train a small GPT, sample from it: 4 to 9 minutes on 2 CPU cores'
 	@echo 'make test         the tests: 2 to 4 minutes, no network'
 	@echo 'make test-all     all but the longest: also several processes, kills, real runs'
-	@echo 'make fuzz         random damage to every kind of input; FUZZ=4000 examples of each: about 14 minutes'
+	@echo 'make fuzz         random damage to every kind of input; FUZZ=4000 examples of each: about 6 minutes'
 	@echo 'make faults       kills, full disks, hangs, ten minutes of random faults: about 25 minutes'
 	@echo 'make bench        how fast this machine trains, samples, scores, prepares, and how fast it could be'
 	@echo 'make table3       MODEL=gpt2: the benchmarks of the GPT-2 paper, measured and printed'
