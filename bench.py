@@ -117,6 +117,8 @@ def clock(step: Callable, device, seconds, least=5, pick=statistics.median, warm
 def wait_for(device):
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()
 
 
 def between(measure: Callable, work: Callable):
@@ -128,7 +130,7 @@ def between(measure: Callable, work: Callable):
 
 def bandwidth(device):
     """Bytes per second at which a tensor that fits no cache is read, the best of several."""
-    x = torch.ones(2 ** 26, device=device)
+    x = torch.ones(2 ** (26 if device.type == 'cpu' else 29), device=device)
     return 4 * x.numel() / clock(x.sum, device, 0, least=10, pick=min)
 
 
@@ -282,17 +284,18 @@ def transformers_generation(config, ids, new, dtype):
 def evaluate_lines(cfg, world):
     """Questions like HellaSwag's: a context of 70 tokens, four endings of 25, float32."""
     device, model = world.device, cpu.pack(GPT(SIZES[cfg.model]).to(world.device).eval())
-    ids = torch.randint(model.config.vocab_size, (24, 170)).tolist()
+    n = 24 if device.type == 'cpu' else 960
+    ids = torch.randint(model.config.vocab_size, (n, 170)).tolist()
     items = [(row[:70], [row[70 + 25 * k:95 + 25 * k] for k in range(4)]) for row in ids]
-    c, scored, tokens = model.config, 24 * 100, 24 * (70 + 4 * 24)      # the last are not read
+    c, scored, tokens = model.config, n * 100, n * (70 + 4 * 24)        # the last are not read
     flops = 2 * (12 * c.n_layer * c.n_embd ** 2 * tokens + c.padded_vocab_size * c.n_embd * scored)
 
     def score():
         scoring.ending_loglikelihoods(model, items)
     seconds, peak = between(lambda: measure_peak(device, torch.float32),
                             lambda: clock(score, device, cfg.seconds, least=3))
-    yield Line(f'evaluate {cfg.model}, 4 endings, float32', 24 / seconds,
-               peak and 24 * peak / flops, 'item/s')
+    yield Line(f'evaluate {cfg.model}, 4 endings, float32', n / seconds,
+               peak and n * peak / flops, 'item/s')
 
 
 def prepare_lines(cfg, world):

@@ -224,7 +224,7 @@ def generate(cfg, model, encoding, ids, seconds):
         rows = stream(model, torch.tensor([ids] * B, device=device), cfg.max_new_tokens,
                       temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
                       seed=cfg.seed + first, stop=() if eot is None else (eot,))
-        rows = (row.tolist() for row in timed(rows, seconds))       # each the next ids (B,)
+        rows = timed((row.tolist() for row in rows), seconds)       # each the next ids (B,)
         if B == 1:
             yield (row[0] for row in rows)
             continue
@@ -279,12 +279,12 @@ def explain_tokens(model, encoding, given, new):
         chosen = probs.gather(1, ids[first:end, None])                      # (n, 1)
         ranks = 1 + (probs > chosen).sum(dim=1)
         top = probs.topk(min(3, probs.size(1)))
-        for n, i in enumerate(ids[first:end].tolist()):
-            alternatives = zip(top.indices[n].tolist(), top.values[n].tolist())
+        found = (ids[first:end], chosen[:, 0], ranks, top.indices, top.values)
+        for i, probability, rank, *likely in zip(*(part.tolist() for part in found)):
             tokens.append({'token': token_text(encoding, i), 'id': i,
-                           'new': first + n >= len(given), 'probability': chosen[n].item(),
-                           'rank': ranks[n].item(),
-                           'most_likely': [[token_text(encoding, j), p] for j, p in alternatives]})
+                           'new': 1 + len(tokens) >= len(given), 'probability': probability,
+                           'rank': rank, 'most_likely': [[token_text(encoding, j), p]
+                                                         for j, p in zip(*likely)]})
     return tokens
 
 

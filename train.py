@@ -102,12 +102,13 @@ from gpt import budget, cpu
 from gpt.budget import BatchConfig, BatchPlan, Forecast
 from gpt.data.order import draw
 from gpt.data.sets import Data
-from gpt.device import is_out_of_memory, pick_dtype
+from gpt.device import pick_dtype
 from gpt.log import Stopwatch
 from gpt.optim import OptimizerConfig, Schedule
 from gpt.preflight import Preflight, doubtful, how_it_ended
 from gpt.progress import PendingMetrics, Progress
 from gpt.run import Run
+from gpt.script import is_out_of_memory
 from gpt.start import is_fine_tune, starting_point
 from gpt.trainer import Trainer, TrainerConfig
 from gpt.validation import ValidationConfig, validate

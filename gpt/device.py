@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from gpt import cpu
@@ -22,7 +23,8 @@ PEAK_FLOPS = {              # dense bfloat16 (V100, T4: float16), from vendor da
 
 
 def pick_device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
-    """The torch.device called `name`; 'auto': CUDA, else MPS, else CPU. ValueError without it."""
+    """The torch.device called `name`; 'auto': CUDA, else MPS, else CPU. ValueError without it.
+    A CUDA device is made the current one, which torch asks what attention it can compute."""
     if name == 'auto':
         name = ('cuda' if torch.cuda.is_available() else
                 'mps' if torch.backends.mps.is_available() else 'cpu')
@@ -44,10 +46,35 @@ def pick_device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
             raise ValueError(f'device: given {device}, but this machine has '
                              f'{torch.cuda.device_count()} GPUs; '
                              f'pass that number to torchrun as --nproc_per_node')
+        check_architecture(torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
+        torch.cuda.set_device(device)
     if device.type == 'mps' and not torch.backends.mps.is_available():
         raise ValueError("device: given 'mps', which this machine does not have; "
                          "--device=cpu runs anywhere")
     return device
+
+
+def check_architecture(capability: tuple[int, int], built_for: list[str]) -> None:
+    """ValueError where torch was built for newer CUDA GPUs only, such as ['sm_75', 'sm_90']."""
+    oldest = min((int(name[3:]) for name in built_for if re.fullmatch(r'sm_\d+', name)), default=0)
+    major, minor = capability
+    if 10 * major + minor < oldest:
+        raise ValueError(f'device: this GPU has compute capability {major}.{minor}, but this torch '
+                         f'({torch.__version__}) is built for {oldest / 10} and newer; '
+                         f'pytorch.org/get-started has builds for older CUDA versions, '
+                         f'--device=cpu runs anywhere')
+
+
+@contextmanager
+def without_cudnn_attention(device: torch.device) -> Iterator[None]:
+    """For attention of many shapes, as in generated text or scored rows: cuDNN, which torch prefers
+    on large GPUs since Hopper, plans for tens of milliseconds for each new one."""
+    if device.type != 'cuda':
+        yield
+        return
+    others = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    with sdpa_kernel(list(others)):
+        yield
 
 
 def pick_dtype(name: str, device: torch.device,
@@ -106,11 +133,6 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        "can't allocate memory" in str(error) or 'not enough memory' in str(error))
 
 
 class NoInitialValues(TorchFunctionMode):

@@ -4,14 +4,17 @@ Generation: the prompt first, then one token at a time with cached keys and valu
 Shapes: B rows, T tokens, nh heads of size hs, K cached and new tokens, C channels, V ids.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 
 from gpt.cpu import no_onednn_for_one_token
+from gpt.device import without_cudnn_attention
 
 MIN_TOKENS_TO_CAPTURE = 200     # capturing takes 0.5 s and saves 3 ms a token (GPT-2 on an H100)
 MIN_TOKENS_TO_COMPILE = 60_000  # compiling the step first takes 6 to 11 s and saves 0.19 ms more
@@ -43,43 +46,43 @@ def stream(model, ids: torch.Tensor, max_new_tokens: int, **options) -> Iterator
     """
     options = SamplingOptions(**options)
     block_size, (B, T) = model.config.block_size, ids.shape
-    start = T - checked_lengths(options.lengths, ids)           # (B,) of each row's window
+    lengths = checked_lengths(options.lengths, ids)
+    start = T - lengths                                         # (B,) of each row's window
     generators = options.seed is not None and [
         torch.Generator().manual_seed(options.seed + b) for b in range(B)]
-    stop = torch.tensor(list(options.stop), device=ids.device)
-    ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
-    cache = step = None
-    for left in range(max_new_tokens, 0, -1):
-        reads_window = cache is None or cache.length == block_size      # at first, or again
-        if reads_window:
-            start = slide(start, ids.size(1), block_size)
-            low, padded = start.min().item(), (start != start[0]).any().item()
-            if cache is None:
-                size = min(ids.size(1) - low + left - 1, block_size)
-                step = captures(model, left) and take_step(model, B, size, options,
-                                                           left >= MIN_TOKENS_TO_COMPILE)
-                cache = step.cache if step else Cache(model, B, size)
-            cache.length = 0
-            if step:
-                step.begin(start - low, ids.size(1) - low)
-        new_ids = ids[:, low:] if reads_window else ids[:, -1:]
-        places = padding(start - low, cache.length, new_ids.size(1)) if padded else {}
-        with no_onednn_for_one_token(new_ids, model.wte.weight), torch.inference_mode():
-            draws = None if options.temperature == 0 else uniform(generators or [None] * B)
-            if step and not reads_window:
-                next_ids = step(model, new_ids[:, 0], draws)
-            else:
-                logits = next_logits(model, model.hidden(new_ids, cache=cache, **places)[:, -1])
-                next_ids = pick(logits, draws, options)
-        if options.stop:
-            next_ids = torch.where(ended, ids[:, -1], next_ids)
-            ended |= torch.isin(next_ids, stop)
-        ids = torch.cat((ids, next_ids[:, None]), dim=1)
-        yield next_ids
-        if options.stop and ended.all():
-            break
-    if step and step.made_for:
-        kept_steps[model] = step
+    stop, ended = set(map(int, options.stop)), [False] * B
+    size = min(lengths.max().item() + max_new_tokens - 1, block_size)
+    step = captures(model, max_new_tokens) and take_step(model, B, size, options,
+                                                         max_new_tokens >= MIN_TOKENS_TO_COMPILE)
+    cache = step.cache if step else Cache(model, B, size)
+    try:
+        while max_new_tokens > 0 and not all(ended):
+            reads_window = cache.length in (0, block_size)              # at first, or again
+            if reads_window:
+                start = slide(start, ids.size(1), block_size)
+                low, padded = start.min().item(), (start != start[0]).any().item()
+                cache.length = 0
+                if step:
+                    step.begin(start - low, ids.size(1) - low)
+            new_ids = ids[:, low:] if reads_window else ids[:, -1:]
+            places = padding(start - low, cache.length, new_ids.size(1)) if padded else {}
+            with no_onednn_for_one_token(new_ids, model.wte.weight), torch.inference_mode():
+                draws = None if options.temperature == 0 else uniform(generators or [None] * B)
+                if step and not reads_window:
+                    next_ids = step(model, new_ids[:, 0], draws)
+                else:
+                    with without_cudnn_attention(ids.device):
+                        x = model.hidden(new_ids, cache=cache, **places)
+                    next_ids = pick(next_logits(model, x[:, -1]), draws, options)
+            if any(ended):
+                next_ids = torch.where(torch.tensor(ended, device=ids.device), ids[:, -1], next_ids)
+            ids = torch.cat((ids, next_ids[:, None]), dim=1)
+            yield next_ids
+            max_new_tokens -= 1
+            ended = [i in stop for i in next_ids.tolist()] if stop else ended
+    finally:
+        if step and step.made_for:
+            kept_steps[model] = step
 
 
 def checked_lengths(lengths: Sequence[int] | None, ids: torch.Tensor) -> torch.Tensor:
@@ -209,8 +212,7 @@ class FixedStep:
             self.draws.copy_(draws, non_blocking=True)
         length = self.cache.length
         if self.can_capture and not self.graph:
-            with torch.cuda.device(ids.device):         # on another one the graph would be empty
-                self.capture(model)
+            self.capture(model, ids.device)
         if self.graph:
             self.graph.replay()
         else:
@@ -235,20 +237,35 @@ class FixedStep:
         self.cache.position = None
         self.next_ids = pick(next_logits(model, x[:, -1]), self.draws, self.options)
 
-    def capture(self, model) -> None:
-        """After a step beside the graph, in which libraries allocate what they need."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.compute(model)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
+    def capture(self, model, device: torch.device) -> None:
+        """After a step beside the graph, in which libraries allocate what they need.
+
+        The device is made the current one, or the graph would be empty. On a Hopper GPU attention
+        is what torch chooses, cuDNN's, as the shape stays. On Blackwell that of some versions is
+        wrong for a single query (github.com/pytorch/pytorch/issues/193893).
+        """
+        hopper = torch.cuda.get_device_capability(device) == (9, 0)
+        with torch.cuda.device(device), (nullcontext() if hopper
+                                         else without_cudnn_attention(device)):
+            before, side = torch.cuda.current_stream(), side_stream(device)
+            side.wait_stream(before)
+            with torch.cuda.stream(side):
                 self.compute(model)
-            self.graph = graph
-        except RuntimeError:                            # without one it is only slower
-            self.can_capture = False
+            before.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=side):
+                    self.compute(model)
+                self.graph = graph
+            except RuntimeError:                        # without one it is only slower
+                self.can_capture = False
+                torch.cuda.set_stream(before)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each device, since libraries keep memory for each stream on which they were used."""
+    return torch.cuda.Stream(device)
 
 
 def captures(model, tokens: int) -> bool:
@@ -266,8 +283,11 @@ def take_step(model, B: int, size: int, options: SamplingOptions, compiled: bool
         torch.get_float32_matmul_precision(), [p.data_ptr() for p in model.parameters()])
     step = kept_steps.pop(model, None)                  # not to be shared by two texts at a time
     if not step or step.made_for != made_for:
-        step = FixedStep(Cache(model, B, size), options, compiled)
+        step = None                                     # its memory, before that of another
+        with torch.inference_mode(False):               # to be used outside of it as well
+            step = FixedStep(Cache(model, B, size), options, compiled)
         step.made_for = made_for
+    step.cache.length = 0
     return step
 
 

@@ -29,8 +29,9 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from gpt.device import without_cudnn_attention
 from gpt.files import read_bytes
-from gpt.script import complain
+from gpt.script import complain, is_out_of_memory
 from gpt.sharding import is_sharded
 from gpt.world import World
 
@@ -258,7 +259,8 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     own = next(model.parameters()).device if hasattr(model, 'parameters') else 'cpu'
     device, world = torch.device(own), options.world or World()
     sharded = is_sharded(model)         # then a batch makes logits of all its tokens
-    size = options.batch_tokens or (1024 if device.type == 'cpu' else 8192 if sharded else 65536)
+    size = options.batch_tokens or (1024 if device.type == 'cpu' else
+                                    65536 if device.type == 'cuda' and not sharded else 8192)
     batches, scores, done = batches_of(rows, size), empty_scores(rows), {}
     if options.kept:
         batches = options.kept.restore(batches, scores)
@@ -269,7 +271,7 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     said = began
     # a sharded model runs as it trains: its buffers could not keep the tensors of inference mode
     with (torch.no_grad() if sharded else torch.inference_mode(),
-          world.autocast() if sharded else nullcontext()):
+          world.autocast() if sharded else nullcontext(), without_cudnn_attention(device)):
         for batch in mine:
             new = score_batch(model, [row for _, row in batch], options.banned, device)
             for (i, _), score in zip(batch, new):
@@ -326,7 +328,9 @@ def score_batch(model: Callable, rows: list[Row], banned: torch.Tensor | None,
     """The Scores of Rows read together, or in halves where memory does not suffice."""
     try:
         return read_batch(model, rows, banned, device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         if len(rows) == 1 or is_sharded(model):
             raise ValueError(f'a row of {len(rows[0].ids)} tokens does not fit in the memory of '
                              f'{device}; --dtype=bfloat16 needs half of it') from None
@@ -341,11 +345,12 @@ def read_batch(model: Callable, rows: list[Row], banned: torch.Tensor | None,
     counts = [len(row.targets) for row in rows]
     ids, places = model_inputs(rows, device)
     body, head = body_and_head(model)
-    x = body(ids, **places)                                                 # (B, T, C or V)
-    row_of, columns, targets = (torch.from_numpy(part).to(device) for part in (
+    row_of, columns, targets, is_first = (torch.from_numpy(part).to(device) for part in (
         np.repeat(np.arange(len(rows)), counts), np.concatenate([row.columns for row in rows]),
-        np.concatenate([row.targets for row in rows])))                     # (N,)
-    is_first = torch.from_numpy(np.concatenate([row.columns == row.columns[0] for row in rows]))
+        np.concatenate([row.targets for row in rows]),
+        np.concatenate([row.columns == row.columns[0] for row in rows])))   # (N,)
+    banned = None if banned is None else banned.to(device)
+    x = body(ids, **places)                                                 # (B, T, C or V)
     x = x[row_of, columns]                                                  # (N, C or V)
     logprobs, predicted = [], []
     size = max(1, MAX_LOGITS // head(x[:1]).size(-1))
@@ -355,7 +360,7 @@ def read_batch(model: Callable, rows: list[Row], banned: torch.Tensor | None,
         of_target = logits.gather(1, targets[part, None])[:, 0]
         logprobs.append(of_target - logits.logsumexp(dim=-1))
         if banned is not None:
-            logits = logits.masked_fill((is_first[part, None] & banned).to(device), -math.inf)
+            logits = logits.masked_fill(is_first[part, None] & banned, -math.inf)
         predicted.append(logits.argmax(dim=-1))
     return split(torch.cat(logprobs).cpu().numpy(), torch.cat(predicted).cpu().numpy(), counts)
 

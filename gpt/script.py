@@ -21,7 +21,7 @@ def finish(task: Callable) -> None:
     """Run `task`, print an error in one line, and exit.
 
     The status is 0 for done; 1 for a bug of ours, with its traceback; 2 for bad input or data (an
-    OSError, an ImportError, a MemoryError, or a ValueError that our own code raised); otherwise
+    OSError, an ImportError, too little memory, or a ValueError that our own code raised); otherwise
     what the task returned. It exits by os._exit after flushing: a process that used gloo may abort
     in a normal shutdown.
     """
@@ -33,7 +33,7 @@ def finish(task: Callable) -> None:
     except BrokenPipeError:
         os._exit(141)                           # the reader of our output has closed it: `| head`
     except Exception as error:
-        if isinstance(error, OSError | ImportError | MemoryError) or (
+        if isinstance(error, OSError | ImportError) or is_out_of_memory(error) or (
                 isinstance(error, ValueError) and raised_here(error)):
             text = bounded(str(error) or 'not enough memory')
             complaint, status = f'{Path(sys.argv[0]).name}: {text}\n', 2
@@ -49,6 +49,13 @@ def finish(task: Callable) -> None:
             complain(f'{Path(sys.argv[0]).name}: {error}\n')
         status = status or 2
     os._exit(status)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is a MemoryError, or one of torch or of a library that it calls."""
+    said = 'out of memory', "can't allocate memory", 'not enough memory', '_ALLOC_FAILED'
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said))
 
 
 def open_standard_streams() -> None:

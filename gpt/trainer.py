@@ -14,8 +14,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from gpt.device import is_out_of_memory, measure_peak
+from gpt.device import measure_peak
 from gpt.optim import Optimizer, OptimizerConfig
+from gpt.script import is_out_of_memory
 from gpt.sharding import full_model_copy, is_sharded, shard, shard_like
 from gpt.world import World
 

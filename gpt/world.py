@@ -78,8 +78,6 @@ class World:
         """
         rank, size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)), size)
-        if device.type == 'cuda':
-            torch.cuda.set_device(device)
         if device.type == 'cpu':
             cpu.keep_freed_memory()
         if 'RANK' in os.environ and not dist.is_initialized():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gpt import cpu, device
-from gpt.device import datasheet_peak, is_out_of_memory, pick_device, pick_dtype
+from gpt.device import datasheet_peak, pick_device, pick_dtype
+from gpt.script import is_out_of_memory
 
 
 @pytest.mark.parametrize('name, message', [
@@ -56,4 +57,24 @@ def test_what_is_out_of_memory():
     assert is_out_of_memory(torch.OutOfMemoryError('CUDA out of memory.'))
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 GB"))
+    assert is_out_of_memory(RuntimeError('MPS backend out of memory (MPS allocated: 18 GB)'))
+    assert is_out_of_memory(RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling'))
     assert not is_out_of_memory(RuntimeError('no'))
+    assert not is_out_of_memory(ValueError('the text says: out of memory'))
+
+
+def test_a_gpu_older_than_torch_is_built_for_is_named():
+    for capability, built_for in (((7, 5), ['sm_75', 'sm_90', 'compute_90']), ((9, 0), ['sm_80']),
+                                  ((9, 4), ['gfx90a'])):
+        device.check_architecture(capability, built_for)
+    with pytest.raises(ValueError, match='capability 7.0, but this torch .* is built for 7.5 and'):
+        device.check_architecture((7, 0), ['sm_120', 'sm_75', 'sm_90'])
+
+
+def test_shapes_that_change_are_not_for_cudnn_s_attention():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for name, inside in (('cuda', False), ('cpu', before)):
+        with device.without_cudnn_attention(torch.device(name)):
+            assert torch.backends.cuda.cudnn_sdp_enabled() == inside
+            assert torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before

@@ -114,6 +114,11 @@ def test_a_fixed_step_is_kept_for_the_next_text_that_it_fits(monkeypatch):
     assert write(5, temperature=0) == 2
     assert [write(5, temperature=1, top_k=k, seed=0) for k in (7, 7, 8)] == [3, 3, 4]
     assert [write(5, temperature=0, in_half=True) for _ in range(2)] == [5, 6]
+    for _ in generate.stream(net, random_ids(TINY, 2, 3), 40, temperature=0):
+        break                                           # whoever stops reading loses nothing
+    with torch.inference_mode():
+        assert write(3, temperature=0) == 7
+    assert write(3, temperature=0) == 7
 
 
 def test_two_texts_at_a_time_do_not_share_a_fixed_step(monkeypatch):

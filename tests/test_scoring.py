@@ -221,7 +221,7 @@ def test_memory_that_runs_out_halves_the_batch(model):
         def hidden(self, ids, **places):
             sizes.append(len(ids))
             if len(ids) > self.most:
-                raise torch.OutOfMemoryError
+                raise torch.OutOfMemoryError('CUDA out of memory.')
             return model.hidden(ids, **places)
 
     found = scoring.ending_loglikelihoods(Narrow(4), items, batch_tokens=10 ** 6)
