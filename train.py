@@ -91,7 +91,8 @@ half_residual = 'auto'      # True: blocks add to the residual stream in half pr
 kernels = 'auto'            # False: without the Triton kernels of gpt/kernels.py; auto: on CUDA
 checkpoint_activations = False      # True: recompute activations in the backward pass: a third
                             # more work, a fraction of the memory
-timeout_minutes = 10.0      # processes wait this long for each other, then give up
+timeout_minutes = 10.0      # processes wait this long for each other, and for what rank 0
+                            # downloads, then give up
 # -----------------------------------------------------------------------------
 Config = settings(globals())
 STARTED = time.monotonic()

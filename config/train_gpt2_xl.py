@@ -6,4 +6,4 @@ n_layer = 48
 n_head = 25
 n_embd = 1600
 learning_rate = 2e-4
-batch_size = 2
+batch_size = 8              # on 80 GB; 2 fit 40 GB (computed, docs/benchmarks.md)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,26 +196,30 @@ def measure(trainer: Trainer, passes: Callable[[Batch], torch.Tensor], plan: Bat
     passes(batch): the forward and backward passes of an update, for the loss.
     """
     world, (_, micro_batch, micro_steps) = trainer.world, plan.full
-    few = min(2, micro_steps)
-    small = Batch(few * micro_batch * world.size, micro_batch, few)
+    # of two micro-batches one reduces the gradients: without it each takes the difference to one
+    counts = (1, 2) if micro_steps > 2 and world.size > 1 else (min(2, micro_steps),)
     limit = min(MEASURED_SECONDS, 6 * minutes or MEASURED_SECONDS)
     times, left = [], MEASURED_UPDATES
     with trainer.dry_run():
         while left:
-            start = time.perf_counter()
-            loss = world.reduce(passes(small))
-            norm = trainer.grad_norm()
-            loss.item()                                     # waits for a GPU
-            halfway = time.perf_counter()
-            trainer.step(loss, norm)
+            clock = [time.perf_counter()]
+            for n in counts:
+                trainer.optimizer.zero_grad()
+                loss = world.reduce(passes(Batch(n * micro_batch * world.size, micro_batch, n)))
+                loss.item()                                 # waits for a GPU
+                clock.append(time.perf_counter())
+            trainer.step(loss, trainer.grad_norm())
             if world.device.type == 'cuda':
                 torch.cuda.synchronize()
-            times.append((halfway - start, time.perf_counter() - halfway))
+            clock.append(time.perf_counter())
+            times.append([after - before for before, after in pairwise(clock)])
             if left == MEASURED_UPDATES:                    # of slow ones fewer, at least three
                 left = min(MEASURED_UPDATES, max(3, int(limit / sum(times[0]))))
             left = world.broadcast(left - 1)
-    in_passes, in_step = (sorted(part)[len(times) // 2] for part in zip(*times))
-    return Cost(*world.broadcast((in_passes * micro_steps / few, in_step)))
+    *in_passes, in_step = (sorted(part)[len(times) // 2] for part in zip(*times))
+    each = in_passes[-1] - in_passes[0] if len(counts) > 1 else in_passes[0] / counts[0]
+    in_passes = in_passes[-1] + (micro_steps - counts[-1]) * each
+    return Cost(*world.broadcast((in_passes, in_step)))
 
 
 def save_seconds(trainer: Trainer) -> float:
@@ -226,9 +230,12 @@ def save_seconds(trainer: Trainer) -> float:
 
 def time_validation(validate: Callable[[ValidationConfig], Validation], config: ValidationConfig,
                     available: int, world: World) -> float:
-    """Its seconds, from four batches of each process; `available` tokens are in the split."""
-    start, tokens = time.perf_counter(), 4 * world.size * config.batch_size * config.block_size
-    counted = validate(replace(config, eval_iters=0, eval_tokens=tokens)).tokens
+    """Its seconds, from four batches of each process after one that warms up; `available` tokens
+    are in the split."""
+    tokens = world.size * config.batch_size * config.block_size
+    validate(replace(config, eval_iters=0, eval_tokens=tokens))
+    start = time.perf_counter()
+    counted = validate(replace(config, eval_iters=0, eval_tokens=4 * tokens)).tokens
     seconds = (time.perf_counter() - start) * max(1, min(config.tokens, available) / counted)
     return world.broadcast(seconds)
 

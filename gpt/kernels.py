@@ -3,6 +3,7 @@ Triton kernels for training on CUDA. They read once from the GPU's memory what t
 torch.compile reads two or three times. Tested against model.py on a CPU, by Triton's interpreter.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +14,15 @@ import triton.language as tl
 
 from model import GPT, MLP, CausalSelfAttention, GPTConfig, gelu_new
 
-BLOCK, WARPS = tl.constexpr(8192), 32   # of a row at a time. A multiprocessor of an H100 works on
-                                        # two rows if a thread takes no more than 32 registers
 ROWS, STEP, COLUMNS = map(tl.constexpr, (128, 16, 128))     # a program sums ROWS x COLUMNS numbers,
                                                             # STEP rows at a time
 
 
-def use(model: GPT) -> None:
-    """Make a GPT compute with these kernels; where there are no biases, or another activation, with
-    those that apply. Parameters and their names stay."""
-    model.slice_loss = slice_loss
+def use(model: GPT, device: torch.device) -> None:
+    """Make a GPT that will be on this device compute with these kernels; where there are no biases,
+    or another activation, with those that apply. Parameters and their names stay."""
+    block = logits_at_a_time(device, model.config.padded_vocab_size)
+    model.slice_loss = partial(slice_loss, block=block)
     if model.config.bias:
         for block in model.h:
             block.attn.__class__, block.attn.c_attn.__class__ = FusedAttention, Projection
@@ -37,8 +37,9 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
         config = GPTConfig(48, vocab_size=20_000, n_layer=1, n_head=4, n_embd=160)
         model, ids = GPT(config).to(device), torch.randint(20_000, (3, 48), device=device)
     found = []
-    for prepare in (lambda model: None, use):
-        prepare(model)
+    for fused in (False, True):
+        if fused:
+            use(model, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(ids, ids)
             loss.backward()
@@ -57,18 +58,28 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
 
 # The loss of a slice of tokens.
 
-def slice_loss(logits: torch.Tensor, targets: torch.Tensor, V: int,
-               with_gradients: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """model.slice_loss, of contiguous logits. The gradient is written over them. A target that is
-    none of the V ids makes the loss NaN."""
+def logits_at_a_time(device: torch.device, columns: int) -> int:
+    """How many of a row a program works on, 8 a thread, so that a multiprocessor has threads for
+    two rows or more: an H100 for 2 x 1024, which it does if each takes no more than 32 registers.
+    """
+    on_gpu = device.type == 'cuda'
+    threads = on_gpu and torch.cuda.get_device_properties(device).max_threads_per_multi_processor
+    return max(256, min(4096 if threads < 2048 else 8192, triton.next_power_of_2(columns)))
+
+
+def slice_loss(logits: torch.Tensor, targets: torch.Tensor, V: int, with_gradients: bool,
+               block: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """model.slice_loss, of contiguous logits, a block at a time. The gradient is written over them.
+    A target that is none of the V ids makes the loss NaN."""
     nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    _slice_loss[(len(logits),)](logits, targets, nats, V, logits.size(1), with_gradients,
-                                num_warps=WARPS)
+    _slice_loss[(len(logits),)](logits, targets, nats, V, logits.size(1), with_gradients, block,
+                                num_warps=block // 256)
     return nats.sum(), logits if with_gradients else None
 
 
 @triton.jit
-def _slice_loss(logits, targets, nats, V, columns, with_gradients: tl.constexpr):
+def _slice_loss(logits, targets, nats, V, columns, with_gradients: tl.constexpr,
+                BLOCK: tl.constexpr):
     """A program for each row of logits (n, columns), of which the first V count. It reads the row
     twice, but the second time, last blocks first, out of the cache."""
     row = tl.program_id(0).to(tl.int64)

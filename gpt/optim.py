@@ -62,7 +62,8 @@ class Optimizer:
     rest. Matrices decay, biases and LayerNorms do not."""
 
     def __init__(self, model, config: OptimizerConfig, dtype: torch.dtype = torch.float32):
-        """dtype: that of the forward pass, in which Muon multiplies (bfloat16 for float16)."""
+        """dtype: that of the forward pass, in which Muon multiplies (float32 for float16, whose
+        range is too small; GPUs that need it have no fast bfloat16)."""
         self.config, self.names = config, {p: name for name, p in model.named_parameters()}
         use_muon = config.optimizer == 'muon'
         params = [p for p in model.parameters() if p.requires_grad]     # others are frozen
@@ -75,9 +76,9 @@ class Optimizer:
         self.parts = [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True,
                                         betas=(config.beta1, config.beta2))]
         if use_muon:
-            half = dtype if dtype == torch.float32 else torch.bfloat16
+            dtype = torch.float32 if dtype == torch.float16 else dtype
             self.parts.append(Muon(for_muon, lr=config.muon_learning_rate,
-                                   weight_decay=config.weight_decay, dtype=half))
+                                   weight_decay=config.weight_decay, dtype=dtype))
         for group in self.groups():
             group['initial_lr'] = group['lr']
 

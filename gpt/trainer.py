@@ -118,14 +118,21 @@ class Trainer:
         model, world = self.model, self.world
         if world.device.type == 'cpu':      # recompute elementwise work in the backward pass:
             config.activation_memory_budget = 0.85              # 40 % less memory, 1 % slower
+        # or recomputed dropout of attention would have generators of its own, never seeded again
+        config.graphsafe_rng_functionalization = False
         if world.size > 1:                  # dynamic: a shape that changes would split the graph
             for block in model.h:
                 block.compile(dynamic=False)
             model.loss = torch.compile(model.loss, dynamic=False)
         else:
             self.replica = torch.compile(model, dynamic=False)
+
+        def passes():
+            self.replica(*batch).backward()
+            if any(p.requires_grad and p.grad is None for p in model.parameters()):
+                raise RuntimeError('a parameter got no gradient')
         with world.autocast():
-            self.is_compiled = self.compiles('', lambda: self.replica(*batch).backward())
+            self.is_compiled = self.compiles('', passes)
         if self.is_compiled:
             return
         self.replica = model
@@ -148,7 +155,7 @@ class Trainer:
                 return compiled(x, y)
         ids = torch.zeros(shape, dtype=torch.long, device=world.device)
         with self.evaluating(), torch.no_grad(), world.autocast():
-            if self.compiles(' for validation', lambda: validator(ids, ids)):
+            if self.compiles(' for validation', lambda: validator(ids, ids.clone())):
                 self.validator = validator
 
     def compiles(self, purpose: str, passes: Callable) -> bool:
@@ -243,7 +250,7 @@ def use_kernels(model, world: World) -> bool:
         world.print(f'kernels: off ({failure})')
         return False
     from gpt import kernels
-    kernels.use(model)
+    kernels.use(model, world.device)
     return True
 
 
@@ -270,9 +277,10 @@ def max_logits_per_slice(world: World, has_kernels: bool) -> int:
 
 
 def logits_that_fit(memory: int, each: int) -> int:
-    """As many logits of `each` bytes as take a sixteenth of a GPU's memory (bytes). Fewer slices
-    are faster: each reads the whole embedding and its gradient."""
-    return max(2 ** 26, memory // (16 * each))
+    """As many logits of `each` bytes as take a sixteenth of a GPU's memory (bytes), but fewer than
+    2^31, for libraries that count in 32 bits. Fewer slices are faster: each reads the whole
+    embedding and its gradient."""
+    return min(2 ** 31 - 1, max(2 ** 26, memory // (16 * each)))
 
 
 def should_compile(wanted: bool | str, world: World, seconds: float) -> tuple[bool, str]:

@@ -82,7 +82,8 @@ class World:
             cpu.keep_freed_memory()
         if 'RANK' in os.environ and not dist.is_initialized():
             dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
-                                    timeout=timedelta(minutes=timeout_minutes))
+                                    timeout=timedelta(minutes=timeout_minutes),
+                                    device_id=device if device.type == 'cuda' else None)
         return cls(rank, size, device)
 
     @property

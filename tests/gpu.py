@@ -1,5 +1,5 @@
 """
-What no CPU can test, in about five minutes on one CUDA card, with real processes:
+What no CPU can test, in about six minutes on one CUDA card, with real processes:
 
     python tests/gpu.py
 
@@ -137,6 +137,17 @@ def compiled():
     return f'largest difference of a loss {worst:.4f}; compiled in {seconds} s'
 
 
+def recomputed_dropout():
+    """compiled, with dropout and recomputed activations: resumed against never stopped"""
+    options = {'dtype': NAME, 'compile': True, 'checkpoint_activations': True}
+    train('recomputed', **options)
+    train('again', **options, max_iters=40, lr_decay_iters=60)
+    train('again', **options, lr_decay_iters=60)
+    worst = difference('recomputed', 'again')
+    assert worst < 1e-2, worst
+    return f'largest difference of a loss {worst:.1e}'
+
+
 def one_process_nccl():
     """torchrun with NCCL, one process, Muon"""
     train('nccl', processes=1, optimizer='muon', dtype=NAME)
@@ -254,7 +265,7 @@ def fused_kernels():
         results = []
         for compiled in (False, False, True):
             if results:
-                kernels.use(model)
+                kernels.use(model, torch.device('cuda'))
             with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
                 loss = (torch.compile(model, dynamic=False) if compiled else model)(ids, ids)
             loss.backward()
@@ -266,7 +277,8 @@ def fused_kernels():
         found.append(f'{worst[0]:.1e} eager, {worst[1]:.1e} compiled')
     logits = torch.randn(8192, 50304, device='cuda', dtype=HALF)
     ids = torch.arange(8192, device='cuda')[:, None]
-    for form in (kernels.slice_loss, torch.compile(slice_loss)):
+    kernels.use(model, torch.device('cuda'))
+    for form in (model.slice_loss, torch.compile(slice_loss)):
         times = []
         for _ in range(6):
             ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -320,8 +332,9 @@ def memory():
     return f'{peak:.1f} GB'
 
 
-CHECKS = (memory, resume_float32, resume_half, float16, compiled, one_process_nccl, two_processes,
-          generation, fixed_step, compiled_validation, fused_kernels, residual_stream, scores)
+CHECKS = (memory, resume_float32, resume_half, float16, compiled, recomputed_dropout,
+          one_process_nccl, two_processes, generation, fixed_step, compiled_validation,
+          fused_kernels, residual_stream, scores)
 
 if __name__ == '__main__':
     sys.exit(main())

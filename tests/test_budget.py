@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,23 @@ def test_measuring_leaves_no_trace(capsys):
     assert batches == [(8, 4, 2)] * budget.MEASURED_UPDATES     # of 16 sequences, scaled up
     assert all(map(torch.equal, before, trainer.model.parameters()))
     assert not trainer.optimizer.state_dict()
+
+
+def test_the_reduction_of_gradients_is_counted_once(monkeypatch):
+    """Of two processes: 5 s an update, and 1 s for each of its 4 micro-batches."""
+    now, world = [0.0], World()
+    for name in ('reduce', 'broadcast'):
+        monkeypatch.setattr(World, name, lambda self, value: value)
+    monkeypatch.setattr(budget, 'time', SimpleNamespace(perf_counter=lambda: now[0]))
+    trainer = Trainer(GPT(GPTConfig(16, 61, 2, 2, 32)), world, TrainerConfig(compile=False),
+                      OptimizerConfig())
+    trainer.world = replace(world, size=2)
+
+    def passes(batch):
+        now[0] += 5 + batch.micro_steps
+        ids = torch.zeros(4, 16, dtype=torch.long)
+        return trainer.backward(ids, ids, 1, last=True)
+    assert budget.measure(trainer, passes, plan_of(train.Config(**TINY)), 0.0) == (5 + 4, 0)
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])

@@ -183,12 +183,14 @@ def test_one_owner_for_each_duty(pattern, owners):
 
 @pytest.mark.parametrize('name', HOUSE)
 def test_functions_are_short_and_take_at_most_six_parameters(name):
-    """HeadLoss.forward() is exempt: torch passes its context besides what it computes with."""
+    """HeadLoss.forward() is exempt, to which torch passes its context besides what it computes with,
+    and so are Triton kernels, to which pointers and sizes are passed."""
     for function in functions(TREES[name]):
         lines = function.end_lineno - function.lineno + 1
         assert lines <= 60, f'{name}.{function.name} has {lines} lines'
         given = [p.arg for p in parameters(function)]
-        exempt = function.name == 'forward' and given[0] == 'ctx'
+        exempt = (function.name == 'forward' and given[0] == 'ctx'
+                  or any(ast.unparse(line) == 'triton.jit' for line in function.decorator_list))
         assert exempt or len(given) <= 6, f'{name}.{function.name}{given}'
 
 

@@ -104,9 +104,9 @@ def test_evaluating_is_in_eval_mode_and_training_after_it():
 
 
 def test_how_many_logits_fit_a_card():
-    """Of 24, 40, 80 and 141 GB; a micro-batch of 32 x 1,024 tokens has 1.65e9. Of bfloat16 ones,
-    and without kernels."""
-    for each, expected in ((2, [125, 750, 1250, 2500, 4406]), (12, [67, 125, 208, 417, 734])):
+    """Of 24, 40, 80 and 141 GB, at most 2^31; a micro-batch of 32 x 1,024 tokens has 1.65e9. Of
+    bfloat16 ones, and without kernels."""
+    for each, expected in ((2, [125, 750, 1250, 2147, 2147]), (12, [67, 125, 208, 417, 734])):
         found = [trainer_module.logits_that_fit(n * 10 ** 9, each) for n in (4, 24, 40, 80, 141)]
         assert [round(n / 1e6) for n in found] == expected
 
@@ -340,6 +340,7 @@ trainer = Trainer(GPT(GPTConfig(16, 257, 2, 2, 32)), world,
                   TrainerConfig(compiled, parallel), OptimizerConfig())
 ids = torch.randint(257, (2, 2, 4, 17), generator=torch.Generator().manual_seed(world.rank))
 trainer.prepare((ids[0, 0, :, :-1], ids[0, 0, :, 1:]), math.inf)
+of_training = counters['stats']['unique_graphs']
 MIN_VALIDATION_FLOPS['cpu'] = 0.0
 trainer.compile_validation((3, 16), 1e6)
 blocks = [block._compiled_call_impl is not None for block in trainer.model.h]
@@ -363,7 +364,7 @@ train.measure_cost(Data(), trainer, Progress(), train.Forecast(cfg, train.batch_
 graphs.append(counters['stats']['unique_graphs'])
 if world.is_main:
     print(json.dumps([losses, graphs, blocks, 'loss' in vars(trainer.model),
-                      trainer.validator is trainer.model, val]))
+                      trainer.validator is trainer.model, of_training, val]))
 world.leave()
 sys.stdout.flush()
 os._exit(0)                 # as scripts do: gloo may abort while the interpreter shuts down
@@ -381,10 +382,11 @@ def test_two_processes_compile_blocks_and_loss_and_evaluate_without(tmp_path, pa
         done = script(tmp_path / 'run.py', how, parallel, torchrun=2, timeout=600,
                       env={**os.environ, 'PYTHONPATH': str(ROOT)})
         found[how] = json.loads(done.stdout.splitlines()[-1])
-    losses, graphs, blocks, loss_is_compiled, validates_eager, val = found['compiled']
+    losses, graphs, blocks, loss_is_compiled, validates_eager, parts, val = found['compiled']
     assert validates_eager == (parallel == 'fsdp')
     assert blocks == [True, True] and loss_is_compiled
     assert graphs[0] > 0 and len(set(graphs)) == 1, 'compiled again'
+    assert parts == {'ddp': 2, 'fsdp': 6}[parallel], 'blocks are compiled one by one'
     expected, none, *_, expected_val = found['eager']
     assert set(none) == {0}
     for a, b in zip([*losses, [val]], [*expected, [expected_val]], strict=True):
