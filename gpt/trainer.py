@@ -159,9 +159,13 @@ class Trainer:
                 self.validator = validator
 
     def compiles(self, purpose: str, passes: Callable) -> bool:
-        """Whether passes() compile, on all ranks."""
-        start = time.perf_counter()
-        if failure := why_not(passes, self.world):
+        """Whether passes() compile, on all ranks. If a rank cannot compile at all, none begins the
+        passes, in which it would be waited for."""
+        start, world = time.perf_counter(), self.world
+
+        def first():
+            torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(1, device=world.device))
+        if failure := world.size > 1 and why_not(first, world) or why_not(passes, world):
             self.world.print(f'compiling{purpose} failed, continuing without ({failure})')
             return False
         self.world.print(f'compiled{purpose} in {time.perf_counter() - start:.0f} s')

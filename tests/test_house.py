@@ -183,8 +183,8 @@ def test_one_owner_for_each_duty(pattern, owners):
 
 @pytest.mark.parametrize('name', HOUSE)
 def test_functions_are_short_and_take_at_most_six_parameters(name):
-    """HeadLoss.forward() is exempt, to which torch passes its context besides what it computes with,
-    and so are Triton kernels, to which pointers and sizes are passed."""
+    """But for HeadLoss.forward(), to which torch passes its context too, and Triton kernels, which
+    take pointers and sizes."""
     for function in functions(TREES[name]):
         lines = function.end_lineno - function.lineno + 1
         assert lines <= 60, f'{name}.{function.name} has {lines} lines'
