@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from gpt import cpu
@@ -72,9 +71,12 @@ def without_cudnn_attention(device: torch.device) -> Iterator[None]:
     if device.type != 'cuda':
         yield
         return
-    others = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-    with sdpa_kernel(list(others)):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
         yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def pick_dtype(name: str, device: torch.device,
