@@ -35,7 +35,8 @@ download = False        # only download and unpack the questions (120 MB)
 skip_bad = False        # skip and count malformed questions instead of stopping
 limit = 0               # only the first N of each subset, 0: all
 share = True            # False: read the context again for each candidate
-batch_tokens = 0        # tokens in a batch with its padding; 0: 1024 on a CPU, else 65536
+batch_tokens = 0        # tokens in a batch with its padding; 0: 1024 on a CPU, 65536 on CUDA,
+                        # else 8192
 device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
 dtype = 'float32'       # or 'bfloat16', 'float16'
 out = ''                # file of the result; '': one under out/results/MODEL

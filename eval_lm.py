@@ -38,7 +38,8 @@ detok = 'auto'          # undo the tokenization of wikitext2, wikitext103 and pt
 download = False        # only download the data
 limit = 0               # only the first N passages of lambada; 0: all
 characters = 0          # only the first N characters of another task or of a file; 0: all
-batch_tokens = 0        # tokens in a batch with its padding; 0: 1024 on a CPU, else 65536
+batch_tokens = 0        # tokens in a batch with its padding; 0: 1024 on a CPU, 65536 on CUDA,
+                        # else 8192
 device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
 dtype = 'float32'       # or 'bfloat16', 'float16'
 out = ''                # file of the result; '': out/results/MODEL/TASK-PROTOCOL.json

@@ -25,7 +25,8 @@ data = ''               # FILE with the questions; '': the official one, downloa
 download = False        # only download the questions
 limit = 0               # only the first N, 0: all
 share = True            # False: read the context again for each ending
-batch_tokens = 0        # tokens in a batch with its padding; 0: 1024 on a CPU, else 65536
+batch_tokens = 0        # tokens in a batch with its padding; 0: 1024 on a CPU, 65536 on CUDA,
+                        # else 8192
 device = 'auto'         # also -d; 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda, else mps, else cpu
 dtype = 'float32'       # 'bfloat16' and 'float16' change about ten of 10,042 answers
 out = ''                # file of the result; '': out/results/MODEL/hellaswag-PROTOCOL.json

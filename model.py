@@ -104,7 +104,7 @@ class GPT(nn.Module):
         if self.half_residual and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for i, block in enumerate(self.h):
-            i = i if cache else None            # a block compiled for one i is compiled for each
+            i = i if cache else None            # torch.compile would compile a block for each i
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = recompute_later(block, x, mask, cache, i, use_reentrant=False)
             else:

@@ -279,12 +279,12 @@ def explain_tokens(model, encoding, given, new):
         chosen = probs.gather(1, ids[first:end, None])                      # (n, 1)
         ranks = 1 + (probs > chosen).sum(dim=1)
         top = probs.topk(min(3, probs.size(1)))
-        found = (ids[first:end], chosen[:, 0], ranks, top.indices, top.values)
-        for i, probability, rank, *likely in zip(*(part.tolist() for part in found)):
+        columns = (ids[first:end], chosen[:, 0], ranks, top.indices, top.values)
+        for i, probability, rank, top_ids, top_probs in zip(*(c.tolist() for c in columns)):
+            likely = [[token_text(encoding, j), p] for j, p in zip(top_ids, top_probs)]
             tokens.append({'token': token_text(encoding, i), 'id': i,
                            'new': 1 + len(tokens) >= len(given), 'probability': probability,
-                           'rank': rank, 'most_likely': [[token_text(encoding, j), p]
-                                                         for j, p in zip(*likely)]})
+                           'rank': rank, 'most_likely': likely})
     return tokens
 
 

@@ -196,7 +196,7 @@ def measure(trainer: Trainer, passes: Callable[[Batch], torch.Tensor], plan: Bat
     passes(batch): the forward and backward passes of an update, for the loss.
     """
     world, (_, micro_batch, micro_steps) = trainer.world, plan.full
-    # of two micro-batches one reduces the gradients: without it each takes the difference to one
+    # DDP reduces gradients once per update: one more micro-batch costs t(2) - t(1), not t(2) / 2
     counts = (1, 2) if micro_steps > 2 and world.size > 1 else (min(2, micro_steps),)
     limit = min(MEASURED_SECONDS, 6 * minutes or MEASURED_SECONDS)
     times, left = [], MEASURED_UPDATES
@@ -216,9 +216,11 @@ def measure(trainer: Trainer, passes: Callable[[Batch], torch.Tensor], plan: Bat
             if left == MEASURED_UPDATES:                    # of slow ones fewer, at least three
                 left = min(MEASURED_UPDATES, max(3, int(limit / sum(times[0]))))
             left = world.broadcast(left - 1)
-    *in_passes, in_step = (sorted(part)[len(times) // 2] for part in zip(*times))
-    each = in_passes[-1] - in_passes[0] if len(counts) > 1 else in_passes[0] / counts[0]
-    in_passes = in_passes[-1] + (micro_steps - counts[-1]) * each
+    *measured, in_step = (sorted(part)[len(times) // 2] for part in zip(*times))
+    one_more = measured[-1] / counts[-1]
+    if len(counts) > 1:                                     # at least half of it, as times vary
+        one_more = max(measured[1] - measured[0], measured[0] / 2)
+    in_passes = measured[-1] + (micro_steps - counts[-1]) * one_more
     return Cost(*world.broadcast((in_passes, in_step)))
 
 

@@ -23,7 +23,7 @@ PEAK_FLOPS = {              # dense bfloat16 (V100, T4: float16), from vendor da
 
 def pick_device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
     """The torch.device called `name`; 'auto': CUDA, else MPS, else CPU. ValueError without it.
-    A CUDA device is made the current one, which torch asks what attention it can compute."""
+    A CUDA device becomes the current one, by which torch chooses kernels for attention."""
     if name == 'auto':
         name = ('cuda' if torch.cuda.is_available() else
                 'mps' if torch.backends.mps.is_available() else 'cpu')
@@ -67,7 +67,7 @@ def check_architecture(capability: tuple[int, int], built_for: list[str]) -> Non
 @contextmanager
 def without_cudnn_attention(device: torch.device) -> Iterator[None]:
     """For attention of many shapes, as in generated text or scored rows: cuDNN, which torch prefers
-    on large GPUs since Hopper, plans for tens of milliseconds for each new one."""
+    on large GPUs since Hopper, plans anew for each, which takes tens of milliseconds."""
     if device.type != 'cuda':
         yield
         return

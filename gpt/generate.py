@@ -18,7 +18,7 @@ from gpt.device import without_cudnn_attention
 
 MIN_TOKENS_TO_CAPTURE = 200     # capturing takes 0.5 s and saves 3 ms a token (GPT-2 on an H100)
 MIN_TOKENS_TO_COMPILE = 60_000  # compiling the step first takes 6 to 11 s and saves 0.19 ms more
-kept_steps = WeakKeyDictionary()    # {GPT: the FixedStep of its last text, for another one}
+kept_steps = WeakKeyDictionary()    # {GPT: the FixedStep of its last text, for the next one}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def stream(model, ids: torch.Tensor, max_new_tokens: int, **options) -> Iterator
             max_new_tokens -= 1
             ended = [i in stop for i in next_ids.tolist()] if stop else ended
     finally:
-        if step and step.made_for:
+        if step and step.key:
             kept_steps[model] = step
 
 
@@ -184,7 +184,7 @@ class FixedStep:
     def __init__(self, cache: Cache, options: SamplingOptions, compiled: bool = False):
         self.cache, self.options = cache, options
         _, B, _, K, _ = cache.layers[0].shape
-        self.mask = cache.layers[0].new_zeros(B, K)     # added to the scores of the columns
+        self.mask = cache.layers[0].new_zeros(B, K)     # additive attention mask
         self.ids, self.pad, self.position = (self.mask.new_zeros(n, dtype=torch.long)
                                              for n in (B, B, 1))
         self.draws = (None if options.temperature == 0
@@ -193,7 +193,7 @@ class FixedStep:
                                                    dynamic=False)
         self.graph = self.next_ids = None
         self.can_capture = self.ids.is_cuda
-        self.made_for = None                            # see take_step()
+        self.key = None                                 # see take_step()
 
     def begin(self, pad: torch.Tensor, length: int) -> None:
         """The steps to come follow `length` columns, the first pad[b] (B,) of row b padding."""
@@ -230,7 +230,7 @@ class FixedStep:
         return self.compute_eagerly(model)
 
     def compute_eagerly(self, model) -> None:
-        self.mask.index_fill_(1, self.position, 0)      # from here on they see this token
+        self.mask.index_fill_(1, self.position, 0)      # unmask this token's column
         self.cache.position = self.position
         x = model.hidden(self.ids[:, None], cache=self.cache, mask=self.mask[:, None, None],
                          positions=(self.position - self.pad)[:, None])
@@ -238,11 +238,11 @@ class FixedStep:
         self.next_ids = pick(next_logits(model, x[:, -1]), self.draws, self.options)
 
     def capture(self, model, device: torch.device) -> None:
-        """After a step beside the graph, in which libraries allocate what they need.
+        """Run the step eagerly on a side stream, in which libraries allocate their workspaces, then
+        capture it. The device must be the current one, or nothing is captured.
 
-        The device is made the current one, or the graph would be empty. On a Hopper GPU attention
-        is what torch chooses, cuDNN's, as the shape stays. On Blackwell that of some versions is
-        wrong for a single query (github.com/pytorch/pytorch/issues/193893).
+        Hopper GPUs keep what torch chooses for attention, cuDNN, as the shape is fixed. On
+        Blackwell cuDNN was wrong for few heads (github.com/pytorch/pytorch/issues/193893).
         """
         hopper = torch.cuda.get_device_capability(device) == (9, 0)
         with torch.cuda.device(device), (nullcontext() if hopper
@@ -264,7 +264,7 @@ class FixedStep:
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each device, since libraries keep memory for each stream on which they were used."""
+    """One for each device: libraries keep a workspace for each stream."""
     return torch.cuda.Stream(device)
 
 
@@ -274,20 +274,20 @@ def captures(model, tokens: int) -> bool:
 
 
 def take_step(model, B: int, size: int, options: SamplingOptions, compiled: bool) -> FixedStep:
-    """A FixedStep for `size` columns: that of the last text, if its graph does the same, else a new
-    one. To fit more texts, its columns are a power of two. Under autocast it is not kept: there a
-    graph reads copies of the weights, which end with it."""
+    """A FixedStep for `size` columns: the kept one if its graph fits (same weights, rows, options),
+    else a new one. Columns are rounded up to a power of two, so that more texts fit. It is not kept
+    under autocast, where the graph reads temporary copies of the weights."""
     size = min(max(256, 2 ** (size - 1).bit_length()), model.config.block_size)
-    made_for = not torch.is_autocast_enabled(model.wte.weight.device.type) and (
+    key = None if torch.is_autocast_enabled(model.wte.weight.device.type) else (
         B, size, options.temperature, options.top_k, options.top_p, compiled, model.training,
         torch.get_float32_matmul_precision(), [p.data_ptr() for p in model.parameters()])
     step = kept_steps.pop(model, None)                  # not to be shared by two texts at a time
-    if not step or step.made_for != made_for:
-        step = None                                     # its memory, before that of another
+    if not step or step.key != key:
+        step = None                                     # free its memory before allocating more
         with torch.inference_mode(False):               # to be used outside of it as well
             step = FixedStep(Cache(model, B, size), options, compiled)
-        step.made_for = made_for
-    step.cache.length = 0
+        step.key = key
+    step.cache.length, step.cache.position = 0, None    # the last text may have been interrupted
     return step
 
 

@@ -21,13 +21,13 @@ ROWS, STEP, COLUMNS = map(tl.constexpr, (128, 16, 128))     # a program sums ROW
 def use(model: GPT, device: torch.device) -> None:
     """Make a GPT that will be on this device compute with these kernels; where there are no biases,
     or another activation, with those that apply. Parameters and their names stay."""
-    block = logits_at_a_time(device, model.config.padded_vocab_size)
-    model.slice_loss = partial(slice_loss, block=block)
+    model.slice_loss = partial(
+        slice_loss, block=logits_at_a_time(device, model.config.padded_vocab_size))
     if model.config.bias:
         for block in model.h:
-            block.attn.__class__, block.attn.c_attn.__class__ = FusedAttention, Projection
+            block.attn.__class__, block.attn.c_attn.__class__ = FusedAttention, LinearBeforeFused
             if model.config.activation == 'gelu_new':
-                block.mlp.__class__, block.mlp.c_fc.__class__ = FusedMLP, Projection
+                block.mlp.__class__, block.mlp.c_fc.__class__ = FusedMLP, LinearBeforeFused
 
 
 def check(device: torch.device, dtype: torch.dtype) -> None:
@@ -37,8 +37,8 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
         config = GPTConfig(48, vocab_size=20_000, n_layer=1, n_head=4, n_embd=160)
         model, ids = GPT(config).to(device), torch.randint(20_000, (3, 48), device=device)
     found = []
-    for fused in (False, True):
-        if fused:
+    for use_fused in (False, True):
+        if use_fused:
             use(model, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(ids, ids)
@@ -59,12 +59,13 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
 # The loss of a slice of tokens.
 
 def logits_at_a_time(device: torch.device, columns: int) -> int:
-    """How many of a row a program works on, 8 a thread, so that a multiprocessor has threads for
-    two rows or more: an H100 for 2 x 1024, which it does if each takes no more than 32 registers.
-    """
-    on_gpu = device.type == 'cuda'
-    threads = on_gpu and torch.cuda.get_device_properties(device).max_threads_per_multi_processor
-    return max(256, min(4096 if threads < 2048 else 8192, triton.next_power_of_2(columns)))
+    """How many of a row a program handles at a time, 8 per thread. A multiprocessor is to have room
+    for two programs: an H100 for 2 x 1,024 threads, of at most 32 registers each."""
+    most = 4096
+    if device.type == 'cuda':
+        properties = torch.cuda.get_device_properties(device)
+        most = 8192 if properties.max_threads_per_multi_processor >= 2048 else 4096
+    return max(256, min(most, triton.next_power_of_2(columns)))
 
 
 def slice_loss(logits: torch.Tensor, targets: torch.Tensor, V: int, with_gradients: bool,
@@ -118,8 +119,8 @@ def _update(highest, total, x):
 
 # Gradients of activations, summed for the bias before them while they are written.
 
-class Projection(nn.Linear):
-    """Its bias gets its gradient from the function that follows."""
+class LinearBeforeFused(nn.Linear):
+    """The gradient of its bias is computed by what follows, GELU or Heads."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias.detach())

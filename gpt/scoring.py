@@ -259,8 +259,8 @@ def score_rows(model: Callable, rows: Sequence[Row], options: ScoringOptions) ->
     own = next(model.parameters()).device if hasattr(model, 'parameters') else 'cpu'
     device, world = torch.device(own), options.world or World()
     sharded = is_sharded(model)         # then a batch makes logits of all its tokens
-    size = options.batch_tokens or (1024 if device.type == 'cpu' else
-                                    65536 if device.type == 'cuda' and not sharded else 8192)
+    most = {'cpu': 1024, 'cuda': 8192 if sharded else 65536}.get(device.type, 8192)
+    size = options.batch_tokens or most
     batches, scores, done = batches_of(rows, size), empty_scores(rows), {}
     if options.kept:
         batches = options.kept.restore(batches, scores)

@@ -118,7 +118,8 @@ class Trainer:
         model, world = self.model, self.world
         if world.device.type == 'cpu':      # recompute elementwise work in the backward pass:
             config.activation_memory_budget = 0.85              # 40 % less memory, 1 % slower
-        # or recomputed dropout of attention would have generators of its own, never seeded again
+        # else recomputed dropout of attention has a generator of its own, which is not seeded for
+        # each micro-batch: a resumed run would drop other values
         config.graphsafe_rng_functionalization = False
         if world.size > 1:                  # dynamic: a shape that changes would split the graph
             for block in model.h:
@@ -153,19 +154,21 @@ class Trainer:
             stance = 'default' if x.shape == shape else 'force_eager'
             with torch.compiler.set_stance(stance):
                 return compiled(x, y)
-        ids = torch.zeros(shape, dtype=torch.long, device=world.device)
+        x, y = torch.zeros((2, *shape), dtype=torch.long, device=world.device)
         with self.evaluating(), torch.no_grad(), world.autocast():
-            if self.compiles(' for validation', lambda: validator(ids, ids.clone())):
+            if self.compiles(' for validation', lambda: validator(x, y)):
                 self.validator = validator
 
     def compiles(self, purpose: str, passes: Callable) -> bool:
-        """Whether passes() compile, on all ranks. If a rank cannot compile at all, none begins the
-        passes, in which it would be waited for."""
-        start, world = time.perf_counter(), self.world
+        """Whether passes() compile, on all ranks. Those of a sharded model contain collectives: if
+        one rank cannot compile even a trivial function, none starts them and waits for it."""
+        start, world, failure = time.perf_counter(), self.world, ''
 
-        def first():
+        def trivial():
             torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(1, device=world.device))
-        if failure := world.size > 1 and why_not(first, world) or why_not(passes, world):
+        if is_sharded(self.model):
+            failure = why_not(trivial, world)
+        if failure := failure or why_not(passes, world):
             self.world.print(f'compiling{purpose} failed, continuing without ({failure})')
             return False
         self.world.print(f'compiled{purpose} in {time.perf_counter() - start:.0f} s')
@@ -264,7 +267,8 @@ def why_not(function: Callable, world: World) -> str:
     try:
         function()
     except Exception as error:          # compilers fail in many ways
-        if is_out_of_memory(error):
+        by_compiler = any(kind.__name__ == 'BackendCompilerFailed' for kind in type(error).mro())
+        if is_out_of_memory(error) and not by_compiler:
             raise
         failure = f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0][:120]
     return (failure or 'on another rank') if world.any(bool(failure)) else ''

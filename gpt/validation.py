@@ -112,7 +112,7 @@ def evaluate(model, tokens: Tokens, config: ValidationConfig, world: World, frac
             left = (said - begun) * (len(mine) / number - 1)
             world.print(f'validating: {number / len(mine):.0%}, {left:.0f} s left')
         stop = stopped()
-        if sharded:                         # no rank may stop alone; asking waits for a GPU
+        if sharded:         # all ranks stop together; to ask them is to wait for the GPU
             stop = number % (16 if on_gpu else 1) == 0 and world.any(stop)
         if stop:
             break

@@ -104,7 +104,7 @@ def test_measuring_leaves_no_trace(capsys):
 
 
 def test_the_reduction_of_gradients_is_counted_once(monkeypatch):
-    """Of two processes: 5 s an update, and 1 s for each of its 4 micro-batches."""
+    """Of two processes: 5 s an update, and 8 s for each of its 4 micro-batches."""
     now, world = [0.0], World()
     for name in ('reduce', 'broadcast'):
         monkeypatch.setattr(World, name, lambda self, value: value)
@@ -114,10 +114,10 @@ def test_the_reduction_of_gradients_is_counted_once(monkeypatch):
     trainer.world = replace(world, size=2)
 
     def passes(batch):
-        now[0] += 5 + batch.micro_steps
+        now[0] += 5 + 8 * batch.micro_steps
         ids = torch.zeros(4, 16, dtype=torch.long)
         return trainer.backward(ids, ids, 1, last=True)
-    assert budget.measure(trainer, passes, plan_of(train.Config(**TINY)), 0.0) == (5 + 4, 0)
+    assert budget.measure(trainer, passes, plan_of(train.Config(**TINY)), 0.0) == (5 + 4 * 8, 0)
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])

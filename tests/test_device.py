@@ -1,7 +1,11 @@
 """Which device and dtype are chosen, and what is refused."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
 from gpt import cpu, device
 from gpt.device import datasheet_peak, pick_device, pick_dtype
@@ -61,6 +65,16 @@ def test_what_is_out_of_memory():
     assert is_out_of_memory(RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling'))
     assert not is_out_of_memory(RuntimeError('no'))
     assert not is_out_of_memory(ValueError('the text says: out of memory'))
+
+
+def test_a_script_that_runs_out_of_memory_ends_with_a_line():
+    code = """if True:
+        from gpt.script import finish
+        def task():
+            raise RuntimeError('CUDA out of memory.')
+        finish(task)"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, '-c: CUDA out of memory.\n')
 
 
 def test_a_gpu_older_than_torch_is_built_for_is_named():

@@ -1,5 +1,6 @@
 """Generation against transformers', and against a forward pass for every token."""
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -114,11 +115,39 @@ def test_a_fixed_step_is_kept_for_the_next_text_that_it_fits(monkeypatch):
     assert write(5, temperature=0) == 2
     assert [write(5, temperature=1, top_k=k, seed=0) for k in (7, 7, 8)] == [3, 3, 4]
     assert [write(5, temperature=0, in_half=True) for _ in range(2)] == [5, 6]
-    for _ in generate.stream(net, random_ids(TINY, 2, 3), 40, temperature=0):
-        break                                           # whoever stops reading loses nothing
-    with torch.inference_mode():
-        assert write(3, temperature=0) == 7
-    assert write(3, temperature=0) == 7
+
+
+def test_a_fixed_step_is_kept_when_its_text_is_not_read_to_the_end(monkeypatch):
+    net, ids = pair(TINY, std=0.3)[0], random_ids(TINY, 2, 3)
+    expected = net.generate(ids, 20, temperature=0)
+    monkeypatch.setattr(generate, 'captures', lambda model, tokens: True)
+    next(text := generate.stream(net, ids, 20, temperature=0))
+    text.close()
+    step = generate.kept_steps[net]
+    assert torch.equal(net.generate(ids, 20, temperature=0), expected)
+    assert generate.kept_steps[net] is step
+
+
+def test_a_text_after_one_that_was_interrupted(monkeypatch):
+    """By Ctrl-C or an error in the middle of a step."""
+    net, ids = pair(TINY, std=0.3)[0], random_ids(TINY, 2, 3)
+    expected = net.generate(ids, 20, temperature=0)
+    monkeypatch.setattr(generate, 'captures', lambda model, tokens: True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        text = generate.stream(net, ids, 20, temperature=0)
+        next(text)
+        patch.setattr(net.h[1], 'forward', lambda *_: signal.raise_signal(signal.SIGINT))
+        next(text)
+    assert torch.equal(net.generate(ids, 20, temperature=0), expected)
+
+
+def test_a_fixed_step_of_inference_mode_serves_outside_of_it(monkeypatch):
+    net, ids = pair(TINY, std=0.3)[0], random_ids(TINY, 2, 3)
+    expected = net.generate(ids, 20, temperature=0)
+    monkeypatch.setattr(generate, 'captures', lambda model, tokens: True)
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            assert torch.equal(net.generate(ids, 20, temperature=0), expected)
 
 
 def test_two_texts_at_a_time_do_not_share_a_fixed_step(monkeypatch):
@@ -212,13 +241,13 @@ def test_a_cache_takes_many_tokens_at_once():
 
 def test_stop_ids_end_a_row_and_all_of_them_the_generation():
     net, ids = pair(TINY, std=0.3)[0], random_ids(TINY, 2, 4)
-    free = net.generate(ids, 12, temperature=0)
-    stop = free[0, 6].item()                                # the first row ends with its third id
-    found = net.generate(ids, 12, temperature=0, stop=[stop])
-    n = free[0, 4:].tolist().index(stop) + 1
-    assert found[0, 4:4 + n].tolist() == free[0, 4:4 + n].tolist()
-    assert (found[0, 4 + n:] == stop).all()
-    assert net.generate(ids[:1], 12, temperature=0, stop=[stop]).shape == (1, 4 + n)
+    free = net.generate(ids, 12, seed=3)[:, 4:]
+    stop = free[0, 2].item()                                # the first row ends with its third id
+    assert stop not in free[1] and set(free[0, 3:].tolist()) != {stop}
+    found = net.generate(ids, 12, seed=3, stop=[stop])[:, 4:]
+    assert found[0].tolist() == free[0, :2].tolist() + 10 * [stop]
+    assert torch.equal(found[1], free[1])
+    assert net.generate(ids[:1], 12, seed=3, stop=[stop]).shape == (1, 4 + 3)
 
 
 def test_logits_of_half_precision_do_not_tie():

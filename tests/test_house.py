@@ -183,7 +183,7 @@ def test_one_owner_for_each_duty(pattern, owners):
 
 @pytest.mark.parametrize('name', HOUSE)
 def test_functions_are_short_and_take_at_most_six_parameters(name):
-    """But for HeadLoss.forward(), to which torch passes its context too, and Triton kernels, which
+    """Except HeadLoss.forward(), to which torch passes its context too, and Triton kernels, which
     take pointers and sizes."""
     for function in functions(TREES[name]):
         lines = function.end_lineno - function.lineno + 1

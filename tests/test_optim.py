@@ -100,6 +100,8 @@ def test_which_parameters_decay_and_which_muon_updates():
         f'h.{i}.{part}.weight' for i in range(2)
         for part in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')}
     assert sum(len(group['params']) for group in ours.groups()) == len(names)
+    for dtype, products in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        assert Optimizer(net, OptimizerConfig(optimizer='muon'), dtype).parts[1].dtype == products
 
 
 def test_the_learning_rate_of_muon_changes_in_proportion():

@@ -222,6 +222,8 @@ def test_memory_that_runs_out_halves_the_batch(model):
             sizes.append(len(ids))
             if len(ids) > self.most:
                 raise torch.OutOfMemoryError('CUDA out of memory.')
+            if self.most == 5:
+                raise RuntimeError('another error')
             return model.hidden(ids, **places)
 
     found = scoring.ending_loglikelihoods(Narrow(4), items, batch_tokens=10 ** 6)
@@ -229,6 +231,8 @@ def test_memory_that_runs_out_halves_the_batch(model):
     assert max(sizes) == 30
     with pytest.raises(ValueError, match='does not fit in the memory of cpu; --dtype=bfloat16'):
         scoring.ending_loglikelihoods(Narrow(0), items)
+    with pytest.raises(RuntimeError, match='another error'):
+        scoring.ending_loglikelihoods(Narrow(5), items)
 
 
 # Long texts.

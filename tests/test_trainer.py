@@ -336,11 +336,10 @@ class Data:
 compiled, parallel = sys.argv[1] == 'compiled', sys.argv[2]
 world = World.join('cpu')
 torch.manual_seed(0)
-trainer = Trainer(GPT(GPTConfig(16, 257, 2, 2, 32)), world,
+trainer = Trainer(GPT(GPTConfig(16, 257, int(sys.argv[3]), 2, 32)), world,
                   TrainerConfig(compiled, parallel), OptimizerConfig())
 ids = torch.randint(257, (2, 2, 4, 17), generator=torch.Generator().manual_seed(world.rank))
 trainer.prepare((ids[0, 0, :, :-1], ids[0, 0, :, 1:]), math.inf)
-of_training = counters['stats']['unique_graphs']
 MIN_VALIDATION_FLOPS['cpu'] = 0.0
 trainer.compile_validation((3, 16), 1e6)
 blocks = [block._compiled_call_impl is not None for block in trainer.model.h]
@@ -364,7 +363,7 @@ train.measure_cost(Data(), trainer, Progress(), train.Forecast(cfg, train.batch_
 graphs.append(counters['stats']['unique_graphs'])
 if world.is_main:
     print(json.dumps([losses, graphs, blocks, 'loss' in vars(trainer.model),
-                      trainer.validator is trainer.model, of_training, val]))
+                      trainer.validator is trainer.model, val]))
 world.leave()
 sys.stdout.flush()
 os._exit(0)                 # as scripts do: gloo may abort while the interpreter shuts down
@@ -378,16 +377,16 @@ def test_two_processes_compile_blocks_and_loss_and_evaluate_without(tmp_path, pa
     replicas) and samples between them compile nothing, nor does measuring what a run takes."""
     (tmp_path / 'run.py').write_text(COMPILED)
     found = {}
-    for how in ('eager', 'compiled'):
-        done = script(tmp_path / 'run.py', how, parallel, torchrun=2, timeout=600,
+    for how, layers in (('eager', '2'), ('compiled', '2'), ('compiled', '3')):
+        done = script(tmp_path / 'run.py', how, parallel, layers, torchrun=2, timeout=600,
                       env={**os.environ, 'PYTHONPATH': str(ROOT)})
-        found[how] = json.loads(done.stdout.splitlines()[-1])
-    losses, graphs, blocks, loss_is_compiled, validates_eager, parts, val = found['compiled']
+        found[how, layers] = json.loads(done.stdout.splitlines()[-1])
+    losses, graphs, blocks, loss_is_compiled, validates_eager, val = found['compiled', '2']
     assert validates_eager == (parallel == 'fsdp')
     assert blocks == [True, True] and loss_is_compiled
     assert graphs[0] > 0 and len(set(graphs)) == 1, 'compiled again'
-    assert parts == {'ddp': 3, 'fsdp': 7}[parallel], 'blocks are compiled one by one'
-    expected, none, *_, expected_val = found['eager']
+    assert found['compiled', '3'][1][0] == graphs[0], 'blocks are compiled one by one'
+    expected, none, *_, expected_val = found['eager', '2']
     assert set(none) == {0}
     for a, b in zip([*losses, [val]], [*expected, [expected_val]], strict=True):
         assert a == pytest.approx(b, rel=1e-4)
