@@ -66,14 +66,12 @@ def stream(model, ids: torch.Tensor, max_new_tokens: int, **options) -> Iterator
                     step.begin(start - low, ids.size(1) - low)
             new_ids = ids[:, low:] if reads_window else ids[:, -1:]
             places = padding(start - low, cache.length, new_ids.size(1)) if padded else {}
-            with no_onednn_for_one_token(new_ids, model.wte.weight), torch.inference_mode():
+            with torch.inference_mode():
                 draws = None if options.temperature == 0 else uniform(generators or [None] * B)
                 if step and not reads_window:
                     next_ids = step(model, new_ids[:, 0], draws)
                 else:
-                    with without_cudnn_attention(ids.device):
-                        x = model.hidden(new_ids, cache=cache, **places)
-                    next_ids = pick(next_logits(model, x[:, -1]), draws, options)
+                    next_ids = pick(read(model, new_ids, cache, places), draws, options)
             if any(ended):
                 next_ids = torch.where(torch.tensor(ended, device=ids.device), ids[:, -1], next_ids)
             ids = torch.cat((ids, next_ids[:, None]), dim=1)
@@ -94,6 +92,12 @@ def checked_lengths(lengths: Sequence[int] | None, ids: torch.Tensor) -> torch.T
         raise ValueError(f'lengths: given {lengths.tolist()} for {B} prompts, expected {B} numbers '
                          f'from 1 to {T}; to start without a prompt, give <|endoftext|> alone')
     return lengths
+
+
+def read(model, ids: torch.Tensor, cache: 'Cache', places: dict) -> torch.Tensor:
+    """float32 logits (B, V) of what follows ids (B, T), which are added to the cache."""
+    with no_onednn_for_one_token(ids, model.wte.weight), without_cudnn_attention(ids.device):
+        return next_logits(model, model.hidden(ids, cache=cache, **places)[:, -1])
 
 
 def next_logits(model, x: torch.Tensor) -> torch.Tensor:
