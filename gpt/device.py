@@ -67,7 +67,7 @@ def check_architecture(capability: tuple[int, int], built_for: list[str]) -> Non
 @contextmanager
 def without_cudnn_attention(device: torch.device) -> Iterator[None]:
     """For attention of many shapes, as in generated text or scored rows: cuDNN, which torch prefers
-    on large GPUs since Hopper, plans anew for each, which takes tens of milliseconds."""
+    on large GPUs since Hopper, plans anew for each, which may take longer than all else."""
     if device.type != 'cuda':
         yield
         return
